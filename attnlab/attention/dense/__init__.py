@@ -1,0 +1,1 @@
+"""Full attention: every query scores every key it may see."""

@@ -1,0 +1,1 @@
+"""Attention to the surroundings of a token: windows, stripes, neighbourhoods."""

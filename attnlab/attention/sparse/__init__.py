@@ -1,0 +1,1 @@
+"""Attention to a choice of tokens or blocks that depends on their content."""

@@ -1,0 +1,258 @@
+"""What every token mixer promises.
+
+A *token mixer* maps tokens to tokens of the same shape. Layouts put channels last: a sequence is `(B, N, C)`, an image
+`(B, H, W, C)`, a video `(B, T, H, W, C)`. The promise, checked by `tests/conformance` for every registered variant:
+
+- `y = mixer(x, context=None, *, mask=None, segment_ids=None, positions=None, deterministic=True)`; `y` has the shape of
+  `x`, and the dtype `dtype` given at construction, or else that of `x`. Parameters are stored in `param_dtype`.
+- An argument is never ignored: what a mixer does not support it refuses (`UnsupportedArgument`).
+- A row that may attend to nothing gives zeros, and zero gradients; no finite input gives a NaN.
+- A causal mixer also decodes: `init_state`, `prefill` and `step` agree with the call over the whole sequence.
+- Softmax, gates, norms and recurrent states are computed in float32 (or wider), whatever the dtype of the tokens.
+
+Arguments of the call, where a mixer accepts them:
+
+- `context` `(B, M, C')`: makes it cross-attention; without it, self-attention.
+- `mask`: boolean, True where attention is allowed. `(B, M)`: which keys exist (`"key_mask"` in `accepts`), or
+  `(B|1, H|1, N, M)`: which key each query may see (`"mask"` in `accepts`).
+- `segment_ids`: integers `(B, N)`, or a pair `((B, N), (B, M))` with `context`: tokens attend only inside their segment.
+  Equal ids must be contiguous (packed sequences); padding gets an id of its own.
+- `positions`: integers `(B, N)`, or `(B, N, axes)`: where tokens are, if not at 0..N-1.
+
+Standard constructor arguments, in this order: `features`, then keyword-only `num_heads`, options of the mechanism,
+`dtype=None`, `param_dtype=jnp.float32`, `rngs`. A constructor that needs to know where it stands takes any of `causal`,
+`layout`, `grid`, `layer`, `num_layers`, `context_features`, with the meanings of `Site`.
+"""
+
+import dataclasses
+import difflib
+import enum
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import jax
+from flax import nnx
+from jax.typing import ArrayLike
+
+
+class Pattern(enum.StrEnum):
+    """Which queries see which keys."""
+
+    SELF = "self"
+    CAUSAL_SELF = "causal self"
+    CROSS = "cross"
+    CAUSAL_CROSS = "causal cross"
+
+
+class Layout(enum.StrEnum):
+    """How tokens are laid out; channels are always the last axis."""
+
+    SEQUENCE = "sequence"
+    IMAGE = "image"
+    VIDEO = "video"
+
+    @property
+    def axes(self) -> int:
+        """Number of token axes: 1, 2 or 3."""
+        return {"sequence": 1, "image": 2, "video": 3}[self.value]
+
+
+class UnsupportedArgument(ValueError):
+    """A mixer was given an argument, a pattern or a layout that its mechanism does not define."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a mixer stands in a model: all that a model tells it.
+
+    Attributes:
+      features: channels C of the tokens.
+      num_heads: attention heads H.
+      layout: of the tokens the model will pass.
+      causal: whether token i may see tokens up to i only.
+      grid: lengths of the token axes, `(N,)`, `(H, W)` or `(T, H, W)`, where the model fixes them; else None.
+      layer: index of the layer from 0, among `num_layers`; some decays and scales depend on it.
+      num_layers: number of layers of the model.
+      context_features: channels of the context for cross-attention, None for self-attention.
+    """
+
+    features: int
+    num_heads: int
+    layout: Layout = Layout.SEQUENCE
+    causal: bool = False
+    grid: tuple[int, ...] | None = None
+    layer: int = 0
+    num_layers: int = 1
+    context_features: int | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        if self.context_features is None:
+            return Pattern.CAUSAL_SELF if self.causal else Pattern.SELF
+        return Pattern.CAUSAL_CROSS if self.causal else Pattern.CROSS
+
+
+class SiteModule(nnx.Module):
+    """A module that can be built from the place where it stands, see `for_site`."""
+
+    @classmethod
+    def check_site(cls, site: Site) -> None:
+        """Raises `UnsupportedArgument` if the mechanism has no form for this site."""
+
+    @classmethod
+    def site_defaults(cls, site: Site) -> dict[str, Any]:
+        """Options that fit this mechanism to a site where its usual defaults would not (a window for a small grid)."""
+        return {}
+
+    @classmethod
+    def for_site(cls, site: Site, *, rngs: nnx.Rngs, **options: Any) -> Self:
+        """Builds the module for a place in a model.
+
+        The constructor is given those fields of the site that it names, then `site_defaults`, then `options`.
+
+        Args:
+          site: what the model tells its parts.
+          rngs: streams for parameters and dropout.
+          **options: constructor arguments that override those that follow from the site.
+
+        Raises:
+          UnsupportedArgument: if the mechanism has no form with the site's pattern or layout.
+          TypeError: if an option is not an argument of the constructor.
+        """
+        cls.check_site(site)
+        arguments = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "rngs")]
+        for option in options:
+            if option not in arguments:
+                near = difflib.get_close_matches(option, arguments, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; it has: {', '.join(arguments)}"
+                raise TypeError(f"{cls.__name__} has no option {option!r}{hint}")
+        told = {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name in arguments}
+        return cls(**(told | cls.site_defaults(site) | options), rngs=rngs)
+
+
+class Pooling(SiteModule):
+    """Base of poolings: tokens `(B, N, C)` to one vector `(B, out_features)`.
+
+    `y = pool(x, *, deterministic=True)`; the dtype rule is that of token mixers. A pooling never drops the batch axis.
+    """
+
+    out_features: int
+
+    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
+        raise NotImplementedError
+
+
+class TokenMixer(SiteModule):
+    """Base of all token mixers; see the module docstring for the contract.
+
+    Class attributes declare what the mechanism defines; an instance may narrow `accepts` (an option can make an
+    argument meaningful or not).
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({Pattern.SELF})
+    layouts: ClassVar[frozenset[Layout]] = frozenset({Layout.SEQUENCE})
+    accepts: frozenset[str] = frozenset()
+    layout: Layout = Layout.SEQUENCE
+    causal: bool = False
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        positions: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> Any:
+        """Decode state before the first token.
+
+        Args:
+          batch_size: number of sequences.
+          max_length: most tokens that will be decoded; needed by mixers that cache keys, no limit for the others.
+          dtype: of cached keys and values, float32 when None; recurrent states are always float32.
+        """
+        raise UnsupportedArgument(f"{type(self).__name__} has no decode state: {self._pattern_words()}")
+
+    def prefill(self, x: ArrayLike, state: Any, *, mask: ArrayLike | None = None) -> tuple[jax.Array, Any]:
+        """Advances the state by a run of tokens `(B, N, C)`.
+
+        `mask` `(B, N)`, False at padding, lets prompts of unequal length share a batch, padded on the left.
+        """
+        raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
+
+    def step(self, x_t: ArrayLike, state: Any) -> tuple[jax.Array, Any]:
+        """Advances the state by one token `(B, C)`; returns `(B, C)` and the new state."""
+        raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
+
+    @classmethod
+    def check_site(cls, site: Site) -> None:
+        if site.pattern not in cls.patterns:
+            raise UnsupportedArgument(
+                f"{cls.__name__} has no {site.pattern} form; it has: {', '.join(sorted(cls.patterns))}"
+            )
+        if site.layout not in cls.layouts:
+            raise UnsupportedArgument(
+                f"{cls.__name__} does not take tokens laid out as {site.layout}; "
+                f"it takes: {', '.join(sorted(cls.layouts))}"
+            )
+
+    def check_call(
+        self,
+        x: ArrayLike,
+        *,
+        context: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        positions: ArrayLike | None = None,
+    ) -> None:
+        """Refuses what this mixer does not take; every `__call__` begins with it.
+
+        Raises:
+          UnsupportedArgument: naming the argument, what came and what is allowed.
+          ValueError: if `x` has the wrong rank or size, or `mask` the wrong rank.
+        """
+        name = type(self).__name__
+        shape = jax.numpy.shape(x)
+        if len(shape) != self.layout.axes + 2:
+            raise ValueError(
+                f"{name} takes x of rank {self.layout.axes + 2} (batch, {self.layout.axes} token axes, channels) "
+                f"for the layout {self.layout}, got shape {shape}"
+            )
+        if (features := getattr(self, "features", None)) is not None and shape[-1] != features:
+            raise ValueError(f"{name} was built for {features} channels, got x of shape {shape}")
+        if context is not None and not self.patterns & {Pattern.CROSS, Pattern.CAUSAL_CROSS}:
+            raise UnsupportedArgument(f"{name} does not take context: {self._pattern_words()}")
+        given = {"segment_ids": segment_ids, "positions": positions}
+        if mask is not None:
+            rank = jax.numpy.ndim(mask)
+            if rank not in (2, 4):
+                raise ValueError(f"mask must be (B, M) or (B|1, H|1, N, M), got rank {rank}")
+            given["key_mask" if rank == 2 else "mask"] = mask
+        for argument, value in given.items():
+            if value is not None and argument not in self.accepts:
+                came = jax.tree.map(lambda a: f"{jax.numpy.result_type(a)}{list(jax.numpy.shape(a))}", value)
+                raise UnsupportedArgument(
+                    f"{name} does not take {argument} (got {came}); it takes: {', '.join(sorted(self.accepts)) or 'x only'}"
+                )
+
+    def _pattern_words(self) -> str:
+        return f"it is built {'causal' if self.causal else 'non-causal'}; its patterns are {', '.join(sorted(self.patterns))}"
+
+
+def record(module: nnx.Module, name: str, value: Callable[[], Any]) -> None:
+    """Stores an intermediate for `nnx.capture`; costs nothing outside it, since `value` is not even called.
+
+    The names shared by all mixers: `"attention"`, weights `(B, H, N, M)` in float32, tokens of images and videos
+    flattened in row-major order; `"gate"`; `"state"`.
+
+    Example:
+      y, intermediates = nnx.capture(mixer, nnx.Intermediate)(x)
+      weights = intermediates["attention"][0]
+    """
+    if any(type(variable) is nnx.Intermediate for variable in getattr(module, "__captures__", ())):
+        module.sow(nnx.Intermediate, name, value())

@@ -1,0 +1,1 @@
+"""Models that take any registered mixer, and the backbones of the papers."""

@@ -1,0 +1,1 @@
+"""Attentive poolings: tokens to one vector."""
