@@ -15,8 +15,8 @@ Arguments of the call, where a mixer accepts them:
 - `context` `(B, M, C')`: makes it cross-attention; without it, self-attention.
 - `mask`: boolean, True where attention is allowed. `(B, M)`: which keys exist (`"key_mask"` in `accepts`), or
   `(B|1, H|1, N, M)`: which key each query may see (`"mask"` in `accepts`).
-- `segment_ids`: integers `(B, N)`, or a pair `((B, N), (B, M))` with `context`: tokens attend only inside their segment.
-  Equal ids must be contiguous (packed sequences); padding gets an id of its own.
+- `segment_ids`: integers `(B, N)`, or a pair `((B, N), (B, M))` with `context`: tokens attend only inside their
+  segment. Equal ids must be contiguous (packed sequences); padding gets an id of its own.
 - `positions`: integers `(B, N)`, or `(B, N, axes)`: where tokens are, if not at 0..N-1.
 
 Standard constructor arguments, in this order: `features`, then keyword-only `num_heads`, options of the mechanism,
@@ -236,12 +236,12 @@ class TokenMixer(SiteModule):
         for argument, value in given.items():
             if value is not None and argument not in self.accepts:
                 came = jax.tree.map(lambda a: f"{jax.numpy.result_type(a)}{list(jax.numpy.shape(a))}", value)
-                raise UnsupportedArgument(
-                    f"{name} does not take {argument} (got {came}); it takes: {', '.join(sorted(self.accepts)) or 'x only'}"
-                )
+                allowed = ", ".join(sorted(self.accepts)) or "x only"
+                raise UnsupportedArgument(f"{name} does not take {argument} (got {came}); it takes: {allowed}")
 
     def _pattern_words(self) -> str:
-        return f"it is built {'causal' if self.causal else 'non-causal'}; its patterns are {', '.join(sorted(self.patterns))}"
+        built = "causal" if self.causal else "non-causal"
+        return f"it is built {built}; its patterns are {', '.join(sorted(self.patterns))}"
 
 
 def record(module: nnx.Module, name: str, value: Callable[[], Any]) -> None:

@@ -54,7 +54,7 @@ class Linear(nnx.Linear):
         use_bias: bool = True,
         axes: Axes = ("embed", "embed"),
         kernel_init: nnx.Initializer = trunc_normal,
-        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        bias_init: nnx.Initializer = nnx.initializers.zeros,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
