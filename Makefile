@@ -1,0 +1,41 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all lint format table clean
+
+help: ## print the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("attnlab needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+setup: $(READY) ## install everything into .venv
+
+demo: $(READY) ## train and compare attention variants on real data (about 10 minutes on 2 cores)
+	$(BIN)/python -m experiments.demo
+
+test: $(READY) lint ## lint, and run the tests that need no accelerator
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+
+test-all: $(READY) lint ## the same with the slow tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+table: $(READY) ## regenerate the README's table of variants
+	JAX_PLATFORMS=cpu $(BIN)/attnlab list --write-readme
+
+clean: ## remove the environment and the caches (not what was trained)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
