@@ -167,7 +167,10 @@ class Dataset:
         shard = _shard(batch_size, shard_index, shard_count)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must lie in 0..2**32 - 1, not {seed}")
-        dataset = grain.MapDataset.source(self._examples("train", sequence_length)).seed(seed).shuffle().repeat()
+        examples = self._examples("train", sequence_length)
+        # As good as endless; grain counts batches in floats, which an endless repetition overflows.
+        epochs = max(1, 2**52 // len(examples))
+        dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
         if self.transform is not None:
             dataset = dataset.random_map(self.transform)
         stream = {"split": "train", "seed": int(seed), "sequence_length": sequence_length}
@@ -224,6 +227,7 @@ class Dataset:
         local = dataset.batch(batch_size // shard_count)[shard_index::shard_count]
         batches = local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         if workers:
+            _mark_flags_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
         stream = {"name": self.info.name, "digest": self.info.digest, "batch_size": batch_size, **stream}
         return Batches(batches, stream | {"worker_count": workers})
@@ -253,3 +257,11 @@ def _shard(batch_size: int, index: int | None, count: int | None) -> tuple[int, 
     if batch_size < 1 or batch_size % count:
         raise ValueError(f"batch_size must be a positive multiple of shard_count ({count}), not {batch_size}")
     return index, count
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain reads absl flags when it starts processes, which fails in programs that never parse any."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

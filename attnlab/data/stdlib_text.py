@@ -38,8 +38,8 @@ class StdlibText:
 
     Attributes:
       eval_fraction: expected share of the files for evaluation.
-      max_bytes: keeps to about so many bytes: whole files, in the order of another hash of their paths, while they fit. None
-        takes all (some 8 MB).
+      max_bytes: keeps at most so many bytes: whole files that fit, tried in the order of another hash of their paths.
+        None takes all (some 8 MB).
       pack: adds `segment_ids` and `positions`.
       loading: threads and processes.
     """
@@ -77,7 +77,7 @@ class StdlibText:
 def read_library(root: Path) -> dict[str, bytes]:
     """The modules of a standard library: path within it (with `/`) to text, sorted by path.
 
-    Left out are `SKIPPED` and files that are written for one machine (`_sysconfigdata...`), empty or unreadable.
+    Left out are `SKIPPED` and files that are empty or written for one machine (`_sysconfigdata...`).
 
     Raises:
       DataError: if there are none.
