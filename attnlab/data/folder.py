@@ -145,7 +145,7 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
             square = ImageOps.fit(
                 image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC
             )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file makes decoders raise anything: struct.error, KeyError, SyntaxError, ...
         expected = f"an image that pillow can decode ({', '.join(sorted(SUFFIXES))})"
         problem = f"cannot be decoded as an image ({error})"
         raise data_error(path, problem, expected=expected, get_it=f"{_GET_IT}; or remove the file") from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -93,7 +94,7 @@ def _arrays(path: Path, images_key: str, labels_key: str) -> tuple[np.ndarray, n
             images, labels = archive[images_key], archive[labels_key]
     except DataError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise data_error(path, f"cannot be read as .npz ({error})", **_HELP) from error
     if images.ndim == 3:
         images = images[..., None]

@@ -213,7 +213,12 @@ def test_npz_files_of_another_kind(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     np.savez(tmp_path / "cut.npz", images=np.zeros((9, 9, 9), np.uint8), labels=np.zeros(9, int))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:500])
+    np.savez_compressed(tmp_path / "garbled.npz", images=np.zeros((9, 99, 99), np.uint8), labels=np.zeros(9, int))
+    garbled = bytearray((tmp_path / "garbled.npz").read_bytes())
+    garbled[60:90] = b"\xff" * 30
+    (tmp_path / "garbled.npz").write_bytes(garbled)
     for name, message in (
+        ("garbled.npz", "cannot be read as .npz"),
         ("text.npz", "cannot be read as .npz"),
         ("one.npy", "is a single array"),
         ("cut.npz", "cannot be read as .npz"),
