@@ -1,0 +1,150 @@
+"""Choice of an implementation, with the reason why each other one was refused.
+
+Each op keeps its implementations in one table, best first. An implementation is a module with two functions:
+
+    supports(args) -> str | None     why it cannot take these arguments, or None when it can
+    run(args)      -> Any            the op on its normal form `args`
+
+The module is imported only when its platform and packages are there, so a table may name a Triton or TPU module on a
+machine that has neither. `implementation=None` picks the first that supports the arguments on this platform; a named
+implementation runs or raises, it never falls back.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+
+class UnsupportedError(ValueError):
+    """No implementation, or not the named one, can take these arguments on this machine."""
+
+
+class Choice(NamedTuple):
+    """One line of an explanation: whether implementation `name` would run (`ok`), and if not, the `reason`."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """An entry of an op's table.
+
+    Attributes:
+      name: what the caller writes, such as "xla".
+      module: dotted path of the module that holds `supports` and `run`.
+      platforms: JAX platforms it runs on ("cpu", "gpu", "tpu"); empty for all.
+      packages: Python packages it imports that an installation may lack.
+    """
+
+    name: str
+    module: str
+    platforms: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+    def load(self) -> ModuleType:
+        """The module of the implementation, imported now."""
+        return importlib.import_module(self.module)
+
+    def refusal(self, args: Any, platform: str) -> str | None:
+        """Why this implementation cannot run `args` on `platform`; None when it can.
+
+        `args` None asks about the machine alone.
+        """
+        if self.platforms and platform not in self.platforms:
+            return f"needs {' or '.join(self.platforms)}; this machine has {platform}"
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"needs the package {', '.join(missing)}, which is not installed"
+        return None if args is None else self.load().supports(args)
+
+
+_tables: dict[str, tuple[Implementation, ...]] = {}
+
+
+def register(op: str, implementations: Sequence[Implementation]) -> None:
+    """Sets the table of `op`, best implementation first.
+
+    Raises:
+      ValueError: if two implementations have the same name.
+    """
+    names = [implementation.name for implementation in implementations]
+    if len(set(names)) < len(names):
+        raise ValueError(f"implementations of {op!r} must have different names, got {names}")
+    _tables[op] = tuple(implementations)
+
+
+def ops() -> tuple[str, ...]:
+    """Names of the ops that have a table, sorted."""
+    return tuple(sorted(_tables))
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """The table of `op`, best first.
+
+    Raises:
+      ValueError: for an unknown op, with a suggestion.
+    """
+    if op not in _tables:
+        raise ValueError(f"unknown op {op!r}{_suggestion(op, ops())}; there are {', '.join(ops())}")
+    return _tables[op]
+
+
+def current_platform() -> str:
+    """Where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def explain(op: str, args: Any = None, *, platform: str | None = None) -> list[Choice]:
+    """What each implementation of `op` says to `args` on this machine, best implementation first.
+
+    Args:
+      op: name of the op, one of `ops()`.
+      args: normal form of the arguments, or None to ask about the machine alone.
+      platform: "cpu", "gpu" or "tpu"; the current one when None.
+
+    Raises:
+      ValueError: for an unknown op.
+    """
+    platform = platform or current_platform()
+    refusals = [(entry.name, entry.refusal(args, platform)) for entry in implementations(op)]
+    return [Choice(name, refusal is None, refusal or "") for name, refusal in refusals]
+
+
+def choose(op: str, args: Any, implementation: str | None = None, *, platform: str | None = None) -> Implementation:
+    """The implementation that runs `args`: the named one, or the first that supports them.
+
+    Raises:
+      ValueError: for an unknown op or implementation, with a suggestion.
+      UnsupportedError: if the named implementation, or every implementation, refuses; the message holds the reasons.
+    """
+    table = {entry.name: entry for entry in implementations(op)}
+    if implementation is not None:
+        if implementation not in table:
+            known = f"{_suggestion(implementation, table)}; there are {', '.join(table)}"
+            raise ValueError(f"implementation={implementation!r} of {op} is unknown{known}")
+        refusal = table[implementation].refusal(args, platform or current_platform())
+        if refusal is not None:
+            raise UnsupportedError(f"{op}: implementation={implementation!r} refuses: {refusal}")
+        return table[implementation]
+    answers = explain(op, args, platform=platform)
+    for answer in answers:
+        if answer.ok:
+            return table[answer.name]
+    reasons = "; ".join(f"{answer.name}: {answer.reason}" for answer in answers)
+    raise UnsupportedError(f"{op}: no implementation takes these arguments ({reasons})")
+
+
+def _suggestion(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
