@@ -1,0 +1,166 @@
+"""Sampling from a language model, one compiled loop over its decode states."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from attnlab.models.language_model import LanguageModel
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+      tokens: `(B, max_new_tokens)` int32, the continuation without the prompt; `pad_token` after a stop token.
+      lengths: `(B,)` int32, tokens of each continuation, its stop token included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def sample_token(
+    key: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:
+    """Draws token ids `(B,)` from logits `(B, V)`.
+
+    Args:
+      key: random key.
+      logits: `(B, V)`.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens (and those that tie with the last of them).
+      top_p: keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al., 2020,
+        arXiv:1904.09751); applied after `top_k`. At least one token is always kept.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None and top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: LanguageModel,
+    prompt: ArrayLike,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    prompt_mask: ArrayLike | None = None,
+    pad_token: int = 0,
+) -> Generation:
+    """Continues prompts.
+
+    Memory is that of the mixers' decode states: constant in the number of tokens for linear mixers. The loop ends as
+    soon as every sequence has met a stop token.
+
+    Args:
+      model: language model.
+      prompt: `(B, N)` token ids, N ≥ 1.
+      max_new_tokens: most tokens to generate, at least 1.
+      key: random key; needed unless `temperature` is 0.
+      temperature: see `sample_token`.
+      top_k: see `sample_token`.
+      top_p: see `sample_token`.
+      stop_tokens: ids that end a sequence.
+      prompt_mask: `(B, N)` boolean, False at padding, which stands on the left of shorter prompts.
+      pad_token: fills `tokens` after a stop token.
+
+    Raises:
+      ValueError: for an argument out of its range, a prompt of the wrong shape or padded on the right.
+    """
+    prompt = np.asarray(prompt)
+    _check(prompt, max_new_tokens, key, temperature, top_k, top_p, model.vocab_size, stop_tokens)
+    if prompt_mask is not None:
+        prompt_mask = np.asarray(prompt_mask, bool)
+        if prompt_mask.shape != prompt.shape:
+            raise ValueError(f"prompt_mask must have the prompt's shape {prompt.shape}, got {prompt_mask.shape}")
+        if not prompt_mask[:, -1].all() or (np.diff(prompt_mask.astype(int), axis=1) < 0).any():
+            raise ValueError("prompt_mask must be False at the left only: pad shorter prompts on the left")
+    graph, state = nnx.split(model)
+    return _generate(
+        graph,
+        state,
+        jnp.asarray(prompt, jnp.int32),
+        prompt_mask,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(stop_tokens, jnp.int32),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        pad_token=pad_token,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "temperature", "top_k", "top_p", "pad_token")
+)
+def _generate(graph, weights, prompt, mask, key, stop_tokens, *, max_new_tokens, temperature, top_k, top_p, pad_token):
+    model = nnx.merge(graph, weights)
+    batch, length = prompt.shape
+
+    def choose(key, logits, done):
+        token = sample_token(key, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        return jnp.where(done, pad_token, token), done | jnp.isin(token, stop_tokens)
+
+    logits, state = model.prefill(prompt, model.init_state(batch, length + max_new_tokens), mask=mask)
+    nobody = jnp.zeros((batch,), bool)
+    token, done = choose(jax.random.fold_in(key, 0), logits[:, -1], nobody)
+    tokens = jnp.full((batch, max_new_tokens), pad_token, jnp.int32).at[:, 0].set(token)
+
+    def going(carry):
+        count, _, _, done, _, _ = carry
+        return (count < max_new_tokens) & ~done.all()
+
+    def advance(carry):
+        count, tokens, token, done, lengths, state = carry
+        logits, state = model.step(token, state)
+        lengths = lengths + ~done
+        token, done = choose(jax.random.fold_in(key, count), logits, done)
+        return count + 1, tokens.at[:, count].set(token), token, done, lengths, state
+
+    carry = (1, tokens, token, done, jnp.ones((batch,), jnp.int32), state)
+    _, tokens, _, _, lengths, _ = jax.lax.while_loop(going, advance, carry)
+    return Generation(tokens, lengths)
+
+
+def _check(prompt, max_new_tokens, key, temperature, top_k, top_p, vocab_size, stop_tokens) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] < 1 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(f"prompt must be integers (B, N) with N ≥ 1, got {prompt.dtype} {prompt.shape}")
+    if prompt.size and not (0 <= prompt.min() and prompt.max() < vocab_size):
+        raise ValueError(f"prompt has ids from {prompt.min()} to {prompt.max()}; the vocabulary is 0..{vocab_size - 1}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if temperature > 0 and key is None:
+        raise ValueError("key is needed to sample; pass one, or temperature=0 for the most likely tokens")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if wrong := [token for token in stop_tokens if not 0 <= token < vocab_size]:
+        raise ValueError(f"stop_tokens {wrong} are not in the vocabulary 0..{vocab_size - 1}")

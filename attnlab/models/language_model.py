@@ -1,0 +1,193 @@
+"""Decoder language model with any registered causal mixer in each layer.
+
+Embedding, `depth` pre-norm blocks (RMSNorm, SwiGLU), a norm and a linear map to logits. Generation runs on the mixers'
+decode states: constant in memory where all mixers are linear, a cache of keys and values where they are not.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from attnlab.contract import Layout, Site, UnsupportedArgument
+from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
+from attnlab.nn.linear import Linear, trunc_normal
+
+POSITIONS = ("none", "learned")
+
+
+class LanguageState(NamedTuple):
+    """Decode state: those of the mixers, and `position` `(B,)` int32, the number of tokens seen."""
+
+    mixers: tuple[Any, ...]
+    position: jax.Array
+
+
+class LanguageModel(nnx.Module):
+    """Token ids `(B, N)` to logits `(B, N, vocab_size)` in float32; logits at n predict token n + 1.
+
+    Args:
+      vocab_size: number of token ids.
+      features: channels C.
+      depth: number of blocks.
+      num_heads: heads of each mixer.
+      mixer: name of a registered mixer with a causal form, or a pattern of names repeated over the depth.
+      mixer_options: constructor options by mixer name, such as rotary positions of softmax attention.
+      mlp: `"swiglu"`, `"gelu"` or `"sglu"`; see `Block`.
+      mlp_ratio: hidden channels of the feed-forward over C; 8/3 gives SwiGLU the weights of a GELU of ratio 4.
+      mlp_bias: whether the feed-forward has biases; its usual choice when None.
+      norm: `"rms"`, `"layer"` or `"srms"`; see `Block`.
+      position: `"none"` (mixers see order by their decay or rotation) or `"learned"` (a table of `max_length` rows).
+      max_length: longest sequence of a learned table; None without one.
+      embed_scale: factor of the embedding; √C in some models.
+      tie_embeddings: whether logits use the embedding's weights.
+      dropout: rate after the embedding and inside the feed-forward.
+      drop_path: stochastic depth rate of the last block.
+      remat: recompute blocks in the backward pass.
+      dtype: of the computation, float32 when None.
+      param_dtype: of the parameters.
+      rngs: streams `params` and `dropout`.
+
+    Raises:
+      ValueError: for an unknown option, or `max_length` without a learned table or a learned table without it.
+      UnsupportedArgument: for a mixer without a causal form.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        features: int = 512,
+        depth: int = 8,
+        num_heads: int = 8,
+        mixer: MixerNames = "softmax_attention",
+        mixer_options: MixerOptions | None = None,
+        mlp: str = "swiglu",
+        mlp_ratio: float = 8 / 3,
+        mlp_bias: bool | None = None,
+        norm: str = "rms",
+        position: str = "none",
+        max_length: int | None = None,
+        embed_scale: float = 1.0,
+        tie_embeddings: bool = True,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        remat: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        if (position == "learned") != (max_length is not None):
+            raise ValueError(f"max_length goes with position='learned': got {max_length} with {position!r}")
+        common = {"dtype": dtype, "param_dtype": param_dtype}
+        self.vocab_size, self.max_length, self.embed_scale = vocab_size, max_length, embed_scale
+        self.dtype = jnp.float32 if dtype is None else dtype
+        embedding = trunc_normal(rngs.params(), (vocab_size, features), param_dtype)
+        self.embedding = nnx.Param(embedding, logical_axes=("vocab", "embed"))
+        self.position = nnx.data(None)
+        if max_length is not None:
+            table = trunc_normal(rngs.params(), (max_length, features), param_dtype)
+            self.position = nnx.Param(table, logical_axes=(None, "embed"))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else nnx.data(None)
+        self.blocks = Blocks(
+            Site(features, num_heads, layout=Layout.SEQUENCE, causal=True, num_layers=depth),
+            depth,
+            mixer=mixer,
+            mixer_options=mixer_options,
+            mlp=mlp,
+            mlp_ratio=mlp_ratio,
+            mlp_bias=mlp_bias,
+            norm=norm,
+            dropout=dropout,
+            drop_path=drop_path,
+            remat=remat,
+            **common,
+            rngs=rngs,
+        )
+        self.norm = NORMS[norm](features, param_dtype=param_dtype, rngs=rngs)
+        self.head = nnx.data(None)
+        if not tie_embeddings:
+            self.head = Linear(features, vocab_size, use_bias=False, axes=("embed", "vocab"), **common, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        *,
+        segment_ids: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits of every position.
+
+        Args:
+          tokens: `(B, N)` integer ids.
+          segment_ids: `(B, N)` packed documents; tokens see only their own.
+          positions: `(B, N)` places of the tokens in their documents; 0..N-1 when None.
+          deterministic: False in training, for dropout.
+
+        Raises:
+          UnsupportedArgument: for positions that neither a table nor any mixer would use.
+          ValueError: for a sequence longer than a learned table.
+        """
+        arguments = {"deterministic": deterministic}
+        if segment_ids is not None:
+            arguments["segment_ids"] = segment_ids
+        if positions is not None:
+            mixers = [block.mixer for block in self.blocks.blocks]
+            if self.position is None and not any("positions" in mixer.accepts for mixer in mixers):
+                raise UnsupportedArgument("positions are given, but this model's mixers do not depend on them")
+            arguments["positions"] = positions
+        tokens = jnp.asarray(tokens)
+        x = self._embed(tokens, jnp.arange(tokens.shape[1])[None] if positions is None else positions)
+        if self.dropout is not None:
+            x = self.dropout(x, deterministic=deterministic)
+        return self._logits(self.blocks(x, **arguments))
+
+    def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> LanguageState:
+        """State before the first token; `max_length` bounds what caches of keys and values hold.
+
+        Raises:
+          ValueError: if `max_length` is beyond a learned position table.
+        """
+        if self.max_length is not None and (max_length or 0) > self.max_length:
+            raise ValueError(f"max_length {max_length} is beyond the position table of {self.max_length} rows")
+        mixers = self.blocks.init_state(batch_size, max_length, dtype=self.dtype if dtype is None else dtype)
+        return LanguageState(mixers, jnp.zeros((batch_size,), jnp.int32))
+
+    def prefill(
+        self, tokens: ArrayLike, state: LanguageState, *, mask: ArrayLike | None = None
+    ) -> tuple[jax.Array, LanguageState]:
+        """Logits `(B, N, vocab_size)` of a run of tokens, and the state after it.
+
+        `mask` `(B, N)` is False at padding, on the left of shorter prompts.
+        """
+        tokens = jnp.asarray(tokens)
+        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+        seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+        positions = state.position[:, None] + jnp.maximum(seen - 1, 0)
+        x, mixers = self.blocks.prefill(self._embed(tokens, positions), state.mixers, mask=mask)
+        return self._logits(x), LanguageState(mixers, state.position + seen[:, -1])
+
+    def step(self, token: ArrayLike, state: LanguageState) -> tuple[jax.Array, LanguageState]:
+        """Logits `(B, vocab_size)` after one more token `(B,)`, and the new state."""
+        x, mixers = self.blocks.step(self._embed(jnp.asarray(token), state.position), state.mixers)
+        return self._logits(x), LanguageState(mixers, state.position + 1)
+
+    def _embed(self, tokens: jax.Array, positions: ArrayLike) -> jax.Array:
+        x = self.embedding[...][tokens] * self.embed_scale
+        if self.position is not None:
+            if tokens.ndim == 2 and tokens.shape[1] > self.max_length:
+                raise ValueError(f"{tokens.shape[1]} tokens are beyond the position table of {self.max_length} rows")
+            x = x + self.position[...][positions]
+        return x.astype(self.dtype)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
+        if self.head is not None:
+            return self.head(x).astype(jnp.float32)
+        table = self.embedding[...].astype(x.dtype)
+        return jnp.einsum("...c,vc->...v", x, table, preferred_element_type=jnp.float32)

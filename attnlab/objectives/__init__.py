@@ -1,0 +1,1 @@
+"""Losses on attention and on tokens."""
