@@ -1,0 +1,312 @@
+"""Where tokens are: rotary embedding, sine-cosine and learned tables, relative biases, ALiBi.
+
+Positions are integers (or reals), `(N,)` or `(B, N)` along one axis, `(B|1, N, A)` along A axes; `grid_positions` lists
+those of an image or a video. Angles and biases are computed in float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from attnlab.nn.linear import trunc_normal
+
+
+def grid_positions(grid: Sequence[int]) -> np.ndarray:
+    """Coordinates `(1, N, A)` int32 of the tokens of a grid with A axes, in row-major order."""
+    axes = np.meshgrid(*(np.arange(length, dtype=np.int32) for length in grid), indexing="ij")
+    return np.stack(axes, -1).reshape(1, -1, len(grid))
+
+
+# Rotary embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Options of `rotary`, as a value that modules can keep.
+
+    Attributes:
+      theta: base of the frequencies.
+      split: pairs of channels for each axis; evenly when None.
+      interleaved: whether pairs are neighbours (2i, 2i+1) rather than (i, i + D/2).
+    """
+
+    theta: float = 10000.0
+    split: tuple[int, ...] | None = None
+    interleaved: bool = False
+
+    def __call__(self, x: ArrayLike, positions: ArrayLike) -> jax.Array:
+        """`rotary` with these options."""
+        return rotary(x, positions, theta=self.theta, split=self.split, interleaved=self.interleaved)
+
+
+def rotary(
+    x: ArrayLike,
+    positions: ArrayLike,
+    *,
+    theta: float = 10000.0,
+    split: Sequence[int] | None = None,
+    interleaved: bool = False,
+) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) along one or several axes.
+
+    The D/2 pairs of channels are divided among the axes, first axis first; pair i of the p pairs of an axis turns by
+    position · theta^(-i/p). A product of a rotated query and a rotated key depends on the differences of their
+    positions only.
+
+    Args:
+      x: `(B, N, H, D)`, D even.
+      positions: `(N,)` or `(B, N)` for one axis, `(B|1, N, A)` for A axes.
+      theta: base of the frequencies.
+      split: pairs of channels for each axis, D/2 in sum; evenly when None, the first axes taking the remainder.
+      interleaved: pairs are the channels (2i, 2i+1), as in the paper; else (i, i + D/2), as in Llama's code.
+
+    Returns:
+      `(B, N, H, D)` in the dtype of `x`.
+
+    Raises:
+      ValueError: if D is odd, or `split` does not fit the axes and D.
+    """
+    x = jnp.asarray(x)
+    angles = rotary_angles(positions, x.shape[-1], theta=theta, split=split)[:, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        y = jnp.stack([first * cos - second * sin, first * sin + second * cos], -1).reshape(x.shape)
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+        y = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
+    return y.astype(x.dtype)
+
+
+def rotary_angles(
+    positions: ArrayLike, size: int, *, theta: float = 10000.0, split: Sequence[int] | None = None
+) -> jax.Array:
+    """Angles `(B|1, N, size/2)` in float32 of `rotary` for heads of `size` channels."""
+    positions = jnp.asarray(positions)
+    if positions.ndim not in (1, 2, 3):
+        raise ValueError(f"positions must be (N,), (B, N) or (B, N, axes), got shape {positions.shape}")
+    if positions.ndim == 1:
+        positions = positions[None]
+    if positions.ndim == 2:
+        positions = positions[..., None]
+    axes = positions.shape[-1]
+    if size % 2:
+        raise ValueError(f"rotary positions turn pairs of channels: the head size must be even, got {size}")
+    split = _even_split(size // 2, axes) if split is None else tuple(split)
+    if len(split) != axes or sum(split) != size // 2 or min(split) < 0:
+        raise ValueError(f"split must give {axes} axes {size // 2} pairs in sum, got {split}")
+    where = positions.astype(jnp.float32)
+    return jnp.concatenate([where[..., a, None] * _frequencies(pairs, theta) for a, pairs in enumerate(split)], -1)
+
+
+def _even_split(total: int, parts: int) -> tuple[int, ...]:
+    return tuple(total // parts + (part < total % parts) for part in range(parts))
+
+
+def _frequencies(pairs: int, theta: float) -> np.ndarray:
+    return np.asarray(float(theta) ** -(np.arange(pairs) / max(pairs, 1)), np.float32)
+
+
+# Tables that are added to tokens
+
+
+def sincos_table(grid: int | Sequence[int], features: int, *, theta: float = 10000.0) -> jax.Array:
+    """Sine-cosine positions (Vaswani et al., 2017, arXiv:1706.03762) of a sequence, an image or a video.
+
+    The channels are divided among the axes as in `rotary`, and each axis has [sin | cos] of position · theta^(-i/p).
+
+    Args:
+      grid: length of a sequence, or lengths of the axes.
+      features: channels C, even.
+      theta: base of the frequencies.
+
+    Returns:
+      `(*grid, C)` float32.
+
+    Raises:
+      ValueError: if C is odd.
+    """
+    grid = (grid,) if isinstance(grid, int) else tuple(grid)
+    if features % 2:
+        raise ValueError(f"features must be even, got {features}")
+    parts = []
+    for axis, pairs in enumerate(_even_split(features // 2, len(grid))):
+        # In float64: angles grow with the length of the axis.
+        angles = np.arange(grid[axis])[:, None] * float(theta) ** -(np.arange(pairs) / max(pairs, 1))
+        part = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+        shape = [1] * len(grid) + [2 * pairs]
+        shape[axis] = grid[axis]
+        parts.append(np.broadcast_to(part.reshape(shape), (*grid, 2 * pairs)))
+    return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
+
+
+class LearnedPositions(nnx.Module):
+    """Adds a learned vector per position to tokens `(B, N, C)`.
+
+    Args:
+      length: number of positions in the table.
+      features: channels C.
+      param_dtype: of the table.
+      rngs: stream `params`.
+    """
+
+    def __init__(self, length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        table = trunc_normal(rngs.params(), (length, features), param_dtype)
+        self.table = nnx.Param(table, logical_axes=(None, "embed"))
+
+    def __call__(self, x: ArrayLike, positions: ArrayLike | None = None) -> jax.Array:
+        """Tokens `(B, N, C)` plus the rows at `positions`, `(N,)` or `(B, N)`; 0..N-1 when None.
+
+        Raises:
+          ValueError: if there are more tokens than rows.
+        """
+        x = jnp.asarray(x)
+        table = self.table[...].astype(x.dtype)
+        if x.shape[1] > table.shape[0]:
+            raise ValueError(f"{x.shape[1]} tokens are beyond the position table of {table.shape[0]} rows")
+        return x + (table[: x.shape[1]] if positions is None else table[jnp.asarray(positions)])
+
+
+# Biases that are added to scores
+
+
+def relative_position_index(window: Sequence[int]) -> np.ndarray:
+    """Row of the bias table for each pair of tokens of a window (Liu et al., 2021, arXiv:2103.14030).
+
+    Args:
+      window: lengths (w_1, ..., w_A) of the axes.
+
+    Returns:
+      `(P, P)` int32 [query, key]: the offsets query - key + w - 1 per axis, in row-major order over the (2 w - 1) each.
+    """
+    coordinates = grid_positions(window)[0]
+    offsets = coordinates[:, None] - coordinates[None] + np.asarray(window) - 1
+    index = np.zeros(offsets.shape[:2], np.int64)
+    for axis, length in enumerate(window):
+        index = index * (2 * length - 1) + offsets[..., axis]
+    return index.astype(np.int32)
+
+
+class RelativePositionBias(nnx.Module):
+    """Learned bias per head and offset between two tokens of a window: `(H, P, P)` float32.
+
+    Args:
+      window: lengths of the window's axes.
+      num_heads: heads H.
+      param_dtype: of the table, `(prod(2 w - 1), H)`.
+      rngs: stream `params`.
+    """
+
+    def __init__(self, window: Sequence[int], num_heads: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.window = tuple(window)
+        rows = math.prod(2 * length - 1 for length in self.window)
+        table = trunc_normal(rngs.params(), (rows, num_heads), param_dtype)
+        self.table = nnx.Param(table, logical_axes=(None, "heads"))
+
+    def __call__(self) -> jax.Array:
+        table = self.table[...]
+        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        return jnp.moveaxis(table[relative_position_index(self.window)], -1, 0)
+
+
+def t5_bucket(
+    offset: ArrayLike, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> jax.Array:
+    """Bucket of an offset key - query (Raffel et al., 2020, arXiv:1910.10683).
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`; beyond it all
+    share the last. Bidirectional, the upper half of the buckets is for keys after the query; else those are in bucket 0.
+
+    Args:
+      offset: integers of any shape.
+      num_buckets: number of buckets.
+      max_distance: distance from which on the last bucket is taken.
+      bidirectional: whether keys after the query are told apart.
+
+    Returns:
+      int32 in the shape of `offset`.
+    """
+    offset = jnp.asarray(offset, jnp.int32)
+    first = jnp.zeros_like(offset)
+    if bidirectional:
+        num_buckets //= 2
+        first = jnp.where(offset > 0, num_buckets, 0)
+        distance = jnp.abs(offset)
+    else:
+        distance = jnp.maximum(-offset, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
+    return (first + jnp.where(distance < exact, distance, far)).astype(jnp.int32)
+
+
+class BucketedBias(nnx.Module):
+    """T5's learned bias per head and bucket of offset: `(H, N, M)` float32. Arguments as `t5_bucket`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
+        table = trunc_normal(rngs.params(), (num_buckets, num_heads), param_dtype)
+        self.table = nnx.Param(table, logical_axes=(None, "heads"))
+
+    def __call__(self, query_positions: ArrayLike, key_positions: ArrayLike) -> jax.Array:
+        """Positions `(N,)` and `(M,)`."""
+        offset = jnp.asarray(key_positions)[None] - jnp.asarray(query_positions)[:, None]
+        bucket = t5_bucket(
+            offset,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+            bidirectional=self.bidirectional,
+        )
+        table = self.table[...]
+        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        return jnp.moveaxis(table[bucket], -1, 0)
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """Slopes `(H,)` float32 of ALiBi (Press et al., 2022, arXiv:2108.12409), also the decays of lightning attention.
+
+    2^(-8 (h+1) / H) for a power of two H; otherwise those of the largest power of two P < H, and then the first H - P
+    of every other slope of 2P heads.
+
+    Raises:
+      ValueError: if `num_heads` is less than 1.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-8 * (head + 1) / (2 * power)) for head in range(0, 2 * power, 2)][: num_heads - power]
+    return jnp.asarray(slopes, jnp.float32)
+
+
+def alibi_bias(slopes: ArrayLike, query_positions: ArrayLike, key_positions: ArrayLike) -> jax.Array:
+    """-slope · |query - key|, float32.
+
+    Args:
+      slopes: `(H,)`.
+      query_positions: `(N,)`, or `(B, N)`.
+      key_positions: `(M,)`, or `(B, M)`.
+
+    Returns:
+      `(1, H, N, M)`, or `(B, H, N, M)`.
+    """
+    query_positions, key_positions = (jnp.atleast_2d(p) for p in (query_positions, key_positions))
+    distance = jnp.abs(query_positions[:, None, :, None] - key_positions[:, None, None, :])
+    return -jnp.asarray(slopes, jnp.float32)[:, None, None] * distance.astype(jnp.float32)
