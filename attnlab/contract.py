@@ -137,22 +137,39 @@ class Pooling(SiteModule):
     `y = pool(x, *, deterministic=True)`; the dtype rule is that of token mixers. A pooling never drops the batch axis.
     """
 
+    features: int
     out_features: int
+    dtype: Any = None
 
     def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         raise NotImplementedError
+
+    def check_call(self, x: ArrayLike) -> jax.Array:
+        """The tokens in the dtype of the computation, `dtype` or their own; every `__call__` begins with it.
+
+        Raises:
+          ValueError: if `x` is not `(B, N, C)` with the channels that the pooling was built for, or N is 0.
+        """
+        shape = jax.numpy.shape(x)
+        if len(shape) != 3 or shape[-1] != self.features or shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} pools tokens (B, N, {self.features}) with N at least 1, got shape {shape}"
+            )
+        return jax.numpy.asarray(x, self.dtype)
 
 
 class TokenMixer(SiteModule):
     """Base of all token mixers; see the module docstring for the contract.
 
     Class attributes declare what the mechanism defines; an instance may narrow `accepts` (an option can make an
-    argument meaningful or not).
+    argument meaningful or not). `permutation_equivariant` says that the non-causal form takes tokens as a set: permuted
+    tokens give the permuted result, so that order must come from elsewhere.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({Pattern.SELF})
     layouts: ClassVar[frozenset[Layout]] = frozenset({Layout.SEQUENCE})
     accepts: frozenset[str] = frozenset()
+    permutation_equivariant: bool = False
     layout: Layout = Layout.SEQUENCE
     causal: bool = False
 

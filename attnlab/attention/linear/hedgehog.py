@@ -238,6 +238,7 @@ class HedgehogAttention(LinearMixer):
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.normalize, self.scale, self.rotary_theta = normalize, scale, rotary_theta
         self.groups, self.value_size = groups, head_dim
+        self.permutation_equivariant = rotary_theta is None
         if rotary_theta is not None:
             self.accepts = self.accepts | {"positions"}
         source = features if context_features is None else context_features

@@ -87,6 +87,7 @@ class LightningAttention(LinearMixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.SELF})
+    permutation_equivariant = True
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class _TnlMixer(LinearMixer):
     """What both modules share: sizes, slopes, patterns."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.SELF})
+    permutation_equivariant = True
 
     def _set_sizes(self, features: int, num_heads: int, width: int, causal: bool, dtype: Any) -> int:
         if width % num_heads:
@@ -135,6 +136,7 @@ class NormLinearAttention(_TnlMixer):
             theta = initial_theta(num_heads, head_dim).astype(param_dtype)
             self.theta = nnx.Param(theta, logical_axes=("heads", None))
             self.accepts = self.accepts | {"positions"}
+            self.permutation_equivariant = False
 
     def project(
         self, x: jax.Array, context: jax.Array, positions: jax.Array
