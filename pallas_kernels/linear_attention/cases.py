@@ -24,6 +24,7 @@ class Case:
       kv_length: M; N when None.
       decay: None, "head" (H,), "token" (B, N, H) or "channel" (B, N, H, D).
       strength: log decays are drawn from [-strength, 0]; a few per cent of per-token ones are 0 or -20 exactly.
+      uniform: all log decays are -strength instead.
       causal: as in `linear_attention`.
       normalize: as in `linear_attention`; queries and keys are then positive.
       segments: number of segments, 0 for none.
@@ -40,6 +41,7 @@ class Case:
     kv_length: int | None = None
     decay: str | None = None
     strength: float = 0.2
+    uniform: bool = False
     causal: bool = True
     normalize: bool = False
     segments: int = 0
@@ -57,8 +59,8 @@ class Case:
         arrays: dict[str, object] = {"q": q, "k": k, "v": v}
         if self.decay is not None:
             shape = {"head": (h,), "token": (b, n, h), "channel": (b, n, h, d)}[self.decay]
-            decay = -self.strength * rng.random(shape)
-            if self.decay != "head":
+            decay = np.full(shape, -self.strength) if self.uniform else -self.strength * rng.random(shape)
+            if self.decay != "head" and not self.uniform:
                 kind = rng.random(shape)
                 decay = np.where(kind < 0.03, -20.0, np.where(kind < 0.06, 0.0, decay))
             arrays["log_decay"] = decay
@@ -82,9 +84,7 @@ class Case:
         if "initial_state" in arrays:
             state = arrays["initial_state"]
             put["initial_state"] = (
-                NormalizedState(*(jnp.asarray(x, wide) for x in state))
-                if self.normalize
-                else jnp.asarray(state, wide)
+                NormalizedState(*(jnp.asarray(x, wide) for x in state)) if self.normalize else jnp.asarray(state, wide)
             )
         return put, options
 
@@ -119,14 +119,18 @@ SMALL = (
 
 # The lengths and decays at which accuracy is promised.
 ACCURACY = tuple(
-    Case(f"accuracy_{decay or 'none'}_{length}", batch=1, length=length, heads=2, key_size=32, decay=decay, strength=strength)
+    Case(f"accuracy_{decay or 'none'}_{length}", 1, length, key_size=32, decay=decay, strength=strength)
     for length in (1, 63, 1000, 4097)
     for decay, strength in ((None, 0.0), ("head", 0.05), ("token", 0.5), ("channel", 0.5))
+) + tuple(
+    Case(f"accuracy_minus_20_{decay}_{length}", 1, length, key_size=32, decay=decay, strength=20.0, uniform=True)
+    for length in (63, 1000, 4097)
+    for decay in ("head", "token", "channel")
 )
 
 # What benchmarks time: one layer of 8 heads.
 SPEED = tuple(
-    Case(f"speed_{decay or 'none'}_{length}", batch=1, length=length, heads=8, key_size=64, decay=decay, strength=0.05)
+    Case(f"speed_{decay or 'none'}_{length}", 1, length, heads=8, key_size=64, decay=decay, strength=0.05)
     for length in (1024, 4096, 16384, 65536)
     for decay in (None, "head", "token", "channel")
 )

@@ -12,7 +12,7 @@ chunk at a time.
 
 No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `_Decay`
 cumulates a coarse part, exact in the accumulator, and a small rest, so that one strong decay early in a chunk leaves
-the later ones accurate. Decay per channel halves the chunk again and again, and refers both sides to the middle.
+the later ones accurate. Decay per channel halves the chunk again and again, see `_channel_scores`.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.linear_attention.arguments import (
     Arguments,
@@ -34,7 +35,7 @@ from pallas_kernels.linear_attention.arguments import (
 )
 
 SCALAR_CHUNK = 128  # measured on CPU, see README.md
-CHANNEL_CHUNK = 64
+CHANNEL_CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,8 @@ class _Decay(NamedTuple):
 
 def supports(args: Arguments) -> str | None:
     """Why this implementation cannot take `args`; None when it can."""
-    size, per_channel = args.chunk_size, args.log_decay is not None and args.log_decay.ndim == 4
-    if size is not None and per_channel and size & (size - 1):
-        return f"log_decay per channel needs a chunk_size that is a power of two, got {size}"
-    if size is not None and not args.causal and args.query_ids is None:
-        return f"non-causal attention without segments has no chunks, so chunk_size must be None, got {size}"
+    if args.chunk_size is not None and not args.causal and args.query_ids is None:
+        return f"without causality and segments it has no chunks, so chunk_size must be None, got {args.chunk_size}"
     return None
 
 
@@ -121,12 +119,16 @@ def _same_id(args: Arguments, v: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
-    """Causal attention: chooses chunks and the form of the decay, pads N to whole chunks, and sweeps."""
+    """Causal attention: chooses chunks and the form of the decay, pads N to whole chunks, and sweeps.
+
+    The padding stands in front: empty tokens behind the last one would add and subtract the same undecayed numbers in
+    the gradient of a strong decay, and drown it in their rounding.
+    """
     dtype, n, heads, decay = args.accumulator, q.shape[1], q.shape[2], args.log_decay
     per_channel = decay is not None and decay.ndim == 4
-    size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else SCALAR_CHUNK, per_channel)
+    size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else SCALAR_CHUNK)
     padding = -n % size
-    if decay is not None and decay.ndim == 1 and (ids is not None or (padding and args.return_state)):
+    if decay is not None and decay.ndim == 1 and (ids is not None or (padding and initial is not None)):
         decay = jnp.broadcast_to(decay, (1, n, heads))  # not the same for every token: padding must not decay the state
     if ids is not None:
         starts = run_starts(ids)[:, :, None]
@@ -139,7 +141,7 @@ def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array 
     elif decay is not None:
         tokens["g"] = decay
     if padding:
-        tokens = {name: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
+        tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
     # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
     zeros = jnp.zeros_like(q[:, 0, :, :, None].astype(dtype) * v[:, 0, :1, None, :].astype(dtype))
     state = zeros if initial is None else zeros + initial
@@ -147,7 +149,7 @@ def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array 
     shared = None if shared is None else _constant_decay(shared, size, k.shape[2])
     plan = _Plan(size, dtype if args.normalize else q.dtype, _precision(q.dtype))
     y, state = _sweep(plan, shared, tokens, _grouped(state, k.shape[2], axis=1))
-    return y[:, :n], _merged(state, 1)
+    return y[:, padding:], _merged(state, 1)
 
 
 # ---- the sweep over chunks, and its hand-written derivative
@@ -266,8 +268,15 @@ def _chunk(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], sta
 
 def _constant_decay(log_decay: jax.Array, size: int, groups: int) -> _Decay:
     """Weights of a decay (H,) that is the same for every token, computed once for all chunks."""
-    per_group = log_decay.reshape(1, groups, -1, 1)
-    return _scalar_decay(jnp.broadcast_to(per_group, (*per_group.shape[:-1], size)))
+    g = log_decay.reshape(1, groups, -1, 1)
+    place = jnp.arange(size, dtype=g.dtype)
+    apart = jnp.maximum(place[:, None] - place[None, :], 0)
+    return _Decay(
+        between=jnp.tril(jnp.exp(g[..., None] * apart)),
+        since_start=jnp.exp(g * (place + 1)),
+        until_end=jnp.exp(g * (size - 1 - place)),
+        whole=jnp.exp(g[..., 0] * size),
+    )
 
 
 def _scalar_decay(g: jax.Array) -> _Decay:
@@ -287,13 +296,14 @@ def _scalar_decay(g: jax.Array) -> _Decay:
         return jnp.exp(exponent if mask is None else jnp.where(mask, exponent, 0))
 
     end = total[..., -1:], rest[..., -1:]
-    below = jnp.tril(jnp.ones((size, size), bool), -1)  # the diagonal is 1 whatever the decay: no gradient through it
+    # A token's weight in itself is 1 whatever the decay: without a mask its gradient would be a difference of sums.
+    below, before_end = jnp.tril(jnp.ones((size, size), bool), -1), jnp.arange(size) < size - 1
     rows, columns = (total[..., :, None], rest[..., :, None]), (total[..., None, :], rest[..., None, :])
     since_start = weight((total, rest), (0.0, 0.0))
     return _Decay(
         between=weight(rows, columns, below) * lower,
         since_start=since_start,
-        until_end=weight(end, (total, rest)),
+        until_end=weight(end, (total, rest), before_end),
         whole=since_start[..., -1],
     )
 
@@ -301,48 +311,45 @@ def _scalar_decay(g: jax.Array) -> _Decay:
 def _channel_scores(product, q: jax.Array, k: jax.Array, g: jax.Array):
     """Scores Σ_d q_id k_jd exp(G_id - G_jd), i ≥ j, of a chunk, with exp(G) and exp(G_end - G).
 
-    Blocks of one token are joined to blocks of two, of four, ... of c. Where a later block of queries meets an earlier
-    block of keys, both are referred to the border between them: the queries' decay since the border times the keys'
-    decay until the border, two exponents that are at most 0.
+    The chunk is halved again and again. Two different tokens part at one level, where i stands right and j left of a
+    border: their decay is that of i since the border times that of j until the border, two exponents that are at most
+    0 and plain sums of log decays. So a level is one matrix product, under the mask of the pairs that part there.
 
     Args:
       product: einsum.
-      q: (B, G, R, c, D), c a power of two.
+      q: (B, G, R, c, D).
       k: (B, G, 1, c, D).
       g: log decays, shaped as q.
 
     Returns:
       scores (B, G, R, c, c), exp(G) and exp(G_end - G) (B, G, R, c, D).
     """
-    *lead, size, features = q.shape
-    k = jnp.broadcast_to(k, q.shape)
-    scores = jnp.sum(q * k, axis=-1)[..., None, None]  # (..., blocks, block, block)
-    since, until = g, jnp.zeros_like(g)  # inside its block: log decay up to a token, and after it
-    block = 1
-    while block < size:
-        pairs = (*lead, size // (2 * block), 2, block, features)
-        since, until = since.reshape(pairs), until.reshape(pairs)
-        keys = k.reshape(pairs)[..., 0, :, :] * jnp.exp(until[..., 0, :, :])
-        queries = q.reshape(pairs)[..., 1, :, :] * jnp.exp(since[..., 1, :, :])
-        if block < 8:  # too small for a matrix product
-            cross = jnp.sum(queries[..., :, None, :] * keys[..., None, :, :], axis=-1)
-        else:
-            cross = product("...id,...jd->...ij", queries, keys)
-        scores = scores.reshape(*lead, size // (2 * block), 2, block, block)
-        earlier, later = scores[..., 0, :, :], scores[..., 1, :, :]
-        scores = jnp.concatenate(
-            [
-                jnp.concatenate([earlier, jnp.zeros_like(cross)], axis=-1),
-                jnp.concatenate([cross, later], axis=-1),
-            ],
-            axis=-2,
-        )
-        whole = since[..., -1:, :]
-        until = jnp.stack([until[..., 0, :, :] + whole[..., 1, :, :], until[..., 1, :, :]], axis=-3)
-        since = jnp.stack([since[..., 0, :, :], since[..., 1, :, :] + whole[..., 0, :, :]], axis=-3)
-        block *= 2
-    scores = scores.reshape(*lead, size, size)
-    return scores, jnp.exp(since).reshape(q.shape), jnp.exp(until).reshape(q.shape)
+    size = q.shape[-2]
+    to_border, parts = _levels(size)
+    exponents = jnp.einsum("lij,bgrjd->lbgrid", to_border.astype(g.dtype), g, precision="highest")
+    *weights, since_start, until_end = jnp.exp(exponents)
+    scores = jnp.eye(size, dtype=q.dtype) * jnp.sum(q * k, axis=-1)[..., None]
+    for weight, part in zip(weights, parts, strict=True):
+        scores = scores + part * product("bgrid,bgrjd->bgrij", q * weight, k * weight)
+    return scores, since_start, until_end
+
+
+def _levels(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Constants of `_channel_scores` for chunks of `size` tokens and L levels.
+
+    Returns:
+      (L + 2, c, c): ones where token j lies between token i and its border of a level; last, up to i, and after i.
+      (L, c, c): ones where tokens i ≥ j part at a level.
+    """
+    row, column = np.arange(size)[:, None], np.arange(size)[None, :]
+    to_border, parts = [], []
+    for half in (2**level for level in range((size - 1).bit_length())):
+        same, right = row // (2 * half) == column // (2 * half), row // half % 2 == 1
+        same_half = row // half == column // half
+        to_border.append(same_half & np.where(right, column <= row, column > row))
+        parts.append(same & right & (column // half % 2 == 0))
+    to_border += [column <= row, column > row]
+    return np.array(to_border, np.float32), np.array(parts, np.float32).reshape(-1, size, size)
 
 
 # ---- small things
@@ -358,12 +365,10 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
 
 
-def _chunk_size(length: int, asked: int | None, default: int, power_of_two: bool) -> int:
-    """Tokens per chunk: the asked number, or at most `default` with the chunks of about equal length."""
+def _chunk_size(length: int, asked: int | None, default: int) -> int:
+    """Tokens per chunk: the asked number, or at most `default` with chunks of about equal length."""
     if asked is not None:
-        return asked if power_of_two else min(asked, length)
-    if power_of_two:
-        return min(default, 2 ** math.ceil(math.log2(length)))
+        return min(asked, length)
     count = math.ceil(length / default)
     return length if count == 1 else min(default, 16 * math.ceil(length / (16 * count)))
 
