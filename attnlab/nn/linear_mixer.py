@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from attnlab.contract import Pattern, TokenMixer, record
+from attnlab.contract import TokenMixer, record
 from pallas_kernels.linear_attention import init_state, linear_attention, linear_attention_step
 
 
@@ -30,13 +30,14 @@ class LinearState(NamedTuple):
 class LinearMixer(TokenMixer):
     """Base of linear attention mixers.
 
-    A subclass defines `project` and `merge`, sets `features`, `num_heads`, `key_size` D, `value_size` E, `causal` and
-    `dtype`, and may override `log_decay`, `normalize` (whether the op divides by q·Σk) and `scale` (of q·k).
+    A subclass defines `project` and `merge`, sets `features`, `num_heads`, `key_size` D, `value_size` E, `causal`,
+    `cross` (whether it was built for a context) and `dtype`, and may override `log_decay`, `normalize` (whether the op divides by q·Σk) and `scale` (of q·k).
     """
 
     accepts = frozenset({"key_mask", "segment_ids"})
     normalize: bool = False
     scale: float | None = None
+    cross: bool = False
     num_heads: int
     key_size: int
     value_size: int
@@ -88,9 +89,12 @@ class LinearMixer(TokenMixer):
         record(self, "attention", lambda: linear_attention_map(q, k, **options))
         return self.merge(y, x)
 
+    def _decodes(self) -> bool:
+        return self.causal and not self.cross
+
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> LinearState:
         """An empty memory; its size does not depend on `max_length`, and it is float32 whatever `dtype`."""
-        if not self.causal or Pattern.CAUSAL_SELF not in self.patterns:
+        if not self._decodes():
             return super().init_state(batch_size, max_length, dtype=dtype)
         memory = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
         return LinearState(memory, jnp.zeros((batch_size,), jnp.int32))
@@ -99,7 +103,7 @@ class LinearMixer(TokenMixer):
         self, x: ArrayLike, state: LinearState, *, mask: ArrayLike | None = None
     ) -> tuple[jax.Array, LinearState]:
         """Advances the memory by `(B, N, C)`; where `mask` is False nothing is added and nothing decays."""
-        if not self.causal or Pattern.CAUSAL_SELF not in self.patterns:
+        if not self._decodes():
             return super().prefill(x, state, mask=mask)
         self.check_call(x)
         x = jnp.asarray(x, self.dtype)
@@ -124,7 +128,7 @@ class LinearMixer(TokenMixer):
 
     def step(self, x_t: ArrayLike, state: LinearState) -> tuple[jax.Array, LinearState]:
         """Advances the memory by one token `(B, C)`."""
-        if not self.causal or Pattern.CAUSAL_SELF not in self.patterns:
+        if not self._decodes():
             return super().step(x_t, state)
         x = jnp.asarray(x_t, self.dtype)[:, None]
         self.check_call(x)

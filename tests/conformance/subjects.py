@@ -91,10 +91,16 @@ def mixers() -> tuple[Subject, ...]:
 def supported(name: str, pattern: Pattern, layout: Layout) -> bool:
     """Whether a declared pattern exists in a declared layout: some mixers are causal on sequences alone."""
     try:
-        Subject(name, pattern, layout).build()
+        attnlab.get(name).cls.check_site(Subject(name, pattern, layout).site())
     except attnlab.UnsupportedArgument:
         return False
     return True
+
+
+@functools.cache
+def accepts(subject: Subject) -> frozenset[str]:
+    """Arguments that the mixer takes when built for this pattern and layout; nothing is computed to learn it."""
+    return nnx.eval_shape(lambda: subject.build(noise=False)).accepts
 
 
 def relative_rms(got, want) -> float:

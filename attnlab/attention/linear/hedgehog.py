@@ -238,7 +238,10 @@ class HedgehogAttention(LinearMixer):
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.normalize, self.scale, self.rotary_theta = normalize, scale, rotary_theta
         self.groups, self.value_size = groups, head_dim
+        self.cross = context_features is not None
         self.permutation_equivariant = rotary_theta is None
+        if causal and self.cross:
+            self.accepts = self.accepts - {"segment_ids"}  # the op takes one array of ids when causal
         if rotary_theta is not None:
             self.accepts = self.accepts | {"positions"}
         source = features if context_features is None else context_features
