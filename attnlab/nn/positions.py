@@ -223,7 +223,7 @@ def t5_bucket(
     """Bucket of an offset key - query (Raffel et al., 2020, arXiv:1910.10683).
 
     Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`; beyond it all
-    share the last. Bidirectional, the upper half of the buckets is for keys after the query; else those are in bucket 0.
+    share the last. Bidirectional, the upper half is for keys after the query; else those are in bucket 0.
 
     Args:
       offset: integers of any shape.

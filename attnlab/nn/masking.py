@@ -1,0 +1,150 @@
+"""The kinds of masks that a call may bring, as one boolean array; shared by all mechanisms with dense scores.
+
+Everywhere: True means that the query may attend to the key. None means that nothing is masked.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+class StructuralMask(Protocol):
+    """A mask that is a rule on indices, as `pallas_kernels.masks` has them; hashable."""
+
+    def mask(self, q_idx: ArrayLike, k_idx: ArrayLike) -> jax.Array:
+        """Elementwise on integer arrays that broadcast together."""
+        ...
+
+
+SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
+
+
+def full_mask(mask: ArrayLike) -> jax.Array:
+    """A key mask `(B, M)` or a full mask `(B|1, H|1, N|1, M|1)` as a full one.
+
+    Raises:
+      ValueError: for another rank, or values that are not booleans.
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must be boolean, True where attention is allowed, got {mask.dtype}")
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"mask must be (B, M) or (B|1, H|1, N, M), got shape {mask.shape}")
+    return mask[:, None, None, :] if mask.ndim == 2 else mask
+
+
+def both(*masks: jax.Array | None) -> jax.Array | None:
+    """Logical and of the masks that are not None; None if all are."""
+    combined = None
+    for mask in masks:
+        if mask is not None:
+            combined = mask if combined is None else combined & mask
+    return combined
+
+
+def segment_pair(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:
+    """Segment ids of queries `(B, N)` and keys `(B, M)`; one array serves for both."""
+    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
+    if len(pair) != 2 or any(jnp.ndim(ids) != 2 for ids in pair):
+        shapes = [jnp.shape(ids) for ids in pair]
+        raise ValueError(f"segment_ids must be (B, N), or a pair of (B, N) and (B, M), got shapes {shapes}")
+    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
+
+
+def segment_positions(segment_ids: ArrayLike) -> jax.Array:
+    """Place of each token in its run of equal ids, `(B, N)` int32, from 0."""
+    ids = jnp.asarray(segment_ids)
+    index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    starts = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def index_mask(
+    q_idx: ArrayLike, k_idx: ArrayLike, *, causal: bool = False, structural_mask: StructuralMask | None = None
+) -> jax.Array | None:
+    """What the indices alone decide.
+
+    Args:
+      q_idx: `(N,)` or `(B, N)`, places of the queries.
+      k_idx: `(M,)` or `(B, M)`, places of the keys.
+      causal: query i sees keys j ≤ i.
+      structural_mask: a further rule.
+
+    Returns:
+      Boolean `(B|1, 1, N, M)`, or None.
+    """
+    rows, columns = jnp.atleast_2d(q_idx)[:, None, :, None], jnp.atleast_2d(k_idx)[:, None, None, :]
+    by_rule = None
+    if structural_mask is not None:
+        by_rule = jnp.asarray(structural_mask.mask(rows, columns), bool)
+        # A rule may ignore one of its indices.
+        by_rule = jnp.broadcast_to(by_rule, jnp.broadcast_shapes(rows.shape, columns.shape))
+    return both(columns <= rows if causal else None, by_rule)
+
+
+def attention_mask(
+    num_queries: int,
+    num_keys: int,
+    *,
+    mask: ArrayLike | None = None,
+    segment_ids: SegmentIds | None = None,
+    structural_mask: StructuralMask | None = None,
+    causal: bool = False,
+) -> jax.Array | None:
+    """All that restricts who sees whom, in one mask.
+
+    With `segment_ids`, the indices of `structural_mask` and `causal` count from the start of each segment, so that a
+    packed sequence is treated as it would be alone.
+
+    Args:
+      num_queries: N.
+      num_keys: M.
+      mask: `(B, M)` or `(B|1, H|1, N, M)`.
+      segment_ids: `(B, N)`, or a pair `(B, N)`, `(B, M)`.
+      structural_mask: a rule on indices.
+      causal: query i sees keys j ≤ i, both counted from the start.
+
+    Returns:
+      Boolean `(B|1, H|1, N|1, M)`, or None if nothing is masked.
+    """
+    q_idx, k_idx, same = mask_indices(num_queries, num_keys, segment_ids)
+    given = None if mask is None else full_mask(mask)
+    return both(given, same, index_mask(q_idx, k_idx, causal=causal, structural_mask=structural_mask))
+
+
+def mask_indices(
+    num_queries: int, num_keys: int, segment_ids: SegmentIds | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Indices of queries and keys, counted within segments if there are any, and the mask of equal segments."""
+    if segment_ids is None:
+        return jnp.arange(num_queries), jnp.arange(num_keys), None
+    q_ids, k_ids = segment_pair(segment_ids)
+    if q_ids.shape[1] != num_queries or k_ids.shape[1] != num_keys:
+        raise ValueError(
+            f"segment_ids must be for {num_queries} queries and {num_keys} keys, got {q_ids.shape} and {k_ids.shape}"
+        )
+    return segment_positions(q_ids), segment_positions(k_ids), (q_ids[:, None, :, None] == k_ids[:, None, None, :])
+
+
+def masked_softmax(scores: ArrayLike, mask: ArrayLike | None = None, *, axis: Any = -1) -> jax.Array:
+    """Softmax in float32 (or wider) over what the mask allows; a row without any gives zeros and zero gradients.
+
+    Args:
+      scores: any shape; -inf counts as masked.
+      mask: boolean, broadcastable to the scores.
+      axis: over which the weights sum to 1; one or several.
+    """
+    scores = jnp.asarray(scores)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    least = jnp.finfo(scores.dtype).min
+    if mask is not None:
+        scores = jnp.where(mask, scores, least)
+    # At least the lowest finite number: a row of -inf would give -inf - -inf.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=axis, keepdims=True, initial=least))
+    weights = jnp.exp(scores - top)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    total = weights.sum(axis, keepdims=True)
+    return weights / jnp.where(total == 0, 1, total)
