@@ -1,0 +1,442 @@
+"""The training loop.
+
+    model = functools.partial(ViT, (8, 8), 10, channels=1, patch_size=2)
+    data = attnlab.data.open("digits")
+    result = train(model, ClassificationTask(), data, TrainConfig(steps=1000), "runs/vit")
+
+A run lives in its directory:
+
+    config.json      its settings; another run with other settings is refused
+    metrics.jsonl    see `attnlab.training.metrics`; and tensorboard/
+    checkpoints/     see `attnlab.training.checkpoint`
+
+Called again with the same settings, `train` goes on from the newest checkpoint, with the losses that it would have had
+without the interruption, bit for bit on the same machine; a finished run is not trained again. Everything random
+follows from `TrainConfig.seed`.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import signal
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from attnlab.training import sharding
+from attnlab.training.checkpoint import Checkpoints
+from attnlab.training.config import DTYPES, TrainConfig, check_same_settings, settings_as_dict
+from attnlab.training.interrupt import StopRequests, TrainingInterrupted
+from attnlab.training.metrics import MetricsLog, ProgressLine, Record, Stopwatch
+from attnlab.training.optimizer import make_optimizer, make_schedule
+from attnlab.training.state import TrainState, all_finite, count_parameters, init_state, make_eval_step, make_train_step
+from attnlab.training.task import Sums, Task
+
+# Steps whose losses are still on the device: the host looks at a loss only when it has queued this many steps more.
+LAG = 2
+
+ModelSource = nnx.Module | Callable[..., nnx.Module]
+
+
+class Data(Protocol):
+    """What the loop asks of a dataset; `attnlab.data.Dataset` is one."""
+
+    def train(self, batch_size: int, seed: int, **options: Any) -> Any:
+        """An endless iterator of dicts of arrays, with `get_state` (for JSON) and `set_state`."""
+
+    def eval(self, batch_size: int, **options: Any) -> Any:
+        """One pass over the evaluation split; every batch is whole, and what fills it up has the weight 0."""
+
+    def num_examples(self, split: str, **options: Any) -> int:
+        """Examples of an epoch; asked only where `TrainConfig.epochs` is given."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, the gradient or the parameters became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+      history: all records of `metrics.jsonl`.
+      metrics: of the final evaluation, by split: "eval", and "eval_ema" with averaged parameters.
+      parameters: number of trained scalars.
+      steps: done.
+      seconds: spent on training steps, without compilation, evaluation and saving.
+      steps_per_second: `steps` over `seconds`.
+      units_per_second: examples or tokens (the task's `unit`) over `seconds`.
+      model: with the trained parameters, averaged ones where the run has them.
+      directory: of the run.
+    """
+
+    history: list[Record]
+    metrics: dict[str, dict[str, float]]
+    parameters: int
+    steps: int
+    seconds: float
+    steps_per_second: float
+    units_per_second: float
+    model: nnx.Module
+    directory: Path
+
+
+def train(
+    model: ModelSource,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    experiment: Any = None,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains a model, or goes on where an earlier call in the same directory stopped.
+
+    Args:
+      model: called as `model(dtype=, rngs=)`, it builds the module; inside jit, so that each device makes its own part
+        alone. A module is trained from the parameters it has, which stay as they are (`TrainResult.model` is another).
+      task: the loss and what is reported.
+      data: opened dataset.
+      config: how to train.
+      out_dir: of the run.
+      experiment: further settings that make the run what it is, such as those of the model and the data: a dataclass or
+        a mapping. They are kept in `config.json` and compared when the run is resumed.
+      mesh: devices, made by `config.mesh` when None. With several processes, `jax.distributed.initialize` comes first,
+        and all of them make the same call and see the same `out_dir`.
+      rules: mesh axes by the logical axis names of parameters.
+      progress: whether to show progress on standard error.
+
+    Returns:
+      The result, once all steps are done.
+
+    Raises:
+      TrainingInterrupted: after SIGTERM or Ctrl-C, when the current step is done and saved. Uncaught, it ends the
+        program with the exit status 143 or 130.
+      NonFiniteError: at an infinite or NaN loss, gradient or parameter; nothing of it is saved.
+      ConfigMismatch: if `out_dir` holds a run with other settings.
+      CheckpointMismatch: if its checkpoint is of another model.
+      CheckpointError: if none of its checkpoints can be read.
+      ValueError: for settings that fit neither the data nor the devices.
+    """
+    mesh = sharding.mesh_from(config.mesh) if mesh is None else mesh
+    with jax.set_mesh(mesh), StopRequests() as stop:
+        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, progress)
+        try:
+            run.train(stop)
+            return run.result()
+        finally:
+            run.close()
+
+
+def load_model(
+    model: ModelSource,
+    directory: str | Path,
+    *,
+    step: int | Literal["newest", "best"] = "newest",
+    ema: bool | None = None,
+) -> nnx.Module:
+    """The model of a run with the parameters of a checkpoint, on one device.
+
+    Args:
+      model: as in `train`.
+      directory: of the run.
+      step: number of steps, or which one.
+      ema: averaged parameters or not; where the run has them, when None.
+
+    Raises:
+      FileNotFoundError: if the directory has no such checkpoint.
+      ValueError: if `ema` is asked of a run without averages.
+      CheckpointMismatch: if the checkpoint is of another model.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no run: it has no config.json")
+    settings = json.loads((directory / "config.json").read_text())["train"]
+    if ema and settings["ema"] is None:
+        raise ValueError(f"{directory} was trained without ema")
+    ema = settings["ema"] is not None if ema is None else ema
+    graphdef, params, other = _split(model, settings["dtype"], settings["seed"])
+    parts = {"params": params, "other": other}
+    trees = {"model": parts, "ema": {"params": params}} if ema else {"model": parts}
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), trees)
+    checkpoints = Checkpoints(directory / "checkpoints", tuple(trees))
+    try:
+        steps = checkpoints.steps()
+        found = {"newest": steps[-1] if steps else None, "best": checkpoints.best_step()}.get(step, step)
+        if found not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(f"{directory} has no checkpoint {step!r}; its steps are: {known}")
+        trees, _ = checkpoints.restore(found, abstract)
+    finally:
+        checkpoints.close()
+    return nnx.merge(graphdef, trees["ema" if ema else "model"]["params"], trees["model"]["other"])
+
+
+class _Run:
+    """One call of `train`: what it holds, and the loop over steps."""
+
+    def __init__(
+        self,
+        model: ModelSource,
+        task: Task,
+        data: Data,
+        config: TrainConfig,
+        directory: Path,
+        experiment: Any,
+        mesh: Mesh,
+        rules: sharding.Rules,
+        progress: bool,
+    ):
+        sharding.check_batch_size("a micro-batch", config.batch_size // config.accumulate, mesh)
+        self.eval_batch_size = config.batch_size if config.eval_batch_size is None else config.eval_batch_size
+        sharding.check_batch_size("an evaluation batch", self.eval_batch_size, mesh)
+        self.task, self.data, self.config, self.directory, self.mesh = task, data, config, directory, mesh
+        self.steps = _number_of_steps(config, data, task)
+        self.first = jax.process_index() == 0
+        self.schedule = make_schedule(config.optimizer, self.steps)
+        optimizer = make_optimizer(config.optimizer, self.steps)
+
+        self.graphdef, params, other = _split(model, config.dtype, config.seed)
+
+        def init(params: nnx.State, other: nnx.State) -> TrainState:
+            return init_state(params, other, optimizer, with_ema=config.ema is not None)
+
+        abstract = jax.eval_shape(init, params, other)
+        self.parameters = count_parameters(abstract.params)
+        self.shardings = sharding.shardings(abstract, mesh, rules)
+        self.abstract = sharding.with_shardings(abstract, self.shardings)
+        whole = NamedSharding(mesh, P())
+        train_step = make_train_step(self.graphdef, task, optimizer, accumulate=config.accumulate, ema_decay=config.ema)
+        self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings, whole))
+        self.eval_step = jax.jit(make_eval_step(self.graphdef, task), out_shardings=whole)
+        self.all_finite = jax.jit(all_finite, out_shardings=whole)
+
+        directory.mkdir(parents=True, exist_ok=True)
+        items = ("model", "optimizer") + (("ema",) if config.ema is not None else ())
+        self.checkpoints = Checkpoints(directory / "checkpoints", items, keep=config.keep, best_mode=task.best_mode)
+        changes = self._settle_settings(settings_as_dict(config, task, experiment))
+        self.batches = data.train(config.batch_size, config.seed, **task.data_options())
+        found = self.checkpoints.restore_newest(_trees(self.abstract))
+        if found is None:
+            self.step, seconds = 0, 0.0
+            if isinstance(model, nnx.Module):
+                self.state = jax.jit(init, out_shardings=self.shardings)(params, other)
+            else:
+                build = lambda: init(*_build(model, config.dtype, config.seed)[1:])  # noqa: E731
+                self.state = jax.jit(build, out_shardings=self.shardings)()
+        else:
+            self.step, trees, saved = found
+            self.state, seconds = _state(trees), saved["seconds"]
+            self.batches.set_state(saved["data"])
+        self.saved_step = self.step if found else None
+        self.watch = Stopwatch(seconds)
+        self.seconds_before = seconds
+        self.pending: collections.deque[tuple[int, Sums]] = collections.deque()
+        self.log = MetricsLog(directory, self.step, tensorboard=config.tensorboard, write=self.first)
+        units = config.batch_size * task.units_per_example()
+        self.progress = ProgressLine(self.steps, self.step, units, task.unit, show=progress and self.first)
+        if changes:
+            self.progress.say(f"settings that changed: {'; '.join(changes)}")
+        if found:
+            self.progress.say(f"going on from step {self.step} of {self.steps} in {directory}")
+
+    def train(self, stop: StopRequests) -> None:
+        """All steps that are left."""
+        compiled = None
+        while self.step < self.steps and not self._should_stop(stop):
+            batch = sharding.put_batch(self._next_batch(), self.mesh)
+            if compiled is None:
+                compiled = self.train_step.lower(self.state, batch).compile()
+            self.watch.start()
+            self.state, sums = compiled(self.state, batch)
+            self.step += 1
+            self.pending.append((self.step, sums))
+            self._look_at_losses(all_but=LAG)
+            at_end, score = self.step == self.steps, None
+            if at_end or _due(self.step, self.config.eval_every):
+                score = self._evaluate()
+            if at_end or _due(self.step, self.config.checkpoint_every):
+                self._save(score)
+        if self.step < self.steps:
+            self._save(None)
+            self.checkpoints.wait()
+            self.progress.say(f"stopped by {stop.received.name}: step {self.step} of {self.steps} is saved in "
+                              f"{self.directory}; the same call goes on from there")  # fmt: skip
+            raise TrainingInterrupted(stop.received, self.step)
+        if self.log.last("eval", self.step) is None:
+            self._evaluate()
+        self.checkpoints.wait()
+
+    def result(self) -> TrainResult:
+        """The result of a run whose steps are all done."""
+        splits = ("eval", "eval_ema") if self.config.ema is not None else ("eval",)
+        pace = self.step / self.watch.seconds if self.watch.seconds else math.nan
+        params = self.state.params if self.state.ema is None else self.state.ema
+        return TrainResult(
+            history=self.log.history,
+            metrics={split: self.log.last(split, self.step) for split in splits},
+            parameters=self.parameters,
+            steps=self.step,
+            seconds=self.watch.seconds,
+            steps_per_second=pace,
+            units_per_second=pace * self.config.batch_size * self.task.units_per_example(),
+            model=nnx.merge(self.graphdef, params, self.state.other),
+            directory=self.directory,
+        )
+
+    def close(self) -> None:
+        """Ends threads and closes files, once all saves are on disk."""
+        self.progress.close()
+        self.log.close()
+        if hasattr(self.batches, "close"):
+            self.batches.close()
+        self.checkpoints.close()
+
+    def _settle_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """Refuses settings that differ from those of the checkpoints, and writes them beside these."""
+        path, changes = self.directory / "config.json", []
+        if self.checkpoints.steps():
+            if path.exists():
+                changes = check_same_settings(path, settings)
+            else:
+                warnings.warn(f"{path} is missing: cannot tell whether the checkpoints are of this run", stacklevel=2)
+        if self.first:
+            new = path.with_suffix(".json.new")
+            new.write_text(json.dumps(settings, indent=2) + "\n")
+            new.replace(path)
+        return changes
+
+    def _next_batch(self) -> Mapping[str, np.ndarray]:
+        batch = next(self.batches)
+        if missing := [name for name in self.task.arrays if name not in batch]:
+            raise ValueError(
+                f"{type(self.task).__name__} needs batches with {', '.join(self.task.arrays)}: "
+                f"{', '.join(missing)} is missing among {', '.join(batch)}"
+            )
+        return batch
+
+    def _should_stop(self, stop: StopRequests) -> bool:
+        if jax.process_count() == 1:
+            return stop.received is not None
+        if self.step % self.config.log_every:
+            return False
+        from jax.experimental import multihost_utils
+
+        # Processes must stop at the same step, and a signal may reach one of them alone.
+        received = int(multihost_utils.process_allgather(np.int32(stop.received or 0)).max())
+        stop.received = signal.Signals(received) if received else None
+        return received != 0
+
+    def _look_at_losses(self, all_but: int = 0) -> None:
+        """Fetches the sums of steps done, checks and logs them."""
+        while len(self.pending) > all_but:
+            step, sums = self.pending.popleft()
+            sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+            if not all(map(math.isfinite, sums.values())):
+                values = self.task.metrics(sums)
+                self._stop_at_non_finite(
+                    f"step {step}: the loss is {values['loss']}, the norm of the gradient {sums['grad_norm']}"
+                )
+            values = self.task.metrics(sums) | {"grad_norm": sums["grad_norm"]}
+            if "aux_loss" in sums:
+                values["aux_loss"] = sums["aux_loss"] / (sums["weight"] or 1.0)
+            seconds = self.watch.read()
+            if step % self.config.log_every == 0:
+                values["learning_rate"] = float(self.schedule(step - 1))
+                self.log.write(step, "train", values, seconds)
+            self.progress.update(step, values["loss"], seconds - self.seconds_before)
+
+    def _stop_at_non_finite(self, what: str) -> None:
+        kept = "no checkpoint had been saved" if self.saved_step is None else (
+            f"the last good checkpoint is that of step {self.saved_step} in {self.checkpoints.directory}"
+        )  # fmt: skip
+        raise NonFiniteError(f"{what}. Training stopped; {kept}")
+
+    def _evaluate(self) -> float:
+        """Logs the metrics of the evaluation split; returns the one that chooses the best checkpoint."""
+        self._look_at_losses()
+        self.watch.stop()
+        splits = {"eval": self.state.params}
+        if self.state.ema is not None:
+            splits["eval_ema"] = self.state.ema
+        totals: dict[str, Sums] = {}
+        for batch in self.data.eval(self.eval_batch_size, **self.task.data_options()):
+            batch = sharding.put_batch(batch, self.mesh)
+            for split, params in splits.items():
+                sums = self.eval_step(params, self.state.other, batch)
+                totals[split] = jax.tree.map(jnp.add, totals[split], sums) if split in totals else sums
+        for split, sums in totals.items():
+            values = self.task.metrics({name: float(value) for name, value in jax.device_get(sums).items()})
+            self.log.write(self.step, split, values, self.watch.seconds)
+            words = " · ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.progress.say(f"step {self.step} · {split}: {words}")
+        return values[self.task.best]
+
+    def _save(self, score: float | None) -> None:
+        """Saves the state unless it is saved already; a state that is not finite raises instead."""
+        self._look_at_losses()
+        self.watch.stop()
+        if self.step == self.saved_step:
+            return
+        if not self.all_finite(self.state):
+            self._stop_at_non_finite(f"step {self.step}: parameters or optimizer state are not finite after the update")
+        progress = {"seconds": self.watch.seconds, "data": self.batches.get_state()}
+        if score is not None and not math.isfinite(score):
+            score = None
+        self.checkpoints.save(self.step, _trees(self.state), progress, score=score)
+        self.saved_step = self.step
+
+
+def _build(model: ModelSource, dtype: str, seed: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    module = model if isinstance(model, nnx.Module) else model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))
+    return nnx.split(module, nnx.Param, ...)
+
+
+def _split(model: ModelSource, dtype: str, seed: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Graph, parameters and other state; the states of a module that is still to be built are abstract."""
+    if isinstance(model, nnx.Module):
+        if dtype != "float32":
+            raise ValueError(
+                f"dtype={dtype!r} needs a function that builds the model; a module computes as it was built"
+            )
+        return _build(model, dtype, seed)
+    return nnx.split(nnx.eval_shape(lambda: model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))), nnx.Param, ...)
+
+
+def _number_of_steps(config: TrainConfig, data: Data, task: Task) -> int:
+    if config.steps is not None:
+        return config.steps
+    return math.ceil(config.epochs * data.num_examples("train", **task.data_options()) / config.batch_size)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint."""
+    trees = {
+        "model": {"params": state.params, "other": state.other},
+        "optimizer": {"state": state.optimizer, "step": state.step},
+    }
+    return trees if state.ema is None else trees | {"ema": {"params": state.ema}}
+
+
+def _state(trees: Mapping[str, Any]) -> TrainState:
+    model, optimizer = trees["model"], trees["optimizer"]
+    ema = trees["ema"]["params"] if "ema" in trees else None
+    return TrainState(optimizer["step"], model["params"], model["other"], optimizer["state"], ema)

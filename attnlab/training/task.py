@@ -1,0 +1,139 @@
+"""What a model is trained for: the loss of a batch, and the numbers to report.
+
+A task gives sums over examples, never means, because sums over micro-batches, batches and devices simply add; `metrics`
+turns the sums of any number of batches into what is reported. Whatever has `weight` 0 in the batch counts nowhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+Sums = dict[str, jax.Array]
+
+
+class Task(Protocol):
+    """What the training loop asks of a task.
+
+    Attributes:
+      arrays: names of the arrays that a batch must hold.
+      unit: what a rate counts, "examples" or "tokens".
+      best: name of the evaluation metric by which the best checkpoint is chosen.
+      best_mode: whether the best is the largest or the smallest.
+    """
+
+    arrays: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
+    best: ClassVar[str]
+    best_mode: ClassVar[Literal["max", "min"]]
+
+    def data_options(self) -> dict[str, Any]:
+        """Keyword arguments for the `train` and `eval` of the data."""
+
+    def units_per_example(self) -> int:
+        """How many units one example has."""
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        """Float32 scalars: at least "loss", the sum that is minimised, and "weight", what to divide it by."""
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What to report, "loss" among it, from sums over one batch or many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationTask:
+    """Classes of images: `model(image, deterministic=)` gives logits `(B, classes)`.
+
+    Reports `loss` (softmax cross-entropy in nats; in evaluation without smoothing) and `accuracy`, a fraction.
+
+    Attributes:
+      label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al., 2016,
+        arXiv:1512.00567).
+    """
+
+    label_smoothing: float = 0.0
+
+    arrays: ClassVar = ("image", "label", "weight")
+    unit: ClassVar = "examples"
+    best: ClassVar = "accuracy"
+    best_mode: ClassVar = "max"
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in 0..1, 1 excluded, not {self.label_smoothing}")
+
+    def data_options(self) -> dict[str, Any]:
+        return {}
+
+    def units_per_example(self) -> int:
+        return 1
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        logits = model(batch["image"], deterministic=deterministic).astype(jnp.float32)
+        label, weight = batch["label"], batch["weight"].astype(jnp.float32)
+        target = jax.nn.one_hot(label, logits.shape[-1])
+        if not deterministic:
+            target = optax.smooth_labels(target, self.label_smoothing)
+        return {
+            "loss": jnp.vdot(weight, optax.softmax_cross_entropy(logits, target)),
+            "correct": jnp.vdot(weight, (logits.argmax(-1) == label).astype(jnp.float32)),
+            "weight": weight.sum(),
+        }
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        weight = sums["weight"] or 1.0
+        return {"loss": sums["loss"] / weight, "accuracy": sums["correct"] / weight}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageTask:
+    """The next token: `model(inputs, segment_ids=, positions=, deterministic=)` gives logits `(B, N, vocabulary)`.
+
+    `segment_ids` and `positions` are passed when the batch holds them. Reports `loss` (nats per token), `perplexity`
+    (its exponential) and `bits_per_byte`.
+
+    Attributes:
+      sequence_length: tokens N of an example.
+      bytes_per_token: mean number of bytes that a token stands for; 1 where tokens are bytes.
+      positions: whether `positions` are passed; False for a model whose mixers would refuse them because they do not
+        depend on them.
+    """
+
+    sequence_length: int = 256
+    bytes_per_token: float = 1.0
+    positions: bool = True
+
+    arrays: ClassVar = ("inputs", "targets", "weight")
+    unit: ClassVar = "tokens"
+    best: ClassVar = "loss"
+    best_mode: ClassVar = "min"
+
+    def __post_init__(self):
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, not {self.sequence_length}")
+        if not self.bytes_per_token > 0:
+            raise ValueError(f"bytes_per_token must be more than 0, not {self.bytes_per_token}")
+
+    def data_options(self) -> dict[str, Any]:
+        return {"sequence_length": self.sequence_length}
+
+    def units_per_example(self) -> int:
+        return self.sequence_length
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        names = ("segment_ids", "positions") if self.positions else ("segment_ids",)
+        arguments = {name: batch[name] for name in names if name in batch}
+        logits = model(batch["inputs"], **arguments, deterministic=deterministic).astype(jnp.float32)
+        weight = batch["weight"].astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return {"loss": jnp.vdot(weight, loss), "weight": weight.sum()}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        loss = sums["loss"] / (sums["weight"] or 1.0)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": loss / math.log(2) / self.bytes_per_token}
