@@ -88,13 +88,14 @@ def run(args: Arguments) -> tuple[jax.Array, State | None]:
 def _full(args: Arguments, v: jax.Array, initial: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Non-causal attention without segments: one sum over all keys."""
     dtype, product = args.accumulator, functools.partial(jnp.einsum, precision=_precision(args.q.dtype))
-    q, k, v = _grouped(args.q, args.k.shape[2]).astype(dtype), args.k.astype(dtype), v.astype(dtype)
-    state = product("bjgd,bjge->bgde", k, v)[:, :, None]
-    state = jnp.broadcast_to(state, (*state.shape[:2], q.shape[3], *state.shape[3:]))
+    q = jnp.transpose(_grouped(args.q, args.k.shape[2]).astype(dtype), (0, 2, 3, 1, 4))
+    k, v = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (args.k, v))
+    state = product("bgjd,bgje->bgde", k, v)[:, :, None]
+    state = jnp.broadcast_to(state, (*q.shape[:3], *state.shape[3:]))
     if initial is not None:
-        state = state + initial.reshape(state.shape)
-    y = product("bigrd,bgrde->bigre", q, state)
-    return _merged(y, 2), _merged(state, 1)
+        state = state + _grouped(initial, args.k.shape[2], axis=1)
+    y = product("bgrid,bgrde->bgrie", q, state)
+    return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2), _merged(state, 1)
 
 
 def _same_id(args: Arguments, v: jax.Array) -> tuple[jax.Array, None]:
@@ -105,8 +106,7 @@ def _same_id(args: Arguments, v: jax.Array) -> tuple[jax.Array, None]:
     """
     n, m = args.q.shape[1], args.k.shape[1]
     ids = jnp.concatenate([args.key_ids, args.query_ids], axis=1)
-    is_query = jnp.broadcast_to(jnp.arange(m + n) >= m, ids.shape)
-    order = jnp.lexsort((is_query, ids), axis=1)
+    order = jnp.argsort(ids, axis=1, stable=True)
 
     def sort(x, before, after):
         padded = jnp.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
@@ -143,12 +143,13 @@ def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array 
     if padding:
         tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
     # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
-    zeros = jnp.zeros_like(q[:, 0, :, :, None].astype(dtype) * v[:, 0, :1, None, :].astype(dtype))
-    state = zeros if initial is None else zeros + initial
+    groups = k.shape[2]
+    state = jnp.zeros_like(_grouped(q[:, 0], groups, axis=1)[..., None] * v[:, 0, :, None, None, :], dtype=dtype)
+    state = state if initial is None else state + _grouped(initial, groups, axis=1)
     tokens, shared, state = _same_manual_axes((tokens, shared, state))
-    shared = None if shared is None else _constant_decay(shared, size, k.shape[2])
+    shared = None if shared is None else _constant_decay(shared, size, groups)
     plan = _Plan(size, dtype if args.normalize else q.dtype, _precision(q.dtype))
-    y, state = _sweep(plan, shared, tokens, _grouped(state, k.shape[2], axis=1))
+    y, state = _sweep(plan, shared, tokens, state)
     return y[:, padding:], _merged(state, 1)
 
 
@@ -206,7 +207,8 @@ _sweep.defvjp(_sweep_forward, _sweep_backward)
 def _walk(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], state: jax.Array, every: int | None):
     """Outputs, last state, and the state before each `every`-th chunk (None when `every` is)."""
     count = _count(plan, tokens)
-    y = jnp.zeros_like(tokens["q"][..., :1] * tokens["v"][:, :, :1], dtype=plan.out_dtype)
+    q, v = tokens["q"], tokens["v"]
+    y = _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None], dtype=plan.out_dtype), 2)
     spans = 0 if every is None else math.ceil(count / every)
     kept = jnp.zeros_like(jnp.broadcast_to(state, (spans + 1, *state.shape))).at[0].set(state)
 
