@@ -1,0 +1,435 @@
+"""Bi-level routing attention, BRA (Zhu et al., 2023, arXiv:2303.08810), code at rayleizhu/BiFormer.
+
+The image is cut into regions (S × S of them). Each region asks which k regions matter to it; its tokens then attend to
+the tokens of those alone:
+
+    Q_r, K_r = region means of q, k                       (P, C)
+    I        = top-k of s Q_r K_rᵀ                        (P, k)     routing; no gradient passes through it
+    y_p      = softmax(s q_p [k_i]ᵀ) [v_i], i ∈ I_p                  tokens of region p, heads apart
+    out      = (y + LePE(v)) W_o                                     LePE: a depthwise convolution of v
+
+s = C^-1/2 with all the channels of the queries, not those of a head: kept, since the published weights were trained so.
+
+Options of the code beyond the paper: keys and values pooled inside each region before they are gathered; soft routing,
+which multiplies gathered keys and values by the softmax r of the k kept scores; with it, differentiable routing, with a
+linear map of the region means if wanted.
+
+Two forms differ where S does not divide the image. `BiLevelRoutingAttention` (the released models) pads the image
+before the projection, so padding carries the bias. `RegionalRoutingAttention` (the authors' later refactoring) pads
+with zeros after it, leaves padding out of the means, scores regions without s, and fixes the size of a region to
+Hh // S × Ww // S, so that there may be more than S². In both, padding is attended to like any token.
+
+Cost O(N·k·(N/S²)·C + S⁴·C), at its least O(N^4/3); the gathered keys and values take O(k·N·C) memory.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from attnlab.contract import Layout, Site, TokenMixer, record
+from attnlab.nn.grids import crop, pad_to_multiple, window_merge, window_partition
+from attnlab.nn.linear import Conv, Linear, uniform_init
+from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool
+from attnlab.registry import Cost, Paper, Source, register
+
+KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
+_KV_POOLINGS = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
+_PAPER = Paper(
+    "BiFormer: Vision Transformer with Bi-Level Routing Attention", "Zhu et al.", 2023, arxiv="2303.08810", number=16
+)
+_COST = Cost(time="O(N·k·(N/S²)·C + S⁴·C)", memory="O(k·N·C)")
+
+
+def route(q: jax.Array, k: jax.Array, topk: int, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """The regions that each region attends to.
+
+    Args:
+      q: descriptors of the asking regions, (B, P, C).
+      k: descriptors of the regions asked, (B, R, C).
+      topk: regions kept, at most R.
+      scale: of the scores.
+
+    Returns:
+      Indices (B, P, topk) int32 by descending score, and the softmax of the kept scores, (B, P, topk).
+
+    Raises:
+      ValueError: if `topk` exceeds R.
+    """
+    if not 1 <= topk <= k.shape[1]:
+        raise ValueError(f"topk must be from 1 to the number of regions {k.shape[1]}, got {topk}")
+    # Rounding the scores would change which regions are chosen; the product is tiny.
+    scores = jnp.einsum("bpc,brc->bpr", q * scale, k, precision=jax.lax.Precision.HIGHEST)
+    kept, indices = jax.lax.top_k(scores, topk)
+    return indices, jax.nn.softmax(kept)
+
+
+def routed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    indices: jax.Array,
+    *,
+    scale: float,
+    region_weights: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of the tokens of each region to the tokens of the regions routed to it.
+
+    Args:
+      q: (B, P, n, H, D), n tokens in each of P regions.
+      k: (B, R, m, H, D).
+      v: (B, R, m, H, E).
+      indices: of regions, (B, P, K).
+      scale: of the scores.
+      region_weights: (B, P, K) by which gathered keys and values are multiplied, or None.
+
+    Returns:
+      (B, P, n, H, E) in the dtype of `v`, and the weights (B, P, H, n, K, m) in float32 (or wider).
+    """
+    gather = jax.vmap(lambda tokens, chosen: tokens[chosen])
+    k, v = gather(k, indices), gather(v, indices)  # (B, P, K, m, H, D)
+    if region_weights is not None:
+        factor = region_weights.astype(v.dtype)[..., None, None, None]
+        k, v = factor * k, factor * v
+    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    scores = jnp.einsum("bpnhd,bpkmhd->bphnkm", q, k, preferred_element_type=accumulator)
+    weights = jax.nn.softmax(scores * scale, axis=(-2, -1))
+    y = jnp.einsum("bphnkm,bpkmhe->bpnhe", weights.astype(v.dtype), v, preferred_element_type=accumulator)
+    return y.astype(v.dtype), weights
+
+
+def scatter_map(
+    weights: jax.Array, indices: jax.Array, region: tuple[int, int], padded: tuple[int, int], grid: tuple[int, int]
+) -> jax.Array:
+    """Weights of `routed_attention` as one map over the image, zero where nothing was routed.
+
+    Args:
+      weights: (B, P, H, n, K, m), one key for each token of a region.
+      indices: (B, P, K).
+      region: (h, w), n = m = h·w.
+      padded: (Hh', Ww') that the regions tile.
+      grid: (Hh, Ww); padding beyond it is cut off.
+
+    Returns:
+      (B, H, N, N), tokens in row-major order.
+    """
+    (batch, regions, heads, tokens), count = weights.shape[:4], math.prod(grid)
+    chosen = jax.nn.one_hot(indices, regions, dtype=weights.dtype)
+    full = jnp.einsum("bphnkm,bpkr->bhpnrm", weights, chosen)
+    full = crop(window_merge(full.reshape(-1, regions, tokens, 1), region, padded), grid)
+    full = full.reshape(batch * heads, regions, tokens, count)
+    return crop(window_merge(full, region, padded), grid).reshape(batch, heads, count, count)
+
+
+class _RoutedAttention(TokenMixer):
+    """What both forms share: options, local enhancement, and attention once regions are chosen."""
+
+    layouts = frozenset({Layout.IMAGE})
+    layout = Layout.IMAGE
+
+    def __init__(self, features: int, *, num_heads: int, n_win: int, topk: int, qk_dim: int, side_dwconv: int):
+        if features % num_heads or qk_dim % num_heads:
+            raise ValueError(f"num_heads must divide features {features} and qk_dim {qk_dim}, got {num_heads}")
+        if n_win < 1:
+            raise ValueError(f"n_win must be at least 1, got {n_win}")
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        if side_dwconv < 0 or (side_dwconv and side_dwconv % 2 == 0):
+            raise ValueError(f"side_dwconv must be odd, or 0 for none, got {side_dwconv}")
+        self.features, self.num_heads, self.n_win, self.topk = features, num_heads, n_win, topk
+
+    @classmethod
+    def site_defaults(cls, site: Site) -> dict[str, Any]:
+        """Regions of at least two tokens that tile the grid, up to the usual 7 × 7 of them; at most half are kept."""
+        if site.grid is None:
+            return {}
+        tokens = math.prod(site.grid)
+        sides = [n for n in range(1, 8) if not any(length % n for length in site.grid) and tokens >= 2 * n**2]
+        n_win = max(sides, default=1)
+        return {"n_win": n_win, "topk": min(4, max(1, n_win**2 // 2))}
+
+    def _local(self, v: jax.Array) -> jax.Array:
+        return jnp.zeros_like(v) if self.lepe is None else self.lepe(v)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+
+def _local_enhancement(features: int, side: int, param_dtype: Any, rngs: nnx.Rngs) -> Conv | Any:
+    if side == 0:
+        return nnx.data(None)
+    return Conv(features, features, (side, side), feature_group_count=features, param_dtype=param_dtype, rngs=rngs)
+
+
+@register(
+    "biformer_bra",
+    paper=_PAPER,
+    source=Source.AUTHORS_CODE,
+    repository="rayleizhu/BiFormer",
+    cost=_COST,
+    summary="each region attends to the tokens of the k regions whose mean keys match its mean query",
+)
+class BiLevelRoutingAttention(_RoutedAttention):
+    """Attention of images (B, Hh, Ww, C) among routed regions, as in the released BiFormer.
+
+    Args:
+      features: channels C.
+      num_heads: heads H.
+      n_win: regions per side, S.
+      topk: regions that each region attends to, at most S².
+      qk_dim: channels of queries and keys; C when None.
+      qk_scale: s, of both the routing and the token scores; qk_dim^-1/2 when None.
+      kv_downsample_mode: how keys and values are pooled inside a region: "identity" (not at all), "ada_avgpool" or
+        "ada_maxpool" (to `kv_per_win` a side), "avgpool" or "maxpool" (by `kv_downsample_ratio` a side).
+      kv_per_win: keys per side of a region, for the adaptive modes.
+      kv_downsample_ratio: side of a pooling window, for the other modes; 1 pools nothing.
+      param_attention: "qkvo", or "qkv" for no output projection.
+      param_routing: whether the region means pass a linear map; needs `diff_routing`.
+      diff_routing: whether gradients pass through the kept scores; needs `soft_routing`.
+      soft_routing: whether gathered keys and values are multiplied by the softmax of the kept scores.
+      side_dwconv: side of the local enhancement's kernel, odd; 0 for none.
+      auto_pad: whether images that S does not divide are padded; else they are refused.
+      dtype: of the computation and the result; that of the input when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+
+    Raises:
+      ValueError: for options that do not fit together or are out of range, in words.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 8,
+        n_win: int = 7,
+        topk: int = 4,
+        qk_dim: int | None = None,
+        qk_scale: float | None = None,
+        kv_downsample_mode: KVPooling = "identity",
+        kv_per_win: int = 4,
+        kv_downsample_ratio: int = 4,
+        param_attention: Literal["qkvo", "qkv"] = "qkvo",
+        param_routing: bool = False,
+        diff_routing: bool = False,
+        soft_routing: bool = False,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        qk_dim = features if qk_dim is None else qk_dim
+        super().__init__(features, num_heads=num_heads, n_win=n_win, topk=topk, qk_dim=qk_dim, side_dwconv=side_dwconv)
+        if topk > n_win**2:
+            raise ValueError(f"topk must be at most the number of regions {n_win**2}, got {topk}")
+        if kv_downsample_mode not in _KV_POOLINGS:
+            raise ValueError(f"kv_downsample_mode must be one of {', '.join(_KV_POOLINGS)}, got {kv_downsample_mode!r}")
+        if param_attention not in ("qkvo", "qkv"):
+            raise ValueError(f"param_attention must be 'qkvo' or 'qkv', got {param_attention!r}")
+        if param_routing and not diff_routing:
+            raise ValueError("param_routing learns nothing without diff_routing")
+        if diff_routing and not soft_routing:
+            raise ValueError("diff_routing needs soft_routing: the choice of regions alone has no gradient")
+        if kv_downsample_mode.startswith("ada_") and kv_per_win < 1:
+            raise ValueError(f"kv_per_win must be at least 1 with {kv_downsample_mode}, got {kv_per_win}")
+        self.qk_dim = qk_dim
+        self.scale = qk_dim**-0.5 if qk_scale is None else qk_scale
+        self.kv_downsample_mode, self.kv_per_win, self.kv_ratio = kv_downsample_mode, kv_per_win, kv_downsample_ratio
+        self.diff_routing, self.soft_routing, self.auto_pad, self.dtype = diff_routing, soft_routing, auto_pad, dtype
+        options = {"param_dtype": param_dtype, "rngs": rngs}
+        self.qkv = Linear(features, 2 * qk_dim + features, axes=("embed", "heads"), **options)
+        self.lepe = _local_enhancement(features, side_dwconv, param_dtype, rngs)
+        self.router = Linear(qk_dim, qk_dim, **options) if param_routing else nnx.data(None)
+        self.out = nnx.data(None)
+        if param_attention == "qkvo":
+            self.out = Linear(features, features, axes=("heads", "embed"), **options)
+
+    @classmethod
+    def site_defaults(cls, site: Site) -> dict[str, Any]:
+        return super().site_defaults(site) | {"auto_pad": True}
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        positions: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
+        grid = jnp.shape(x)[1:3]
+        q, k, v = self._project(x)
+        padded = v.shape[1:3]
+        region = self._region(padded)
+        indices, region_weights = self._route(q, k, region)
+        keys, values = (self._heads(self._pool(window_partition(a, region), region)) for a in (k, v))
+        y, weights = routed_attention(
+            self._heads(window_partition(q, region)),
+            keys,
+            values,
+            indices,
+            scale=self.scale,
+            region_weights=region_weights if self.soft_routing else None,
+        )
+        record(
+            self,
+            "attention",
+            lambda: scatter_map(self._unpool(weights, region), indices, region, padded, grid),
+        )
+        y = window_merge(y.reshape(*y.shape[:3], -1), region, padded) + self._local(v)
+        return crop(y if self.out is None else self.out(y), grid)
+
+    def routing(self, x: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Which regions each region of `x` attends to, and their softmaxed scores: two arrays (B, S², topk)."""
+        self.check_call(x)
+        q, k, v = self._project(x)
+        return self._route(q, k, self._region(v.shape[1:3]))
+
+    def _project(self, x: ArrayLike) -> list[jax.Array]:
+        x = jnp.asarray(x, self.dtype)
+        if self.auto_pad:
+            x, _ = pad_to_multiple(x, self.n_win)
+        return jnp.split(self.qkv(x), [self.qk_dim, 2 * self.qk_dim], axis=-1)
+
+    def _region(self, grid: tuple[int, int]) -> tuple[int, int]:
+        if any(length % self.n_win for length in grid):
+            raise ValueError(
+                f"n_win {self.n_win} does not divide the image {tuple(grid)}; auto_pad=True pads it with zeros"
+            )
+        return grid[0] // self.n_win, grid[1] // self.n_win
+
+    def _route(self, q: jax.Array, k: jax.Array, region: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        means = [_means(window_partition(a, region)) for a in (q, k)]
+        if not self.diff_routing:
+            means = [jax.lax.stop_gradient(a) for a in means]
+        if self.router is not None:
+            means = [self.router(a) for a in means]
+        return route(*means, self.topk, self.scale)
+
+    def _pool(self, x: jax.Array, region: tuple[int, int]) -> jax.Array:
+        """Tokens of regions (B, P, h·w, C) pooled to (B, P, m, C)."""
+        if self.kv_downsample_mode == "identity":
+            return x
+        maps = x.reshape(-1, *region, x.shape[-1])
+        if self.kv_downsample_mode.startswith("ada_"):
+            pool = adaptive_avg_pool if self.kv_downsample_mode == "ada_avgpool" else adaptive_max_pool
+            maps = pool(maps, self.kv_per_win)
+        elif self.kv_ratio > 1:
+            maps = (avg_pool if self.kv_downsample_mode == "avgpool" else max_pool)(maps, self.kv_ratio)
+        return maps.reshape(*x.shape[:2], -1, x.shape[-1])
+
+    def _unpool(self, weights: jax.Array, region: tuple[int, int]) -> jax.Array:
+        """Weights (..., m) of pooled keys to weights (..., h·w) of tokens: a key's is shared evenly by its tokens."""
+        if self.kv_downsample_mode == "identity":
+            return weights
+
+        def pool(tokens: jax.Array) -> jax.Array:
+            maps = tokens.reshape(-1, *region, 1)
+            if self.kv_downsample_mode.startswith("ada_"):
+                maps = adaptive_avg_pool(maps, self.kv_per_win)
+            elif self.kv_ratio > 1:
+                maps = avg_pool(maps, self.kv_ratio)
+            return maps.reshape(weights.shape)
+
+        tokens = jax.ShapeDtypeStruct((*weights.shape[:-1], math.prod(region)), weights.dtype)
+        return jax.linear_transpose(pool, tokens)(weights)[0]
+
+
+def _means(regions: jax.Array) -> jax.Array:
+    """(B, P, n, C) to (B, P, C), in float32 (or wider): scores that are close must not be rounded together."""
+    return regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2)
+
+
+@register(
+    "biformer_bra.nchw",
+    paper=_PAPER,
+    source=Source.AUTHORS_CODE,
+    repository="rayleizhu/BiFormer",
+    cost=_COST,
+    summary="bi-level routing attention as its authors refactored it: any image size, padding after the projection",
+)
+class RegionalRoutingAttention(_RoutedAttention):
+    """Attention of images (B, Hh, Ww, C) among routed regions of Hh // S × Ww // S tokens.
+
+    The authors' `nchwBRA`; the name of the registered variant remembers its channel-first layout, here channels are
+    last as everywhere.
+
+    Args:
+      features: channels C.
+      num_heads: heads H.
+      n_win: S, which fixes the size of a region; an image that it does not divide has more than S² regions.
+      topk: regions that each region attends to.
+      qk_scale: of the token scores; C^-1/2 when None.
+      side_dwconv: side of the local enhancement's kernel, odd; 0 for none.
+      dtype: of the computation and the result; that of the input when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+
+    Raises:
+      ValueError: if the heads do not divide the channels, or an option is out of range; in the call, if the image has
+        fewer than S rows or columns, or fewer than `topk` regions.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int = 8,
+        n_win: int = 7,
+        topk: int = 4,
+        qk_scale: float | None = None,
+        side_dwconv: int = 3,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            features, num_heads=num_heads, n_win=n_win, topk=topk, qk_dim=features, side_dwconv=side_dwconv
+        )
+        self.scale = features**-0.5 if qk_scale is None else qk_scale
+        self.dtype = dtype
+        init = uniform_init(features)
+        options = {"kernel_init": init, "bias_init": init, "param_dtype": param_dtype, "rngs": rngs}
+        self.qkv = Linear(features, 3 * features, axes=("embed", "heads"), **options)
+        self.lepe = _local_enhancement(features, side_dwconv, param_dtype, rngs)
+        self.out = Linear(features, features, axes=("heads", "embed"), **options)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        positions: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
+        grid = jnp.shape(x)[1:3]
+        if min(grid) < self.n_win:
+            raise ValueError(f"n_win {self.n_win} is more than the image {tuple(grid)} has rows or columns")
+        region = grid[0] // self.n_win, grid[1] // self.n_win
+        q, k, v = jnp.split(self.qkv(jnp.asarray(x, self.dtype)), 3, axis=-1)
+        means = [self._region_means(a, region) for a in (q, k)]
+        indices, _ = route(*means, self.topk)
+        tokens = [pad_to_multiple(a, region)[0] for a in (q, k, v)]
+        padded = tokens[0].shape[1:3]
+        y, weights = routed_attention(
+            *(self._heads(window_partition(a, region)) for a in tokens), indices, scale=self.scale
+        )
+        record(self, "attention", lambda: scatter_map(weights, indices, region, padded, grid))
+        y = crop(window_merge(y.reshape(*y.shape[:3], -1), region, padded), grid)
+        return self.out(y + self._local(v))
+
+    @staticmethod
+    def _region_means(x: jax.Array, region: tuple[int, int]) -> jax.Array:
+        """(B, Hh, Ww, C) to (B, P, C), padding not counted; gradients pass the token attention alone."""
+        wide = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        means = avg_pool(wide, region, ceil_mode=True, count_include_pad=False)
+        return means.reshape(x.shape[0], -1, x.shape[-1])
