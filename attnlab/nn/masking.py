@@ -3,20 +3,13 @@
 Everywhere: True means that the query may attend to the key. None means that nothing is masked.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-
-class StructuralMask(Protocol):
-    """A mask that is a rule on indices, as `pallas_kernels.masks` has them; hashable."""
-
-    def mask(self, q_idx: ArrayLike, k_idx: ArrayLike) -> jax.Array:
-        """Elementwise on integer arrays that broadcast together."""
-        ...
-
+from pallas_kernels.masks import Mask
 
 SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
 
@@ -62,7 +55,7 @@ def segment_positions(segment_ids: ArrayLike) -> jax.Array:
 
 
 def index_mask(
-    q_idx: ArrayLike, k_idx: ArrayLike, *, causal: bool = False, structural_mask: StructuralMask | None = None
+    q_idx: ArrayLike, k_idx: ArrayLike, *, causal: bool = False, structural_mask: Mask | None = None
 ) -> jax.Array | None:
     """What the indices alone decide.
 
@@ -76,11 +69,7 @@ def index_mask(
       Boolean `(B|1, 1, N, M)`, or None.
     """
     rows, columns = jnp.atleast_2d(q_idx)[:, None, :, None], jnp.atleast_2d(k_idx)[:, None, None, :]
-    by_rule = None
-    if structural_mask is not None:
-        by_rule = jnp.asarray(structural_mask.mask(rows, columns), bool)
-        # A rule may ignore one of its indices.
-        by_rule = jnp.broadcast_to(by_rule, jnp.broadcast_shapes(rows.shape, columns.shape))
+    by_rule = None if structural_mask is None else jnp.asarray(structural_mask(rows, columns))
     return both(columns <= rows if causal else None, by_rule)
 
 
@@ -90,7 +79,7 @@ def attention_mask(
     *,
     mask: ArrayLike | None = None,
     segment_ids: SegmentIds | None = None,
-    structural_mask: StructuralMask | None = None,
+    structural_mask: Mask | None = None,
     causal: bool = False,
 ) -> jax.Array | None:
     """All that restricts who sees whom, in one mask.

@@ -45,6 +45,10 @@ class Rotary:
         """`rotary` with these options."""
         return rotary(x, positions, theta=self.theta, split=self.split, interleaved=self.interleaved)
 
+    def check(self, size: int, axes: int) -> None:
+        """Raises `ValueError` if these options do not fit heads of `size` channels and positions along `axes` axes."""
+        _pairs(size, axes, self.split)
+
 
 def rotary(
     x: ArrayLike,
@@ -97,14 +101,18 @@ def rotary_angles(
         positions = positions[None]
     if positions.ndim == 2:
         positions = positions[..., None]
-    axes = positions.shape[-1]
+    split = _pairs(size, positions.shape[-1], split)
+    where = positions.astype(jnp.float32)
+    return jnp.concatenate([where[..., a, None] * _frequencies(pairs, theta) for a, pairs in enumerate(split)], -1)
+
+
+def _pairs(size: int, axes: int, split: Sequence[int] | None) -> tuple[int, ...]:
     if size % 2:
         raise ValueError(f"rotary positions turn pairs of channels: the head size must be even, got {size}")
     split = _even_split(size // 2, axes) if split is None else tuple(split)
     if len(split) != axes or sum(split) != size // 2 or min(split) < 0:
         raise ValueError(f"split must give {axes} axes {size // 2} pairs in sum, got {split}")
-    where = positions.astype(jnp.float32)
-    return jnp.concatenate([where[..., a, None] * _frequencies(pairs, theta) for a, pairs in enumerate(split)], -1)
+    return split
 
 
 def _even_split(total: int, parts: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ one block of keys at a time, in the backward pass too (online softmax, arXiv:211
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.masking import (
     SegmentIds,
-    StructuralMask,
     both,
     full_mask,
     index_mask,
@@ -24,6 +23,7 @@ from attnlab.nn.masking import (
     segment_pair,
     segment_positions,
 )
+from pallas_kernels.masks import Mask
 
 
 def softmax_attention(
@@ -34,7 +34,7 @@ def softmax_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     segment_ids: SegmentIds | None = None,
-    structural_mask: StructuralMask | None = None,
+    structural_mask: Mask | None = None,
     causal: bool = False,
     q_idx: ArrayLike | None = None,
     k_idx: ArrayLike | None = None,
@@ -107,7 +107,7 @@ def attention_weights(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     segment_ids: SegmentIds | None = None,
-    structural_mask: StructuralMask | None = None,
+    structural_mask: Mask | None = None,
     causal: bool = False,
     q_idx: ArrayLike | None = None,
     k_idx: ArrayLike | None = None,
@@ -142,7 +142,7 @@ class _Batch(NamedTuple):
 class _Rules(NamedTuple):
     """What is known when tracing."""
 
-    structural_mask: Any
+    structural_mask: Mask | None
     causal: bool
     softcap: float | None
 

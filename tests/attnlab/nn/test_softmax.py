@@ -1,6 +1,5 @@
 """Softmax attention against the formula in float64 NumPy, and against JAX's own."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 
 from attnlab.nn.masking import attention_mask, masked_softmax, segment_positions
 from attnlab.nn.softmax import attention_weights, softmax_attention
+from pallas_kernels.masks import SlidingWindow
 
 
 def rms(a, b):
@@ -42,16 +42,6 @@ def formula(q, k, v, mask=None, bias=None, scale=None, softcap=None):
     return y, weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """|q - k| at most `width`."""
-
-    width: int
-
-    def mask(self, q_idx, k_idx):
-        return abs(q_idx - k_idx) <= self.width
-
-
 SHAPES = {"multi-head": (4, 4), "grouped": (4, 2), "multi-query": (4, 1)}
 
 
@@ -63,8 +53,15 @@ def test_equals_the_formula_with_everything_at_once(heads, block_size):
     rng = np.random.default_rng(1)
     mask = rng.random((2, h, 6, 7)) < 0.7
     mask[0, 1, 2] = False
-    causal, band = np.tri(6, 7, dtype=bool), Band(4).mask(np.arange(6)[:, None], np.arange(7))
-    options = {"bias": bias, "mask": mask, "causal": True, "structural_mask": Band(4), "scale": 0.6, "softcap": 2.0}
+    causal, band = np.tri(6, 7, dtype=bool), SlidingWindow(4, 4).dense(6, 7)
+    options = {
+        "bias": bias,
+        "mask": mask,
+        "causal": True,
+        "structural_mask": SlidingWindow(4, 4),
+        "scale": 0.6,
+        "softcap": 2.0,
+    }
     expected, weights = formula(q, k, v, mask & causal & band, bias, 0.6, 2.0)
     assert rms(softmax_attention(q, k, v, **options, block_size=block_size), expected) < 1e-6
     if block_size is None:
@@ -186,7 +183,9 @@ def test_bfloat16_is_close_to_float64(block_size):
 def test_packed_segments_are_separate_sequences(block_size):
     q, k, v = draw(8, (1, 8, 2, 4), (1, 9, 2, 4), (1, 9, 2, 4))
     q_ids, k_ids = np.array([[3] * 5 + [0] * 3]), np.array([[3] * 4 + [0] * 5])
-    attend = functools.partial(softmax_attention, causal=True, structural_mask=Band(2), block_size=block_size)
+    attend = functools.partial(
+        softmax_attention, causal=True, structural_mask=SlidingWindow(2, 2), block_size=block_size
+    )
     packed = attend(q, k, v, segment_ids=(q_ids, k_ids))
     first, second = attend(q[:, :5], k[:, :4], v[:, :4]), attend(q[:, 5:], k[:, 4:], v[:, 4:])
     assert rms(packed, np.concatenate([first, second], 1)) < 1e-6
@@ -194,8 +193,10 @@ def test_packed_segments_are_separate_sequences(block_size):
 
 def test_indices_move_the_rules():
     q, k, v = draw(9, (2, 6, 2, 4), (2, 6, 2, 4), (2, 6, 2, 4))
-    whole = softmax_attention(q, k, v, causal=True, structural_mask=Band(3))
-    end = softmax_attention(q[:, 4:], k, v, causal=True, structural_mask=Band(3), q_idx=np.array([[4, 5]] * 2))
+    whole = softmax_attention(q, k, v, causal=True, structural_mask=SlidingWindow(3, 3))
+    end = softmax_attention(
+        q[:, 4:], k, v, causal=True, structural_mask=SlidingWindow(3, 3), q_idx=np.array([[4, 5]] * 2)
+    )
     assert rms(end, whole[:, 4:]) < 1e-6
 
 

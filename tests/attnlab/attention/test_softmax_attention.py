@@ -1,0 +1,208 @@
+"""The softmax mixer: equality with the formula, its options, decoding, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
+from attnlab.contract import Layout, Site, UnsupportedArgument
+from attnlab.nn.positions import Rotary
+from attnlab.registry import create
+from pallas_kernels.masks import SlidingWindow
+
+
+def build(features=16, *, num_heads=4, **options):
+    return SoftmaxAttention(features, num_heads=num_heads, **options, rngs=nnx.Rngs(0, dropout=1))
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def rms(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2))
+
+
+def test_equals_the_equations():
+    mixer = build(12, num_heads=4, num_kv_heads=2, head_dim=6, value_dim=5, context_features=10, causal=True)
+    x, context = draw(0, 2, 7, 12), draw(1, 2, 9, 10)
+    weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64) for name in ("query", "key", "value")}
+    out = np.asarray(mixer.projection.kernel[...], np.float64)
+    q = (x @ weight["query"]).reshape(2, 7, 4, 6)
+    k = (context @ weight["key"]).reshape(2, 9, 2, 6).repeat(2, axis=2)
+    v = (context @ weight["value"]).reshape(2, 9, 2, 5).repeat(2, axis=2)
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(6)
+    e = np.exp(scores) * np.tri(7, 9)
+    weights = e / e.sum(-1, keepdims=True)
+    expected = np.einsum("bhnm,bmhe->bnhe", weights, v).reshape(2, 7, 20) @ out
+    y, seen = nnx.capture(mixer, nnx.Intermediate)(x, context)
+    assert rms(y, expected) < 1e-6
+    assert rms(seen["attention"][0], weights) < 1e-6
+
+
+OPTIONS = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2, "value_dim": 6},
+    "rotary": {"rotary": 10000.0, "qk_norm": True},
+    "alibi": {"alibi": True},
+    "window": {"structural_mask": SlidingWindow(2, 0), "rotary": Rotary(interleaved=True)},
+    "blocks": {"block_size": 4, "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decoding_equals_the_whole(options):
+    mixer = build(causal=True, **options)
+    x = draw(2, 2, 9, 16)
+    whole = mixer(x)
+    state = mixer.init_state(2, 11)
+    first, state = mixer.prefill(x[:, :4], state)
+    second, state = mixer.prefill(x[:, 4:6], state)
+    step = jax.jit(lambda x_t, state: mixer.step(x_t, state))
+    rest = []
+    for n in range(6, 9):
+        y, state = step(x[:, n], state)
+        rest.append(y[:, None])
+    assert rms(np.concatenate([first, second, *rest], 1), whole) < 1e-6
+    np.testing.assert_array_equal(state.length, [9, 9])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_left_padding_changes_nothing(options):
+    mixer = build(causal=True, **options)
+    x = draw(3, 1, 8, 16)
+    alone = mixer(x)
+    padded = np.concatenate([draw(4, 1, 3, 16), x], 1)
+    batch = np.concatenate([padded, draw(5, 1, 11, 16)], 0)
+    mask = np.ones((2, 11), bool)
+    mask[0, :3] = False
+    y, state = mixer.prefill(batch[:, :10], mixer.init_state(2, 11), mask=mask[:, :10])
+    last, state = mixer.step(batch[:, 10], state)
+    assert rms(y[:1, 3:], alone[:, :7]) < 1e-6 and rms(last[:1], alone[:, 7]) < 1e-6
+    np.testing.assert_array_equal(state.length, [8, 11])
+    np.testing.assert_array_equal(y[0, :3], np.broadcast_to(mixer.projection.bias[...], (3, 16)))
+
+
+def test_a_scan_of_donated_steps_stays_in_place():
+    mixer = build(causal=True, rotary=100.0)
+    x = draw(6, 2, 6, 16)
+
+    def advance(state, x_t):
+        y, state = mixer.step(x_t, state)
+        return state, y
+
+    decode = jax.jit(lambda state, x: jax.lax.scan(advance, state, x.swapaxes(0, 1)), donate_argnums=0)
+    state = mixer.init_state(2, 6, dtype=jnp.float32)
+    _, y = decode(state, x)
+    assert rms(y.swapaxes(0, 1), mixer(x)) < 1e-6
+    assert state.keys.is_deleted()
+
+
+def test_a_full_cache_refuses():
+    mixer = build(causal=True)
+    with pytest.raises(ValueError, match="6 tokens do not fit a cache of max_length 5"):
+        mixer.prefill(draw(0, 1, 6, 16), mixer.init_state(1, 5))
+    with pytest.raises(ValueError, match="max_length 5"):
+        jax.jit(lambda x, state: mixer.prefill(x, state))(draw(0, 1, 6, 16), mixer.init_state(1, 5))
+    _, state = mixer.prefill(draw(0, 1, 5, 16), mixer.init_state(1, 5))
+    with pytest.raises(ValueError, match="6 tokens"):
+        mixer.step(draw(0, 1, 16), state)
+    with pytest.raises(ValueError, match="needs max_length"):
+        mixer.init_state(1)
+    _, state = mixer.prefill(draw(0, 1, 6, 16), mixer.init_state(1, 5), mask=np.array([[False] + [True] * 5]))
+    np.testing.assert_array_equal(state.length, [5])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_packed_segments_are_separate_runs(options):
+    mixer = build(causal=True, **options)
+    x = draw(7, 1, 9, 16)
+    packed = mixer(x, segment_ids=np.array([[4] * 5 + [1] * 4]))
+    assert rms(packed, np.concatenate([mixer(x[:, :5]), mixer(x[:, 5:])], 1)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"rotary": 100.0}, {"alibi": True}])
+def test_positions_are_used(options):
+    mixer = build(**options)
+    x = draw(8, 2, 5, 16)
+    moved = mixer(x, positions=np.arange(5)[None] + 7)
+    assert rms(moved, mixer(x)) < 1e-5
+    assert rms(mixer(x, positions=np.arange(0, 10, 2)[None]), mixer(x)) > 1e-4
+
+
+@pytest.mark.parametrize("layout, grid", [(Layout.IMAGE, (3, 4)), (Layout.VIDEO, (2, 3, 2))])
+def test_grids_turn_by_their_axes(layout, grid):
+    mixer = build(24, num_heads=2, layout=layout, rotary=100.0)
+    plain = build(24, num_heads=2, layout=layout)
+    x = draw(9, 2, *grid, 24)
+    assert mixer(x).shape == x.shape
+    flat = build(24, num_heads=2)
+    assert rms(plain(x).reshape(2, -1, 24), flat(x.reshape(2, -1, 24))) < 1e-6
+    # Swapping two axes with their pairs of channels is the same mechanism: so is the result without pairs for one.
+    one_axis = build(24, num_heads=2, layout=layout, rotary=Rotary(100.0, split=(6,) + (0,) * (len(grid) - 1)))
+    assert rms(one_axis(x), mixer(x)) > 1e-4
+    key_mask = np.ones((2, x.reshape(2, -1, 24).shape[1]), bool)
+    key_mask[:, -1] = False
+    changed = x.copy()
+    changed[(slice(None), *[-1] * len(grid))] += 1
+    ys = mixer(x, mask=key_mask).reshape(2, -1, 24), mixer(changed, mask=key_mask).reshape(2, -1, 24)
+    np.testing.assert_array_equal(ys[0][:, :-1], ys[1][:, :-1])
+
+
+def test_dropout_acts_in_training_only():
+    mixer = build(attention_dropout=0.5, projection_dropout=0.5)
+    x = draw(10, 2, 5, 16)
+    np.testing.assert_array_equal(mixer(x), mixer(x))
+    assert not np.array_equal(mixer(x, deterministic=False), mixer(x, deterministic=False))
+
+
+def test_bfloat16_tokens_keep_their_dtype():
+    mixer = build(causal=True, rotary=100.0, num_kv_heads=2)
+    x = draw(11, 2, 6, 16)
+    y = mixer(jnp.asarray(x, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and rms(y, mixer(x)) < 1e-2
+    z, state = mixer.prefill(jnp.asarray(x, jnp.bfloat16), mixer.init_state(2, 6))
+    assert z.dtype == jnp.bfloat16 and state.keys.dtype == jnp.float32
+    assert build(dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16
+
+
+def test_the_registry_builds_it():
+    mixer = create("softmax_attention", Site(16, 4, causal=True), rngs=nnx.Rngs(0), rotary=10000.0)
+    assert isinstance(mixer, SoftmaxAttention) and mixer.causal and mixer.rotary == Rotary(10000.0)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_heads": 3}, "not a multiple of num_heads 3"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads 3"),
+        ({"head_dim": 5, "rotary": 10.0}, "head size must be even"),
+        ({"rotary": Rotary(split=(1, 1))}, "split must give 1 axes 2 pairs"),
+        ({"rotary": True}, "rotary must be"),
+        ({"alibi": True, "layout": "image"}, "alibi is a distance"),
+        ({"alibi": True, "block_size": 2}, "block_size does not go"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        build(**options)
+
+
+def test_calls_that_mean_nothing_are_refused():
+    x, context = draw(12, 2, 4, 16), draw(13, 2, 3, 10)
+    with pytest.raises(ValueError, match="context is missing"):
+        build(context_features=10)(x)
+    with pytest.raises(ValueError, match="context must be"):
+        build()(x, context)
+    with pytest.raises(UnsupportedArgument, match="does not take positions"):
+        build()(x, positions=np.arange(4)[None])
+    with pytest.raises(UnsupportedArgument, match="does not take segment_ids"):
+        build(layout="image")(x[:, None], segment_ids=np.zeros((2, 4), int))
+    with pytest.raises(UnsupportedArgument, match="rotary positions in the layout image do not reach"):
+        build(layout="image", rotary=10.0)(x[:, None], draw(0, 2, 3, 16))
+    for options in ({}, {"causal": True, "context_features": 16}, {"causal": True, "layout": "image"}):
+        with pytest.raises(UnsupportedArgument, match="decodes causal self-attention of a sequence"):
+            build(**options).init_state(2, 4)
