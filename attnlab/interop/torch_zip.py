@@ -210,7 +210,8 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in DTYPES:
             return _Record(("dtype", name))
         raise StateDictFileError(
-            f"the pickle asks for {module}.{name}, which is refused: a state dict does not need it"
+            f"the pickle asks for {module}.{name}, which is refused: no tensor needs it. "
+            "A file that holds more than parameters can be written anew with the state dict alone"
         )
 
     def persistent_load(self, pid: Any) -> _Record:
