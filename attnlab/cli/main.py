@@ -1,0 +1,82 @@
+"""Entry point of `attnlab`: finds the command, and turns a user's mistake into a message instead of a traceback."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import attnlab
+from attnlab.cli.suggest import suggestion
+
+COMMANDS = {
+    "train": "train a configuration",
+    "compare": "train the same model with several mixers, and write a report",
+    "generate": "continue a prompt with a trained language model",
+    "list": "print the table of variants",
+    "show": "print everything about one variant",
+    "doctor": "print versions, devices, and which kernels work on this machine",
+}
+MODULES = {"list": "list_variants", "show": "show_variant"}
+
+USAGE = """\
+usage: attnlab COMMAND ... [--debug]
+
+{commands}
+
+  attnlab COMMAND --help   explains a command
+  attnlab --version        prints the version
+  --debug                  shows the traceback of an error
+"""
+
+MISTAKES = (ValueError, KeyError, TypeError, OSError, NotImplementedError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+      The exit code: 0, 1 for a check or a training that failed, 2 for a mistake in what was asked, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:{width}}   {text}" for name, text in COMMANDS.items())), end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        print(attnlab.__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"attnlab: no command is called {command!r}: {suggestion(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(f"attnlab.cli.{MODULES.get(command, command)}")
+        return module.run(rest)
+    except SystemExit as stop:  # how the parser of options ends after --help or a mistake
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print(f"\nattnlab {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        sys.stderr.close()
+        return 0
+    except MISTAKES as error:
+        if debug:
+            raise
+        print(f"attnlab {command}: {message(error)}", file=sys.stderr)
+        print(f"(`attnlab {command} ... --debug` shows where)", file=sys.stderr)
+        return 2
+
+
+def message(error: BaseException) -> str:
+    """The text of an error for a person; a bare `KeyError` has only quotes around its key."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Figures of a comparison, each drawn twice: on a light and on a dark ground."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from attnlab.compare.results import Comparison
+
+# The colours of Okabe and Ito (2008), told apart by colour-blind readers, without the yellow that vanishes on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DARK_COLORS = ("#4DA3E0", "#F2803D", "#2BC79B", "#E29BC2", "#F2B544", "#8CCBF2")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+BASELINE = "softmax_attention"
+MAX_CHARACTERS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a figure."""
+
+    suffix: str
+    ground: str
+    ink: str
+    faint: str
+    colors: tuple[str, ...]
+
+
+LIGHT = Theme("", "#ffffff", "#1f2328", "#d8dce1", COLORS)
+DARK = Theme("-dark", "#16191d", "#e6e9ed", "#3a4048", DARK_COLORS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionExample:
+    """Attention maps of one example.
+
+    Attributes:
+      maps: mixer to one map (N, N) per layer, the mean over heads.
+      image: (H, W) grey or (H, W, 3) in [0, 1], for images.
+      grid: rows and columns of tokens, for images.
+      query: index of the token whose row is drawn, for images.
+      text: the N bytes, for text.
+    """
+
+    maps: Mapping[str, Sequence[np.ndarray]]
+    image: np.ndarray | None = None
+    grid: tuple[int, int] | None = None
+    query: int = 0
+    text: bytes = b""
+
+
+def draw_all(comparison: Comparison, attention: AttentionExample | None, folder: Path) -> dict[str, Path]:
+    """Draws every figure that there is data for.
+
+    Returns:
+      From the figure's name to its light PNG; the dark one beside it is called `NAME-dark.png`.
+    """
+    figures: dict[str, Callable[[Theme], Figure]] = {}
+    entries = comparison.entries
+    if any(entry.train_curve for entry in entries):
+        figures["learning_curves"] = lambda theme: learning_curves(comparison, theme)
+    if any(entry.quality is not None and entry.items_per_second for entry in entries):
+        figures["quality_speed"] = lambda theme: quality_against_speed(comparison, theme)
+    if any(entry.timings for entry in entries):
+        figures["time_length"] = lambda theme: time_against_length(comparison, theme)
+    if attention is not None and attention.maps:
+        figures["attention"] = lambda theme: attention_maps(attention, theme)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, draw in figures.items():
+        for theme in (LIGHT, DARK):
+            with _style(theme):
+                draw(theme).savefig(folder / f"{name}{theme.suffix}.png", dpi=160)
+        paths[name] = folder / f"{name}.png"
+    return paths
+
+
+def learning_curves(comparison: Comparison, theme: Theme) -> Figure:
+    """Training loss and evaluated quality against steps."""
+    looks = _looks(comparison, theme)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ends = []
+    for entry in comparison.entries:
+        if entry.train_curve:
+            steps, losses = np.array(entry.train_curve).T
+            left.plot(steps, _smooth(losses), **_line(looks[entry.mixer]))
+        if entry.eval_curve:
+            steps, quality = np.array(entry.eval_curve).T
+            quality = np.array([comparison.quality_number(q) for q in quality])
+            right.plot(steps, quality, marker=looks[entry.mixer]["marker"], markersize=4, **_line(looks[entry.mixer]))
+            ends.append((entry.mixer, steps[-1], quality[-1]))
+    left.set(xlabel="step", ylabel="training loss (nats)", title="Training loss, running mean")
+    right.set(xlabel="step", ylabel=comparison.quality_label, title="On the evaluation split")
+    _zoom(right, [line.get_ydata() for line in right.get_lines()], best_high=comparison.kind == "image")
+    _label_ends(right, ends, looks)
+    return figure
+
+
+def quality_against_speed(comparison: Comparison, theme: Theme) -> Figure:
+    """One point for each mixer: training speed and quality."""
+    looks = _looks(comparison, theme)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    points = []
+    for entry in comparison.entries:
+        if entry.quality is None or not entry.items_per_second:
+            continue
+        x, y = entry.items_per_second, comparison.quality_number(entry.quality)
+        look = looks[entry.mixer]
+        axes.plot(x, y, linestyle="none", marker=look["marker"], color=look["color"], markersize=9)
+        points.append((entry.mixer, x, y))
+    where = "better: up and right" if comparison.kind == "image" else "better: down and right"
+    axes.set(xlabel=f"training speed ({comparison.items} per second)", ylabel=comparison.quality_label)
+    axes.set_title(f"Quality against speed ({where})")
+    axes.set_xlim(0, max(x for _, x, _ in points) * 1.25)
+    axes.margins(y=0.18)
+    _label_points(axes, points, looks)
+    return figure
+
+
+def time_against_length(comparison: Comparison, theme: Theme) -> Figure:
+    """Time of one mixer, alone, against the number of tokens."""
+    looks = _looks(comparison, theme)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, field, title in zip(
+        panels, ("forward_ms", "gradient_ms"), ("Forward", "Forward and backward"), strict=True
+    ):
+        ends = []
+        for entry in comparison.entries:
+            if entry.timings:
+                tokens = [timing.tokens for timing in entry.timings]
+                times = [getattr(timing, field) for timing in entry.timings]
+                axes.plot(tokens, times, marker=looks[entry.mixer]["marker"], markersize=4, **_line(looks[entry.mixer]))
+                ends.append((entry.mixer, tokens[-1], times[-1]))
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        ticks = sorted({timing.tokens for entry in comparison.entries for timing in entry.timings})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if field == "gradient_ms":
+            _label_ends(axes, ends, looks)
+    panels[0].set_ylabel("time of one layer's mixer (ms)")
+    return figure
+
+
+def attention_maps(example: AttentionExample, theme: Theme) -> Figure:
+    """Where one token looks (images), or which byte looks at which (text), in every layer."""
+    return _image_maps(example, theme) if example.image is not None else _text_maps(example, theme)
+
+
+def _image_maps(example: AttentionExample, theme: Theme) -> Figure:
+    layers = max(len(maps) for maps in example.maps.values())
+    rows = len(example.maps)
+    figure = Figure(figsize=(1.9 + 1.55 * layers + 1.6, 0.5 + 1.55 * rows), layout="constrained")
+    grid = figure.subplots(rows, layers + 1, squeeze=False)
+    row, column = divmod(example.query, example.grid[1])
+    height, width = (side / cells for side, cells in zip(example.image.shape[:2], example.grid, strict=True))
+    for axes, (mixer, maps) in zip(grid, example.maps.items(), strict=True):
+        axes[0].imshow(example.image, cmap="gray", vmin=0, vmax=1)
+        axes[0].add_patch(
+            Rectangle(
+                (column * width - 0.5, row * height - 0.5), width, height, fill=False, color="#D55E00", linewidth=2
+            )
+        )
+        axes[0].set_ylabel(_words(mixer), rotation=0, ha="right", va="center", fontsize=10)
+        for cell, matrix in zip(axes[1:], maps, strict=False):
+            weights = matrix[example.query].reshape(example.grid)
+            _heat(cell, weights, theme)
+        for cell in axes:
+            cell.set(xticks=[], yticks=[])
+            cell.grid(False)
+        for cell in axes[1 + len(maps) :]:
+            cell.axis("off")
+    for index, cell in enumerate(grid[0]):
+        cell.set_title("image and query" if index == 0 else f"layer {index}", fontsize=10)
+    return figure
+
+
+def _text_maps(example: AttentionExample, theme: Theme) -> Figure:
+    layers = max(len(maps) for maps in example.maps.values())
+    rows = len(example.maps)
+    figure = Figure(figsize=(1.6 + 3.1 * layers, 0.5 + 3.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, layers, squeeze=False)
+    count = min(len(example.text), MAX_CHARACTERS)
+    characters = [_visible(byte) for byte in example.text[:count]]
+    for axes, (mixer, maps) in zip(grid, example.maps.items(), strict=True):
+        for cell, matrix in zip(axes, maps, strict=False):
+            _heat(cell, matrix[:count, :count], theme)
+            cell.set_xticks(range(count), characters, fontsize=5, family="monospace")
+            cell.set_yticks(range(count), characters, fontsize=5, family="monospace")
+            cell.tick_params(length=0, pad=1)
+            cell.grid(False)
+        for cell in axes[len(maps) :]:
+            cell.axis("off")
+        axes[0].set_ylabel(f"{_words(mixer)}\n\nthe byte that looks", fontsize=9)
+    for index, cell in enumerate(grid[0]):
+        cell.set_title(f"layer {index + 1}", fontsize=10)
+    for cell in grid[-1]:
+        cell.set_xlabel("the byte that is seen", fontsize=9)
+    return figure
+
+
+def _heat(axes: Axes, weights: np.ndarray, theme: Theme) -> None:
+    """A map scaled to its own largest weight; weights of both signs get a diverging scale."""
+    most = float(np.abs(weights).max()) or 1.0
+    # A matrix of an attention that does not normalise spans orders of magnitude between rows.
+    if weights.shape[0] == weights.shape[1] and weights.shape[0] > 16:
+        scale = np.abs(weights).max(axis=1, keepdims=True)
+        weights, most = weights / np.where(scale == 0, 1, scale), 1.0
+    if weights.min() < -1e-6 * most:
+        axes.imshow(weights, cmap=_diverging(theme), vmin=-most, vmax=most)
+    else:
+        axes.imshow(weights, cmap=_sequential(theme), vmin=0, vmax=most)
+
+
+def _sequential(theme: Theme) -> Colormap:
+    return LinearSegmentedColormap.from_list("heat", (theme.ground, theme.colors[0], theme.ink))
+
+
+def _diverging(theme: Theme) -> Colormap:
+    return LinearSegmentedColormap.from_list(
+        "signed", (theme.colors[1], theme.ground, theme.colors[0])
+    )
+
+
+def _looks(comparison: Comparison, theme: Theme) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash of each mixer, the same in every figure; softmax, the measure of all, is neutral."""
+    others = [entry.mixer for entry in comparison.entries if entry.mixer != BASELINE]
+    looks = {BASELINE: {"color": theme.ink, "marker": "o", "linestyle": (0, (4, 2))}}
+    for index, mixer in enumerate(others):
+        dash = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(theme.colors) % 3]
+        looks[mixer] = {
+            "color": theme.colors[index % len(theme.colors)],
+            "marker": MARKERS[(index + 1) % len(MARKERS)],
+            "linestyle": dash,
+        }
+    return looks
+
+
+def _line(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.8}
+
+
+def _smooth(values: np.ndarray, share: float = 0.04) -> np.ndarray:
+    """Mean over the last few values, a `share` of all."""
+    width = max(1, round(len(values) * share))
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _zoom(axes: Axes, lines: Sequence[np.ndarray], *, best_high: bool) -> None:
+    """Leaves out the start of training, which would press the end of all curves into one line."""
+    lines = [line for line in lines if len(line)]
+    if not lines:
+        return
+    finals = np.array([line[-1] for line in lines])
+    values = np.concatenate(lines)
+    best, worst = (values.max(), finals.min()) if best_high else (values.min(), finals.max())
+    room = max(abs(best - worst), 0.04 * abs(best))
+    low, high = sorted((worst - 2.5 * room, best + 0.4 * room) if best_high else (best - 0.4 * room, worst + 2.5 * room))
+    axes.set_ylim(max(low, values.min() - 0.4 * room), min(high, values.max() + 0.4 * room))
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names at the right of the axes, at the height of each line's end, moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = axes.get_ylim()
+    log = axes.get_yscale() == "log"
+    transform = (lambda v: np.log(v)) if log else (lambda v: v)
+    span = transform(high) - transform(low)
+    heights = [float(np.clip((transform(y) - transform(low)) / span, 0.0, 1.0)) for _, _, y in ends]
+    for (mixer, _, _), height in zip(ends, _apart(heights, 0.062), strict=True):
+        axes.annotate(
+            _words(mixer),
+            (1.02, height),
+            xycoords="axes fraction",
+            color=looks[mixer]["color"],
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names beside points; the names of points that stand close are moved apart vertically."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    groups: list[list[int]] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
+        if groups and (points[index][1] - points[groups[-1][-1]][1]) / (right - left) < 0.25:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        heights = _apart([(points[i][2] - low) / (high - low) for i in group], 0.06)
+        for index, height in zip(group, heights, strict=True):
+            mixer, x, y = points[index]
+            at = ((x - left) / (right - left) + 0.022, height)
+            moved = abs(height - (y - low) / (high - low)) > 0.03
+            axes.annotate(
+                _words(mixer),
+                (x, y),
+                xytext=at,
+                textcoords="axes fraction",
+                color=looks[mixer]["color"],
+                fontsize=9,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": looks[mixer]["color"], "lw": 0.6} if moved else None,
+            )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved as little as a sweep upwards and one downwards needs to keep them `gap` apart, within [0, 1]."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, float)[order]
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    top = 1.0
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], top)
+        top = placed[i] - gap
+    result = np.empty(len(placed))
+    result[order] = placed
+    return result.tolist()
+
+
+def _words(mixer: str) -> str:
+    return mixer.replace("_", " ")
+
+
+def _visible(byte: int) -> str:
+    return {10: "⏎", 9: "→", 32: "␣"}.get(byte, chr(byte) if 33 <= byte < 127 else "·")
+
+
+@contextlib.contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    settings = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.6,
+        "grid.color": theme.faint,
+        "figure.facecolor": theme.ground,
+        "savefig.facecolor": theme.ground,
+        "axes.facecolor": theme.ground,
+        "axes.edgecolor": theme.faint,
+        "axes.labelcolor": theme.ink,
+        "text.color": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "image.interpolation": "nearest",
+    }
+    with matplotlib.rc_context(settings):
+        yield

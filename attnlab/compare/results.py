@@ -1,0 +1,138 @@
+"""What a comparison found, as plain data that JSON can hold."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+Point = tuple[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Median time of one mixer, alone, on one sequence of `tokens` tokens.
+
+    Attributes:
+      tokens: N.
+      forward_ms: of a call, milliseconds.
+      gradient_ms: of a call and its gradient with respect to parameters and tokens, milliseconds.
+    """
+
+    tokens: int
+    forward_ms: float
+    gradient_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text that a model wrote: `text` follows `prompt`."""
+
+    prompt: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One mixer of a comparison.
+
+    Attributes:
+      mixer: registered name.
+      status: "done"; "stopped", trained in part; or "failed", with the `reason`.
+      reason: why it failed, in a sentence.
+      parameters: of the whole model.
+      quality: accuracy in [0, 1], or bits per byte; of the averaged weights where training averages them.
+      loss: mean cross-entropy on the evaluation split, nats.
+      steps: optimizer steps taken.
+      seconds: spent in training steps, compilation and evaluation left out.
+      steps_per_second: in training, compilation and evaluation left out.
+      items_per_second: images or tokens, in training.
+      step_bytes: memory that one training step needs beyond its arguments, as the compiler plans it.
+      train_curve: (step, training loss).
+      eval_curve: (step, quality).
+      timings: time against length.
+      sample: what the model wrote, for text.
+    """
+
+    mixer: str
+    status: Literal["done", "stopped", "failed"]
+    reason: str = ""
+    parameters: int | None = None
+    quality: float | None = None
+    loss: float | None = None
+    steps: int = 0
+    seconds: float | None = None
+    steps_per_second: float | None = None
+    items_per_second: float | None = None
+    step_bytes: int | None = None
+    train_curve: tuple[Point, ...] = ()
+    eval_curve: tuple[Point, ...] = ()
+    timings: tuple[Timing, ...] = ()
+    sample: Sample | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The same model, data and seed under several mixers.
+
+    Attributes:
+      title: of the report.
+      kind: "image" (quality is accuracy) or "text" (quality is bits per byte).
+      data: facts about the dataset, in words.
+      setting: facts about model and training, in words.
+      machine: facts about the machine, in words.
+      config: the whole configuration, as saved beside the checkpoints.
+      entries: one for each mixer, in the order asked for.
+    """
+
+    title: str
+    kind: Literal["image", "text"]
+    data: dict[str, str]
+    setting: dict[str, str]
+    machine: dict[str, str]
+    config: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    @property
+    def quality_label(self) -> str:
+        return "test accuracy (%)" if self.kind == "image" else "bits per byte"
+
+    @property
+    def items(self) -> str:
+        """What `items_per_second` counts."""
+        return "images" if self.kind == "image" else "tokens"
+
+    def quality_number(self, quality: float) -> float:
+        """A quality in the unit of `quality_label`."""
+        return 100 * quality if self.kind == "image" else quality
+
+    def ranked(self) -> tuple[Entry, ...]:
+        """Entries from the best quality to the worst; those without one come last."""
+        sign = -1 if self.kind == "image" else 1
+        return tuple(sorted(self.entries, key=lambda e: (e.quality is None, sign * (e.quality or 0.0))))
+
+
+def save(comparison: Comparison, path: Path) -> None:
+    """Writes `results.json`, whole or not at all."""
+    write_text(path, json.dumps(dataclasses.asdict(comparison), indent=1) + "\n")
+
+
+def load(path: Path) -> Comparison:
+    """Reads what `save` wrote."""
+    raw = json.loads(path.read_text())
+    entries = []
+    for entry in raw.pop("entries"):
+        entry["train_curve"] = tuple(map(tuple, entry["train_curve"]))
+        entry["eval_curve"] = tuple(map(tuple, entry["eval_curve"]))
+        entry["timings"] = tuple(Timing(**timing) for timing in entry["timings"])
+        entry["sample"] = Sample(**entry["sample"]) if entry["sample"] else None
+        entries.append(Entry(**entry))
+    return Comparison(**raw, entries=tuple(entries))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,392 @@
+"""An experiment as a value: which model, on which data, trained how.
+
+    experiment = Experiment(
+        model=ViTConfig(patch_size=1, features=64, depth=4, num_heads=4, mixer="agent_attention"),
+        data=attnlab.data.Digits(augment=attnlab.data.Augment(padding=1)),
+        task=ClassificationTask(label_smoothing=0.1),
+        train=TrainConfig(steps=1000),
+    )
+    result = run(experiment, "runs/digits")     # again in the same directory: goes on from what is there
+
+Every setting is typed, frozen, and written beside the checkpoints (`experiment.json`), from which `load` makes the same
+experiment again. Sizes that follow from the data (image size, classes, vocabulary) are not settings.
+"""
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from flax import nnx
+
+import attnlab.data
+from attnlab import registry
+from attnlab.data.errors import did_you_mean
+from attnlab.models.language_model import LanguageModel
+from attnlab.models.pyramid_vit import PyramidViT
+from attnlab.models.vit import ViT
+from attnlab.training import ClassificationTask, ConfigMismatch, LanguageTask, TrainConfig, TrainResult, load_model, train
+
+EXPERIMENT_FILE = "experiment.json"
+
+
+def _parse_json(arguments: list[str]) -> Any:
+    try:
+        value = json.loads(arguments[0])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object, such as '{\"softmax_attention\": {\"qk_norm\": true}}'")
+    return value
+
+
+Options = Annotated[
+    Mapping[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_parse_json,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A `ViT`; the attributes are its arguments.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      features: channels of the tokens.
+      depth: number of blocks.
+      num_heads: heads of each mixer.
+      mixer: name of a registered token mixer, or several names, repeated over the depth.
+      mixer_options: constructor options by mixer name.
+      mlp: feed-forward, "gelu" or "swiglu".
+      mlp_ratio: hidden channels of the feed-forward over features.
+      position: "learned", "sincos" or "none".
+      pooling: "mean", "cls", or the name of a registered pooling.
+      pooling_options: constructor options of a registered pooling.
+      dropout: rate after the embedding and inside the feed-forward.
+      drop_path: stochastic depth rate of the last block.
+      remat: recompute blocks in the backward pass, to save memory.
+    """
+
+    kind: ClassVar[str] = "image"
+
+    patch_size: int = 16
+    features: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mixer: str | tuple[str, ...] = "softmax_attention"
+    mixer_options: Options = dataclasses.field(default_factory=dict)
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_ratio: float = 4.0
+    position: Literal["learned", "sincos", "none"] = "learned"
+    pooling: str = "mean"
+    pooling_options: Options = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+
+    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> ViT:
+        """The model for images of a dataset, computing in `dtype`."""
+        height, width, channels = info.image_shape
+        return ViT((height, width), info.num_classes, channels=channels, **_fields(self), dtype=dtype, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidViTConfig:
+    """A `PyramidViT`; the attributes are its arguments, the tuples have one entry for each stage.
+
+    Attributes:
+      patch_size: stride of the first stage; the others halve the grid.
+      features: channels of each stage.
+      depths: blocks of each stage.
+      num_heads: heads of each stage.
+      mixer: name of a registered token mixer, or one for each stage.
+      mixer_options: constructor options by mixer name.
+      mlp: feed-forward, "gelu" or "swiglu".
+      mlp_ratio: hidden channels of the feed-forward over those of the stage.
+      dropout: rate inside the feed-forward.
+      drop_path: stochastic depth rate of the last block.
+      remat: recompute blocks in the backward pass, to save memory.
+    """
+
+    kind: ClassVar[str] = "image"
+
+    patch_size: int = 4
+    features: tuple[int, ...] = (64, 128, 256, 512)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (2, 4, 8, 16)
+    mixer: str | tuple[str, ...] = "softmax_attention"
+    mixer_options: Options = dataclasses.field(default_factory=dict)
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+
+    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> PyramidViT:
+        """The model for images of a dataset, computing in `dtype`."""
+        height, width, channels = info.image_shape
+        return PyramidViT((height, width), info.num_classes, channels=channels, **_fields(self), dtype=dtype, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """A `LanguageModel`; the attributes are its arguments.
+
+    Attributes:
+      features: channels.
+      depth: number of blocks.
+      num_heads: heads of each mixer.
+      mixer: name of a registered mixer with a causal form, or several names, repeated over the depth.
+      mixer_options: constructor options by mixer name.
+      mlp: feed-forward, "swiglu", "gelu" or "sglu".
+      mlp_ratio: hidden channels of the feed-forward over features.
+      norm: "rms", "layer" or "srms".
+      position: "none" (mixers see order by decay or rotation) or "learned".
+      max_length: rows of a learned table; None without one.
+      tie_embeddings: whether logits use the embedding's weights.
+      dropout: rate after the embedding and inside the feed-forward.
+      drop_path: stochastic depth rate of the last block.
+      remat: recompute blocks in the backward pass, to save memory.
+    """
+
+    kind: ClassVar[str] = "text"
+
+    features: int = 512
+    depth: int = 8
+    num_heads: int = 8
+    mixer: str | tuple[str, ...] = "softmax_attention"
+    mixer_options: Options = dataclasses.field(default_factory=dict)
+    mlp: Literal["swiglu", "gelu", "sglu"] = "swiglu"
+    mlp_ratio: float = 8 / 3
+    norm: Literal["rms", "layer", "srms"] = "rms"
+    position: Literal["none", "learned"] = "none"
+    max_length: int | None = None
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+
+    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> LanguageModel:
+        """The model for the vocabulary of a dataset, computing in `dtype`."""
+        return LanguageModel(info.vocab_size, **_fields(self), dtype=dtype, rngs=rngs)
+
+
+ModelConfig = ViTConfig | PyramidViTConfig | LanguageModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A model, its data, its task, and how it is trained.
+
+    Attributes:
+      model: which model.
+      data: on which data.
+      task: what it is trained for.
+      train: how.
+    """
+
+    model: ModelConfig
+    data: attnlab.data.Source
+    task: ClassificationTask | LanguageTask
+    train: TrainConfig
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixers of the model, each once."""
+        return tuple(dict.fromkeys((self.model.mixer,) if isinstance(self.model.mixer, str) else self.model.mixer))
+
+    def with_mixer(self, mixer: str) -> "Experiment":
+        """The same with another mixer; of the mixers' options, those for it are kept.
+
+        Raises:
+          KeyError: for an unknown name, with the nearest ones.
+        """
+        registry.get(mixer)
+        options = {name: value for name, value in self.model.mixer_options.items() if name == mixer}
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, mixer=mixer, mixer_options=options))
+
+    def check(self) -> None:
+        """Finds mistakes that need no data.
+
+        Raises:
+          KeyError: for a mixer or pooling that is not registered, with the nearest names.
+          ValueError: for parts that do not fit together.
+        """
+        for mixer in self.mixers:
+            variant = registry.get(mixer)
+            if variant.kind is not registry.Kind.MIXER:
+                raise ValueError(f"model.mixer: {mixer} is a {variant.kind}, not a {registry.Kind.MIXER}")
+        for mixer in self.model.mixer_options:
+            if mixer not in self.mixers:
+                raise ValueError(f"model.mixer_options: {mixer!r} is not a mixer of this model ({self.mixers})")
+        pooling = getattr(self.model, "pooling", "mean")
+        if pooling not in ("mean", "cls"):
+            registry.get(pooling)
+        wanted = ClassificationTask if self.model.kind == "image" else LanguageTask
+        if not isinstance(self.task, wanted):
+            raise ValueError(f"task: {type(self.model).__name__} is trained for {wanted.__name__}, not {self.task}")
+
+    def open(self) -> attnlab.data.Dataset:
+        """The data.
+
+        Raises:
+          DataError: if files are missing or broken.
+          ValueError: if the data is not of the model's kind.
+        """
+        dataset = attnlab.data.open(self.data)
+        if dataset.info.kind != self.model.kind:
+            raise ValueError(
+                f"{type(self.model).__name__} takes {self.model.kind} data; {dataset.info.name} is {dataset.info.kind}"
+            )
+        return dataset
+
+    def task_for(self, model: nnx.Module) -> ClassificationTask | LanguageTask:
+        """The task; without positions for a model whose mixers do not depend on them."""
+        if self.model.kind == "image" or getattr(model, "position", None) is not None:
+            return self.task
+        if any("positions" in block.mixer.accepts for block in model.blocks.blocks):
+            return self.task
+        return dataclasses.replace(self.task, positions=False)
+
+
+def as_dict(value: Any) -> Any:
+    """An experiment, or a part of one, as JSON has it; each dataclass says its `type`."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: as_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {key: as_dict(item) for key, item in value.items()}
+    return [as_dict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_dict(raw: Mapping[str, Any]) -> Experiment:
+    """What `as_dict` made of an experiment, as an experiment.
+
+    Raises:
+      ValueError: for a type or a field that there is not, with the nearest names.
+    """
+    return _decode(Experiment, raw, "experiment")
+
+
+def save(experiment: Experiment, info: attnlab.data.DatasetInfo, directory: Path) -> None:
+    """Writes `experiment.json`: the experiment, and the facts about its data that a model is built from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    saved = {"experiment": as_dict(experiment), "dataset": dataclasses.asdict(info)}
+    (directory / EXPERIMENT_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+
+
+def load(path: str | Path) -> tuple[Experiment, attnlab.data.DatasetInfo]:
+    """Reads what `save` wrote.
+
+    Args:
+      path: of the file, or of its directory.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is not an experiment.
+    """
+    path = Path(path)
+    path = path / EXPERIMENT_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `attnlab train` writes it into the directory of a run")
+    try:
+        raw = json.loads(path.read_text())
+        info = raw["dataset"]
+        info = info | {"image_shape": info["image_shape"] and tuple(info["image_shape"])}
+        info = attnlab.data.DatasetInfo(**info | {"class_names": tuple(info["class_names"])})
+        return from_dict(raw["experiment"]), info
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an experiment ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def run(
+    experiment: Experiment,
+    directory: str | Path,
+    *,
+    dataset: attnlab.data.Dataset | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains an experiment, or goes on from what is in its directory; see `attnlab.training.train`.
+
+    Args:
+      experiment: what to train.
+      directory: of the run.
+      dataset: of the experiment, where it is open already.
+      progress: whether to show progress on standard error.
+
+    Raises:
+      KeyError: for a mixer that is not registered.
+      DataError: if files are missing or broken.
+      ConfigMismatch: if the directory holds another run.
+      ValueError: for settings that do not fit together.
+      TrainingInterrupted: after SIGTERM or Ctrl-C, when the state is saved.
+      NonFiniteError: at a loss that is infinite or NaN.
+    """
+    experiment.check()
+    dataset = experiment.open() if dataset is None else dataset
+    build = functools.partial(experiment.model.build, dataset.info)
+    directory = Path(directory)
+    # Threads and processes that read the data change no number, and may differ when a run goes on.
+    data = {name: value for name, value in as_dict(experiment.data).items() if name != "loading"}
+    settings = {"model": as_dict(experiment.model), "data": data}
+    file = directory / EXPERIMENT_FILE
+    before = file.read_text() if file.exists() else None
+    task = experiment.task_for(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    save(experiment, dataset.info, directory)
+    try:
+        return train(build, task, dataset, experiment.train, directory, experiment=settings, progress=progress)
+    except ConfigMismatch:
+        if before is not None:
+            file.write_text(before)
+        raise
+
+
+def load_trained(directory: str | Path, *, step: int | Literal["newest", "best"] = "newest") -> nnx.Module:
+    """The model of a run, with the parameters of a checkpoint; averaged ones where the run has them.
+
+    Raises:
+      FileNotFoundError: if the directory holds no run, or no such checkpoint.
+    """
+    experiment, info = load(directory)
+    return load_model(functools.partial(experiment.model.build, info), directory, step=step)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _decode(annotation: Any, raw: Any, where: str) -> Any:
+    """`raw` as the annotation has it: dataclasses by their `type`, lists as tuples; else as it is."""
+    classes = {cls.__name__: cls for cls in _alternatives(annotation) if dataclasses.is_dataclass(cls)}
+    if classes and raw is not None:
+        if not isinstance(raw, Mapping) or raw.get("type") not in classes:
+            kind = raw.get("type") if isinstance(raw, Mapping) else raw
+            raise ValueError(f"{where}: no type is called {kind!r}: {did_you_mean(str(kind), classes)}")
+        cls = classes[raw["type"]]
+        hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
+        for name in set(raw) - {"type", *names}:
+            raise ValueError(f"{where}: {cls.__name__} has no {name!r}: {did_you_mean(name, names)}")
+        given = {name: _decode(hints[name], raw[name], f"{where}.{name}") for name in names if name in raw}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return tuple(_decode(None, item, where) for item in raw) if isinstance(raw, list) else raw
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if is_union else (annotation,)
