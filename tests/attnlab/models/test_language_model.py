@@ -1,0 +1,184 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import UnsupportedArgument
+from attnlab.models.generate import generate, sample_token
+from attnlab.models.language_model import LanguageModel
+
+VOCABULARY = 23
+HYBRID = ("lightning_attention_2", "lightning_attention_2", "lightning_attention_2", "softmax_attention")
+
+
+def build(mixer="softmax_attention", depth=2, **options) -> LanguageModel:
+    return LanguageModel(VOCABULARY, features=16, depth=depth, num_heads=2, mixer=mixer, rngs=nnx.Rngs(0), **options)
+
+
+def tokens(batch=2, length=9, seed=0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCABULARY)
+
+
+@pytest.mark.parametrize("options", [{}, {"mixer": HYBRID, "depth": 4}, {"position": "learned", "max_length": 16}])
+def test_decoding_equals_the_call(options):
+    model, ids = build(**options), tokens()
+    whole = model(ids)
+    assert whole.shape == (2, 9, VOCABULARY)
+    assert whole.dtype == jnp.float32
+    logits, state = model.prefill(ids[:, :5], model.init_state(2, 9))
+    np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
+    for i in range(5, 9):
+        logits, state = model.step(ids[:, i], state)
+        np.testing.assert_allclose(logits, whole[:, i], atol=1e-5)
+    assert state.position.tolist() == [9, 9]
+
+
+def test_layers_know_where_they_stand():
+    model = build(HYBRID, depth=8)
+    kinds = [type(block.mixer).__name__ for block in model.blocks.blocks]
+    assert kinds == (["LightningAttention"] * 3 + ["SoftmaxAttention"]) * 2
+    slopes = [block.mixer.slopes[0] for block in model.blocks.blocks if hasattr(block.mixer, "slopes")]
+    assert slopes == sorted(slopes, reverse=True), "later layers forget less"
+
+
+def test_packed_documents_equal_separate_ones():
+    model = build(HYBRID, depth=4, position="learned", max_length=16)
+    first, second = tokens(1, 5, seed=1), tokens(1, 4, seed=2)
+    packed = model(
+        jnp.concatenate([first, second], axis=1),
+        segment_ids=jnp.asarray([[1] * 5 + [2] * 4]),
+        positions=jnp.asarray([[*range(5), *range(4)]]),
+    )
+    np.testing.assert_allclose(packed[:, :5], model(first), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], model(second), atol=1e-5)
+
+
+def test_remat_changes_nothing():
+    ids = tokens()
+
+    def gradient(remat):
+        model = build(remat=remat)
+        return nnx.grad(lambda model: jnp.sum(jnp.sin(model(ids))))(model)
+
+    for one, other in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    model, ids = build(dropout=0.5), tokens()
+    np.testing.assert_array_equal(model(ids), model(ids))
+    assert not np.allclose(model(ids, deterministic=False), model(ids, deterministic=False))
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    model = build(dtype=jnp.bfloat16)
+    assert model(tokens()).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(jnp.float32)}
+    reference = build()(tokens())
+    assert float(jnp.abs(model(tokens()) - reference).max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mixer": "softmax_atention"}, KeyError, "did you mean softmax_attention"),
+        ({"mixer": ("softmax_attention",) * 3}, ValueError, "does not divide a depth of 2"),
+        ({"mixer": "agent_attention"}, UnsupportedArgument, "laid out as sequence"),
+        ({"mixer_options": {"hedgehog": {}}}, ValueError, "hedgehog is not among the mixers"),
+        ({"mixer_options": {"softmax_attention": {"num_kv_head": 1}}}, TypeError, "did you mean num_kv_heads"),
+        ({"norm": "batch"}, ValueError, "norm must be one of"),
+        ({"mlp": "relu"}, ValueError, "mlp must be one of"),
+        ({"position": "rotary"}, ValueError, "position must be one of"),
+        ({"position": "learned"}, ValueError, "max_length goes with"),
+        ({"max_length": 4}, ValueError, "max_length goes with"),
+    ],
+)
+def test_refusals_at_construction(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
+def test_refusals_at_the_call():
+    model = build(position="learned", max_length=8)
+    with pytest.raises(ValueError, match="9 tokens are beyond the position table of 8"):
+        model(tokens())
+    with pytest.raises(ValueError, match="max_length 9 is beyond"):
+        model.init_state(1, 9)
+    with pytest.raises(UnsupportedArgument, match="do not depend on them"):
+        build("lightning_attention_2")(tokens(), positions=jnp.arange(9)[None])
+
+
+@pytest.mark.parametrize("mixer", ["softmax_attention", "lightning_attention_2"])
+def test_greedy_generation_takes_the_likeliest_token_each_time(mixer):
+    model, prompt = build(mixer), tokens(2, 4)
+    result = generate(model, prompt, max_new_tokens=5, temperature=0)
+    ids = prompt
+    for _ in range(5):
+        ids = jnp.concatenate([ids, jnp.argmax(model(ids)[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(result.tokens, ids[:, 4:])
+    assert result.lengths.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("mixer", ["softmax_attention", "lightning_attention_2"])
+def test_prompts_of_unequal_length_share_a_batch(mixer):
+    model, prompt = build(mixer, position="learned", max_length=16), tokens(2, 6)
+    mask = jnp.asarray([[False, False, True, True, True, True], [True] * 6])
+    together = generate(model, prompt, max_new_tokens=5, temperature=0, prompt_mask=mask)
+    alone = generate(model, prompt[:1, 2:], max_new_tokens=5, temperature=0)
+    np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+
+
+def test_stop_tokens_end_a_sequence():
+    model, prompt = build(), tokens(2, 4)
+    free = generate(model, prompt, max_new_tokens=6, temperature=0).tokens
+    stop = int(free[0, 2])
+    first = [row.index(stop) + 1 if stop in row else 6 for row in free.tolist()]
+    result = generate(model, prompt, max_new_tokens=6, temperature=0, stop_tokens=(stop,), pad_token=1)
+    assert result.lengths.tolist() == first
+    for row, want, length in zip(result.tokens, free, first, strict=True):
+        np.testing.assert_array_equal(row[:length], want[:length])
+        assert (row[length:] == 1).all()
+
+
+def test_memory_of_linear_mixers_does_not_depend_on_the_length():
+    model = build("lightning_attention_2")
+    sizes = {sum(leaf.size for leaf in jax.tree.leaves(model.init_state(1, length))) for length in (8, 8000)}
+    assert len(sizes) == 1
+
+
+def test_sampling_follows_the_distribution():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+
+    def share(**options):
+        draw = jax.vmap(lambda key: sample_token(key, logits, **options)[0])
+        return np.bincount(draw(jax.random.split(jax.random.key(0), 4000)), minlength=4) / 4000
+
+    np.testing.assert_allclose(share(), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(share(top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(share(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(share(top_p=0.01), [1, 0, 0, 0])
+    squared = np.asarray([0.25, 0.09, 0.0225, 0.0025])
+    np.testing.assert_allclose(share(temperature=0.5), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(share(temperature=0), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"key": None}, "key is needed"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 1.5}, "top_p must be in"),
+        ({"stop_tokens": (VOCABULARY,)}, "stop_tokens"),
+        ({"prompt": np.full((1, 3), VOCABULARY)}, "the vocabulary is 0..22"),
+        ({"prompt": np.zeros((1, 0), int)}, "prompt must be integers"),
+        ({"prompt_mask": np.array([[True, True, False]])}, "pad shorter prompts on the left"),
+        ({"prompt_mask": np.ones((1, 2), bool)}, "the prompt's shape"),
+    ],
+)
+def test_generation_refuses(arguments, message):
+    arguments = {"prompt": np.zeros((1, 3), int), "max_new_tokens": 2, "key": jax.random.key(0)} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(build(), arguments.pop("prompt"), **arguments)

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnlab
+from attnlab import Layout, Pattern, UnsupportedArgument
+from attnlab.models.pyramid_vit import PyramidViT
+from attnlab.models.vit import ViT
+
+VISION = sorted(
+    set(attnlab.names(kind=attnlab.Kind.MIXER, pattern=Pattern.SELF, layout=Layout.IMAGE))
+    | set(attnlab.names(kind=attnlab.Kind.MIXER, pattern=Pattern.SELF, layout=Layout.SEQUENCE))
+)
+
+
+def images(size=(8, 8), channels=1, batch=2) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (batch, *size, channels))
+
+
+def vit(image_size=(8, 8), **options) -> ViT:
+    sizes = {"channels": 1, "patch_size": 2, "features": 16, "depth": 2, "num_heads": 2}
+    return ViT(image_size, 10, **(sizes | options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("mixer", VISION)
+def test_every_mixer_of_images_fits_a_vit(mixer):
+    model = vit((8, 12), mixer=mixer)
+    logits = nnx.jit(lambda model, x: model(x))(model, images((8, 12)))
+    assert logits.shape == (2, 10)
+    assert logits.dtype == jnp.float32
+    gradients = nnx.grad(lambda model: jnp.sum(jnp.sin(model(images((8, 12))))))(model)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("mixer", VISION)
+def test_every_mixer_of_images_fits_a_pyramid(mixer):
+    """Down to grids of a single token, through odd ones."""
+    sizes = {"patch_size": 2, "features": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+    model = PyramidViT((12, 20), 10, channels=1, mixer=mixer, **sizes, rngs=nnx.Rngs(0))
+    maps = model.feature_maps(images((12, 20)))
+    assert [part.shape[1:] for part in maps] == [(6, 10, 8), (3, 5, 8), (2, 3, 16), (1, 2, 16)]
+    assert jnp.isfinite(model(images((12, 20)))).all()
+
+
+def test_a_mixer_for_each_layer_and_stage():
+    model = vit(depth=4, mixer=("hedgehog", "softmax_attention"))
+    assert [type(b.mixer).__name__ for b in model.blocks.blocks] == ["HedgehogAttention", "SoftmaxAttention"] * 2
+    mixers = ("agent_attention", ("hedgehog", "softmax_attention"), "softmax_attention", "softmax_attention")
+    pyramid = PyramidViT(
+        (16, 16), 3, patch_size=2, features=(8,) * 4, depths=(1, 2, 1, 1), num_heads=(2,) * 4, mixer=mixers,
+        mixer_options={"agent_attention": {"num_agents": 4}}, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    kinds = [type(b.mixer).__name__ for stage in pyramid.stages for b in stage.blocks]
+    assert kinds == ["AgentAttention", "HedgehogAttention", "SoftmaxAttention", "SoftmaxAttention", "SoftmaxAttention"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "efficient_probing", "efficient_probing.siglip"])
+def test_poolings(pooling):
+    model = vit(pooling=pooling)
+    assert model(images()).shape == (2, 10)
+    assert model.features(images()).shape == (2, 16 + (pooling == "cls"), 16)
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos", "none"])
+def test_positions_tell_patches_apart(position):
+    """Without positions, softmax attention with mean pooling sees a bag of patches."""
+    model, x = vit(position=position, mixer_options={"softmax_attention": {}}), images()
+    swapped = jnp.concatenate([x[:, 4:], x[:, :4]], axis=1)
+    assert np.allclose(model(x), model(swapped), atol=1e-6) == (position == "none")
+
+
+def test_captures_the_maps_of_every_layer():
+    model = vit()
+    logits, intermediates = nnx.capture(model, nnx.Intermediate)(images())
+    np.testing.assert_array_equal(logits, model(images()))
+    maps = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(intermediates) if "attention" in str(path)]
+    assert [part.shape for part in maps] == [(2, 2, 16, 16)] * 2
+    np.testing.assert_allclose(maps[0].sum(-1), 1, rtol=1e-5)
+
+
+def test_drop_path_rises_with_depth_and_acts_in_training_alone():
+    model = vit(depth=3, drop_path=0.4)
+    assert [block.drop_path.rate for block in model.blocks.blocks] == pytest.approx([0, 0.2, 0.4])
+    np.testing.assert_array_equal(model(images()), model(images()))
+    assert not np.allclose(model(images(), deterministic=False), model(images(), deterministic=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"patch_size": 3}, ValueError, "not a multiple of patch_size 3"),
+        ({"position": "rotary"}, ValueError, "position must be one of"),
+        ({"pooling": "efficient_probin"}, KeyError, "did you mean efficient_probing"),
+        ({"pooling_options": {"num_queries": 2}}, ValueError, "registered pooling"),
+        ({"pooling": "cls", "mixer": "agent_attention"}, UnsupportedArgument, "laid out as sequence"),
+        ({"mixer": "tnl.transnormer"}, UnsupportedArgument, "no tokens"),
+    ],
+)
+def test_refusals(options, error, message):
+    with pytest.raises(error, match=message):
+        vit(**options)
+
+
+def test_refuses_images_of_another_size():
+    with pytest.raises(ValueError, match=r"images must be \(B, 8, 8, 1\), got \(2, 8, 12, 1\)"):
+        vit()(images((8, 12)))
+
+
+def test_pyramid_refuses_settings_of_unequal_length():
+    with pytest.raises(ValueError, match="features must have one entry for each of 4 stages, got 3"):
+        PyramidViT((16, 16), 2, features=(8, 8, 8), rngs=nnx.Rngs(0))
