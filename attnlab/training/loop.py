@@ -76,6 +76,8 @@ class TrainResult:
       seconds: spent on training steps, without compilation, evaluation and saving.
       steps_per_second: `steps` over `seconds`.
       units_per_second: examples or tokens (the task's `unit`) over `seconds`.
+      step_bytes: memory that a step needs on a device besides its arguments, as the compiler plans it; None where this
+        call took no step.
       model: with the trained parameters, averaged ones where the run has them.
       directory: of the run.
     """
@@ -87,6 +89,7 @@ class TrainResult:
     seconds: float
     steps_per_second: float
     units_per_second: float
+    step_bytes: int | None
     model: nnx.Module
     directory: Path
 
@@ -243,6 +246,7 @@ class _Run:
             self.state, seconds = _state(trees), saved["seconds"]
             self.batches.set_state(saved["data"])
         self.saved_step = self.step if found else None
+        self.step_bytes: int | None = None
         self.watch = Stopwatch(seconds)
         self.seconds_before = seconds
         self.pending: collections.deque[tuple[int, Sums]] = collections.deque()
@@ -261,6 +265,8 @@ class _Run:
             batch = sharding.put_batch(self._next_batch(), self.mesh)
             if compiled is None:
                 compiled = self.train_step.lower(self.state, batch).compile()
+                plan = compiled.memory_analysis()
+                self.step_bytes = None if plan is None else plan.temp_size_in_bytes
             self.watch.start()
             self.state, sums = compiled(self.state, batch)
             self.step += 1
@@ -294,6 +300,7 @@ class _Run:
             seconds=self.watch.seconds,
             steps_per_second=pace,
             units_per_second=pace * self.config.batch_size * self.task.units_per_example(),
+            step_bytes=self.step_bytes,
             model=nnx.merge(self.graphdef, params, self.state.other),
             directory=self.directory,
         )
