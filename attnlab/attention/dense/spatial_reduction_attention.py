@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.attention.local.window_attention import window_attention, window_weights
 from attnlab.contract import Layout, Site, TokenMixer, record
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import LayerNorm
+from attnlab.nn.softmax import attention_weights, softmax_attention
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -87,7 +87,8 @@ class SpatialReductionAttention(TokenMixer):
             stride = (reduction, reduction)
             self.reduce = Conv(features, features, stride, strides=stride, padding="VALID", **common)
             self.reduce_norm = LayerNorm(features, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.weight_dropout = nnx.Dropout(attention_dropout, rngs=rngs) if attention_dropout > 0 else nnx.data(None)
+        self.attention_dropout = attention_dropout
+        self.dropout_rngs = rngs["dropout"].fork() if attention_dropout > 0 else nnx.data(None)
         self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
 
     @classmethod
@@ -115,9 +116,9 @@ class SpatialReductionAttention(TokenMixer):
         q = self.query(x).reshape(batch, -1, self.num_heads, size)
         kv = self.key_value(source).reshape(batch, -1, 2, self.num_heads, size)
         k, v = kv[:, :, 0], kv[:, :, 1]
-        record(self, "attention", lambda: window_weights(q, k, scale=self.scale))
-        drop = None
-        if self.weight_dropout is not None:
-            drop = lambda weights: self.weight_dropout(weights, deterministic=deterministic)  # noqa: E731
-        y = self.projection(window_attention(q, k, v, scale=self.scale, dropout=drop).reshape(x.shape))
+        record(self, "attention", lambda: attention_weights(q, k, scale=self.scale))
+        dropout = {}
+        if not deterministic and self.dropout_rngs is not None:
+            dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}
+        y = self.projection(softmax_attention(q, k, v, scale=self.scale, **dropout).reshape(x.shape))
         return y if self.dropout is None else self.dropout(y, deterministic=deterministic)

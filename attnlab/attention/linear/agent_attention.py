@@ -34,6 +34,13 @@ from attnlab.nn.resampling import adaptive_avg_pool, resize_bilinear
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.registry import Cost, Paper, Source, register
 
+PAPER = Paper(
+    "Agent Attention: On the Integration of Softmax and Linear Attention",
+    "Han et al.",
+    2024,
+    arxiv="2312.08874",
+    number=8,
+)
 BASE = 7  # cells on a side of the bias tables that are resized to the grid
 
 
@@ -230,13 +237,7 @@ def _resize_last(table: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 @register(
     "agent_attention",
-    paper=Paper(
-        "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "Han et al.",
-        2024,
-        arxiv="2312.08874",
-        number=8,
-    ),
+    paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository="LeapLabTHU/Agent-Attention",
     cost=Cost(time="O((N+M)·n·C)", memory="O((N+M)·n·H)"),

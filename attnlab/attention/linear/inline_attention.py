@@ -40,6 +40,13 @@ from attnlab.nn.mlp import gelu
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.registry import Cost, Paper, Source, register
 
+PAPER = Paper(
+    "Bridging the Divide: Reconsidering Softmax and Linear Attention",
+    "Han et al.",
+    2024,
+    arxiv="2412.06590",
+    number=1,
+)
 FEATURE_MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
     "relu": jax.nn.relu,
@@ -157,13 +164,7 @@ class InlineCore(nnx.Module):
 
 @register(
     "inline_attention",
-    paper=Paper(
-        "Bridging the Divide: Reconsidering Softmax and Linear Attention",
-        "Han et al.",
-        2024,
-        arxiv="2412.06590",
-        number=1,
-    ),
+    paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository="LeapLabTHU/InLine",
     cost=Cost(time="O(N·C·D)", memory="O(C·D)"),

@@ -21,37 +21,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site, TokenMixer, record
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.nn.linear import Linear
+from attnlab.nn.positions import RelativePositionBias
+from attnlab.nn.softmax import attention_weights, softmax_attention
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.registry import Cost, Paper, Source, register
-
-
-def relative_index(size: tuple[int, int]) -> np.ndarray:
-    """Row of the bias table for each pair (query, key) of a window: integers `(n, n)` below (2h-1)(2w-1)."""
-    rows, columns = np.divmod(np.arange(size[0] * size[1]), size[1])
-    return (rows[:, None] - rows + size[0] - 1) * (2 * size[1] - 1) + columns[:, None] - columns + size[1] - 1
-
-
-def window_weights(
-    q: jax.Array,
-    k: jax.Array,
-    *,
-    bias: jax.Array | None = None,
-    same_region: jax.Array | np.ndarray | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """The softmax weights `(B·W, H, n, n)` of `window_attention`, in float32."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=wide) * scale
-    if bias is not None:
-        scores = scores + bias
-    if same_region is not None:
-        windows = same_region.shape[0]
-        apart = scores.reshape(-1, windows, *scores.shape[1:])
-        apart = jnp.where(same_region[None, :, None], apart, -jnp.inf)
-        scores = apart.reshape(scores.shape)
-    return jax.nn.softmax(scores, -1)
 
 
 def window_attention(
@@ -60,9 +34,10 @@ def window_attention(
     v: jax.Array,
     *,
     bias: jax.Array | None = None,
-    same_region: jax.Array | np.ndarray | None = None,
+    same_region: np.ndarray | None = None,
     scale: float | None = None,
-    dropout: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention inside windows.
 
@@ -73,16 +48,23 @@ def window_attention(
       bias: added to the scores, `(H, n, n)`.
       same_region: which pairs may see each other, booleans `(W, n, n)`, each token itself among them.
       scale: of the scores, D^-1/2 when None.
-      dropout: function applied to the weights, in training.
+      dropout_rate: probability that a weight is dropped.
+      dropout_key: random key, needed for dropout.
 
     Returns:
-      `(B·W, n, H, E)` in the dtype of `v`; the softmax is computed in float32.
+      `(B·W, n, H, E)` in the dtype of `q`; the softmax is computed in float32.
     """
-    weights = window_weights(q, k, bias=bias, same_region=same_region, scale=scale)
-    if dropout is not None:
-        weights = dropout(weights)
-    y = jnp.einsum("bhnm,bmhe->bnhe", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
-    return y.astype(v.dtype)
+    mask = _mask(same_region, q.shape[0])
+    return softmax_attention(
+        q, k, v, bias=bias, mask=mask, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key
+    )
+
+
+def _mask(same_region: np.ndarray | None, windows: int) -> jax.Array | None:
+    """The regions of one example's windows for those of all, `(B·W, 1, n, n)`."""
+    if same_region is None:
+        return None
+    return jnp.tile(same_region, (windows // same_region.shape[0], 1, 1))[:, None]
 
 
 @register(
@@ -152,13 +134,11 @@ class WindowAttention(TokenMixer):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query_key_value = Linear(features, 3 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
         self.projection = Linear(features, features, axes=("heads", "embed"), **common)
-        offsets = (2 * size[0] - 1) * (2 * size[1] - 1)
-        self.table = (
-            nnx.Param(trunc_normal(rngs.params(), (offsets, num_heads), param_dtype))
-            if relative_bias
-            else nnx.data(None)
-        )
-        self.weight_dropout = nnx.Dropout(attention_dropout, rngs=rngs) if attention_dropout > 0 else nnx.data(None)
+        self.bias = nnx.data(None)
+        if relative_bias:
+            self.bias = RelativePositionBias(size, num_heads, param_dtype=param_dtype, rngs=rngs)
+        self.attention_dropout = attention_dropout
+        self.dropout_rngs = rngs["dropout"].fork() if attention_dropout > 0 else nnx.data(None)
         self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
 
     @classmethod
@@ -187,18 +167,20 @@ class WindowAttention(TokenMixer):
             tokens.shape[0], -1, 3, self.num_heads, self.features // self.num_heads
         )
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        options = {"bias": self._bias(), "same_region": self.windows.same_region(grid), "scale": self.scale}
-        record(self, "attention", lambda: self.windows.scatter_map(window_weights(q, k, **options), grid))
-        if self.weight_dropout is not None:
-            options["dropout"] = lambda weights: self.weight_dropout(weights, deterministic=deterministic)
-        y = self.projection(window_attention(q, k, v, **options).reshape(tokens.shape))
+        bias = None if self.bias is None else self.bias()
+        region = self.windows.same_region(grid)
+        record(self, "attention", lambda: self._map(q, k, bias, region, grid))
+        dropout = {}
+        if not deterministic and self.dropout_rngs is not None:
+            dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}
+        y = window_attention(q, k, v, bias=bias, same_region=region, scale=self.scale, **dropout)
+        y = self.projection(y.reshape(tokens.shape))
         if self.dropout is not None:
             y = self.dropout(y, deterministic=deterministic)
         return self.windows.merge(y, grid)
 
-    def _bias(self) -> jax.Array | None:
-        if self.table is None:
-            return None
-        table = self.table[...]
-        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
-        return jnp.moveaxis(table[relative_index(self.windows.size)], -1, 0)
+    def _map(
+        self, q: jax.Array, k: jax.Array, bias: jax.Array | None, region: np.ndarray | None, grid: tuple[int, int]
+    ) -> jax.Array:
+        weights = attention_weights(q, k, bias=bias, mask=_mask(region, q.shape[0]), scale=self.scale)
+        return self.windows.scatter_map(weights, grid)

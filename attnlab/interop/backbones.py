@@ -1,0 +1,221 @@
+"""Weights of the papers' vision backbones: PVT, Swin, CSwin and DeiT with softmax, agent or InLine attention.
+
+    model = agent_transformer("agent_swin_tiny", rngs=nnx.Rngs(0))
+    load_backbone(model, read_state_dict("agent_swin_t.pth"))
+
+`load_mixer` loads one attention module of these models, by its class. Official names are those of
+LeapLabTHU/Agent-Attention and LeapLabTHU/InLine, which keep those of PVT, Swin, CSwin and DeiT.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
+from attnlab.attention.linear.agent_attention import AgentAttention, AgentCore
+from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
+from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.contract import TokenMixer
+from attnlab.interop import official
+from attnlab.models.backbone import PreNormBlock
+from attnlab.models.cswin import CSwinTransformer
+from attnlab.models.deit import DeiT
+from attnlab.models.pvt import PyramidVisionTransformer
+from attnlab.models.swin import SwinTransformer
+
+BUFFERS = ("attn_mask", "relative_position_index")
+"""Tables that the authors' modules store and that are computed here."""
+
+
+def load_backbone(model: nnx.Module, arrays: Mapping[str, ArrayLike]) -> None:
+    """Loads an official state dict into a backbone, by its class.
+
+    Args:
+      model: a `PyramidVisionTransformer`, `SwinTransformer`, `CSwinTransformer` or `DeiT`.
+      arrays: from official names to arrays.
+
+    Raises:
+      TypeError: for another class.
+      StateDictError: if the state dict and the model do not fit.
+    """
+    with official.StateDict(arrays, into=model, ignore=BUFFERS) as weights:
+        for cls, load in _BACKBONES.items():
+            if isinstance(model, cls):
+                load(model, weights)
+                break
+        else:
+            raise TypeError(
+                f"load_backbone takes {', '.join(c.__name__ for c in _BACKBONES)}, got {type(model).__name__}"
+            )
+        official.linear(model.head, weights, "head")
+
+
+def load_block(block: PreNormBlock, weights: official.StateDict, mixer: str = "attn") -> None:
+    """Loads a block; `mixer` is what stands before the names of its attention, "" if nothing does."""
+    official.norm(block.norm1, weights, "norm1")
+    load_mixer(block.mixer, weights.sub(mixer))
+    official.norm(block.norm2, weights, "norm2")
+    official.linear(block.mlp.fc1, weights, "mlp.fc1")
+    official.linear(block.mlp.fc2, weights, "mlp.fc2")
+
+
+def load_mixer(mixer: TokenMixer, weights: official.StateDict) -> None:
+    """Loads an attention module with its projections, by its class.
+
+    Raises:
+      TypeError: for a class that these backbones do not have.
+      StateDictError: if the state dict and the module do not fit.
+    """
+    for cls, load in _MIXERS.items():
+        if isinstance(mixer, cls):
+            load(mixer, weights)
+            return
+    raise TypeError(f"load_mixer takes {', '.join(cls.__name__ for cls in _MIXERS)}, got {type(mixer).__name__}")
+
+
+def load_agent_core(core: AgentCore, weights: official.StateDict, local: str = "dwc") -> None:
+    """Loads the biases of agent attention and its convolution, whose official name is `local`."""
+
+    def table(variable: nnx.Variable, name: str, *squeezed: int) -> None:
+        official.param(variable, weights, name, lambda a: jnp.squeeze(a, squeezed) if squeezed else a)
+
+    table(core.aggregate_table, "an_bias")
+    table(core.broadcast_table, "na_bias")
+    table(core.aggregate_row, "ah_bias", 0, 4)
+    table(core.aggregate_column, "aw_bias", 0, 3)
+    table(core.broadcast_row, "ha_bias", 0, 3)
+    table(core.broadcast_column, "wa_bias", 0, 2)
+    if core.class_token:
+        table(core.aggregate_class, "ac_bias", 0, 3)
+        table(core.broadcast_class, "ca_bias", 0, 2)
+    official.conv(core.local, weights, local)
+
+
+def load_inline_core(core: InlineCore, weights: official.StateDict) -> None:
+    """Loads what computes the kernels of InLine attention."""
+    official.conv(core.describe, weights, "residual.0")
+    official.conv(core.kernels, weights, "residual.2")
+
+
+def load_stripe(branch: StripeAttention, weights: official.StateDict) -> None:
+    """Loads one branch of CSwin's attention."""
+    if branch.kind == "agent":
+        load_agent_core(branch.core, weights, "get_v")
+        return
+    if branch.kind == "inline":
+        load_inline_core(branch.core, weights)
+    official.conv(branch.position, weights, "get_v")
+
+
+def _load_agent(mixer: AgentAttention, weights: official.StateDict) -> None:
+    _load_query_key_value(mixer, weights)
+    load_agent_core(mixer.core, weights)
+    official.linear(mixer.projection, weights, "proj")
+
+
+def _load_inline(mixer: InlineAttention, weights: official.StateDict) -> None:
+    if "qkv.weight" in weights:
+        official.linear(mixer.query_key_value, weights, "qkv")
+    else:
+        official.joined_linear(mixer.query_key_value, weights, ("q", "kv"))
+    load_inline_core(mixer.core, weights)
+    official.linear(mixer.projection, weights, "proj")
+
+
+def _load_spatial_reduction(mixer: SpatialReductionAttention, weights: official.StateDict) -> None:
+    _load_query_key_value(mixer, weights)
+    official.linear(mixer.projection, weights, "proj")
+
+
+def _load_query_key_value(mixer: AgentAttention | SpatialReductionAttention, weights: official.StateDict) -> None:
+    if "qkv.weight" in weights:
+        official.linears((mixer.query, mixer.key_value), weights, "qkv")
+    else:
+        official.linear(mixer.query, weights, "q")
+        official.linear(mixer.key_value, weights, "kv")
+    if mixer.reduce is not None:
+        official.conv(mixer.reduce, weights, "sr")
+        official.norm(mixer.reduce_norm, weights, "norm")
+
+
+def _load_window(mixer: WindowAttention, weights: official.StateDict) -> None:
+    official.linear(mixer.query_key_value, weights, "qkv")
+    if mixer.bias is not None:
+        official.param(mixer.bias.table, weights, "relative_position_bias_table")
+    official.linear(mixer.projection, weights, "proj")
+
+
+def _load_cross_shaped(mixer: CrossShapedWindowAttention, weights: official.StateDict) -> None:
+    official.linear(mixer.query_key_value, weights, "qkv")
+    for index, branch in enumerate(mixer.branches):
+        load_stripe(branch, weights.sub(f"attns.{index}"))
+    official.linear(mixer.projection, weights, "proj")
+
+
+def _load_pvt(model: PyramidVisionTransformer, weights: official.StateDict) -> None:
+    for number, stage in enumerate(model.stages, 1):
+        shape = stage.position.shape
+
+        def grid(table: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
+            return table.reshape(shape)
+
+        official.param(stage.position, weights, f"pos_embed{number}", grid)
+        official.conv(stage.embed.conv, weights, f"patch_embed{number}.proj")
+        official.norm(stage.norm, weights, f"patch_embed{number}.norm")
+        for index, block in enumerate(stage.blocks):
+            load_block(block, weights.sub(f"block{number}.{index}"))
+
+
+def _load_swin(model: SwinTransformer, weights: official.StateDict) -> None:
+    official.conv(model.embed.conv, weights, "patch_embed.proj")
+    if model.embed_norm is not None:
+        official.norm(model.embed_norm, weights, "patch_embed.norm")
+    if model.position is not None:
+        shape = model.position.shape
+        official.param(model.position, weights, "absolute_pos_embed", lambda table: table.reshape(shape))
+    for stage, blocks in enumerate(model.stages):
+        for index, block in enumerate(blocks):
+            load_block(block, weights.sub(f"layers.{stage}.blocks.{index}"))
+    for stage, merge in enumerate(model.merges):
+        official.norm(merge.norm, weights, f"layers.{stage}.downsample.norm")
+        official.linear(merge.reduction, weights, f"layers.{stage}.downsample.reduction")
+    official.norm(model.norm, weights, "norm")
+
+
+def _load_cswin(model: CSwinTransformer, weights: official.StateDict) -> None:
+    for stage, (entry, blocks) in enumerate(zip(model.entries, model.stages, strict=True)):
+        conv, norm = (f"merge{stage}.conv", f"merge{stage}.norm") if stage else _CSWIN_STEM
+        official.conv(entry.conv, weights, conv)
+        official.norm(entry.norm, weights, norm)
+        for index, block in enumerate(blocks):
+            load_block(block, weights.sub(f"stage{stage + 1}.{index}"), mixer="")
+    official.norm(model.norm, weights, "norm")
+
+
+def _load_deit(model: DeiT, weights: official.StateDict) -> None:
+    official.conv(model.embed.conv, weights, "patch_embed.proj")
+    official.param(model.class_token, weights, "cls_token", lambda a: a[0, 0])
+    official.param(model.position, weights, "pos_embed", lambda a: a[0])
+    for index, block in enumerate(model.blocks):
+        load_block(block, weights.sub(f"blocks.{index}"))
+    official.norm(model.norm, weights, "norm")
+
+
+_CSWIN_STEM = ("stage1_conv_embed.0", "stage1_conv_embed.2")
+_BACKBONES = {
+    PyramidVisionTransformer: _load_pvt,
+    SwinTransformer: _load_swin,
+    CSwinTransformer: _load_cswin,
+    DeiT: _load_deit,
+}
+_MIXERS = {
+    AgentAttention: _load_agent,
+    InlineAttention: _load_inline,
+    SpatialReductionAttention: _load_spatial_reduction,
+    WindowAttention: _load_window,
+    CrossShapedWindowAttention: _load_cross_shaped,
+}

@@ -1,0 +1,1 @@
+"""Training-free edits of attention at inference."""
