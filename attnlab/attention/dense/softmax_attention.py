@@ -11,6 +11,7 @@ paper masks by -∞, a query without any key gives zeros.
 The operator is `attnlab.nn.softmax.softmax_attention`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -259,6 +260,10 @@ class SoftmaxAttention(TokenMixer):
             k_at = q_at if num_keys is None else jnp.arange(num_keys)[None]
         if positions is not None:
             q_at = jnp.asarray(positions)
+            tokens, axes = math.prod(grid), () if len(grid) == 1 else (len(grid),)
+            if q_at.ndim < 2 or q_at.shape[1:] != (tokens, *axes):
+                wanted = ", ".join(map(str, ("B", tokens, *axes)))
+                raise ValueError(f"positions must be ({wanted}) for the layout {self.layout}, got {q_at.shape}")
             k_at = q_at if num_keys is None else k_at
         if q_at.ndim != k_at.ndim and self.rotary is not None:
             raise UnsupportedArgument(

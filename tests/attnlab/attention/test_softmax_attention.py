@@ -203,6 +203,10 @@ def test_calls_that_mean_nothing_are_refused():
         build(layout="image")(x[:, None], segment_ids=np.zeros((2, 4), int))
     with pytest.raises(UnsupportedArgument, match="rotary positions in the layout image do not reach"):
         build(layout="image", rotary=10.0)(x[:, None], draw(0, 2, 3, 16))
+    with pytest.raises(ValueError, match=r"positions must be \(B, 4\)"):
+        build(alibi=True)(x, positions=np.arange(4))
+    with pytest.raises(ValueError, match=r"positions must be \(B, 4, 2\)"):
+        build(layout="image", rotary=10.0)(x[:, None], positions=np.arange(4)[None])
     for options in ({}, {"causal": True, "context_features": 16}, {"causal": True, "layout": "image"}):
         with pytest.raises(UnsupportedArgument, match="decodes causal self-attention of a sequence"):
             build(**options).init_state(2, 4)
