@@ -1,0 +1,8 @@
+"""Settings that must stand before JAX is imported: tests run on the CPU, and compile fast rather than to fast code."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
