@@ -120,14 +120,18 @@ def save(comparison: Comparison, path: Path) -> None:
 def load(path: Path) -> Comparison:
     """Reads what `save` wrote."""
     raw = json.loads(path.read_text())
-    entries = []
-    for entry in raw.pop("entries"):
-        entry["train_curve"] = tuple(map(tuple, entry["train_curve"]))
-        entry["eval_curve"] = tuple(map(tuple, entry["eval_curve"]))
-        entry["timings"] = tuple(Timing(**timing) for timing in entry["timings"])
-        entry["sample"] = Sample(**entry["sample"]) if entry["sample"] else None
-        entries.append(Entry(**entry))
-    return Comparison(**raw, entries=tuple(entries))
+    return Comparison(**raw | {"entries": tuple(map(entry_from, raw["entries"]))})
+
+
+def entry_from(raw: dict[str, Any]) -> Entry:
+    """An entry from `dataclasses.asdict` of it, by way of JSON."""
+    changed = {
+        "train_curve": tuple(map(tuple, raw["train_curve"])),
+        "eval_curve": tuple(map(tuple, raw["eval_curve"])),
+        "timings": tuple(Timing(**timing) for timing in raw["timings"]),
+        "sample": Sample(**raw["sample"]) if raw["sample"] else None,
+    }
+    return Entry(**raw | changed)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,126 @@
+"""What is measured of a mixer besides its training: time against length, and where it looks."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import registry
+from attnlab.compare.plots import AttentionExample
+from attnlab.compare.results import Timing
+from attnlab.contract import Layout, Site
+from attnlab.data import Dataset
+from attnlab.experiment import Experiment, PyramidViTConfig
+from attnlab.models.block import layout_for
+
+MEMORY_LIMIT = 2**30  # bytes of temporaries from which a length is left out
+TIME_LIMIT = 1.0  # seconds of one call beyond which no longer sequence is tried
+SAMPLE_TIME = 0.1  # seconds over which calls are repeated
+
+
+def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tuple[Timing, ...]:
+    """Times one mixer alone at several numbers of tokens.
+
+    Channels and heads are those of the model (of the first stage of a pyramid). Images are squares, so their lengths
+    are rounded down to squares. The series ends where a length takes too much memory or time, or does not fit the
+    mechanism.
+
+    Args:
+      experiment: whose model's sizes to use.
+      mixer: registered name.
+      lengths: numbers of tokens, rising.
+    """
+    config = experiment.model
+    features, heads = config.features, config.num_heads
+    if isinstance(config, PyramidViTConfig):
+        features, heads = features[0], heads[0]
+    is_text = config.kind == "text"
+    layout = layout_for(mixer, (Layout.SEQUENCE,) if is_text else (Layout.IMAGE, Layout.SEQUENCE))
+    timings = []
+    for length in lengths:
+        side = int(length**0.5)
+        grid = (side, side) if layout is Layout.IMAGE else (length,)
+        site = Site(features, heads, layout=layout, causal=is_text, grid=None if is_text else grid)
+        try:
+            module = registry.create(mixer, site, rngs=nnx.Rngs(0), **config.mixer_options.get(mixer, {}))
+        except ValueError:
+            break
+        x = jax.random.normal(jax.random.key(0), (1, *grid, features))
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+        def forward(params: Any, x: jax.Array, graph: Any = graph, rest: Any = rest) -> jax.Array:
+            return nnx.merge(graph, params, rest, copy=True)(x)
+
+        def gradient(params: Any, x: jax.Array, forward: Callable[..., jax.Array] = forward) -> Any:
+            return jax.grad(lambda params, x: jnp.sum(forward(params, x) ** 2), argnums=(0, 1))(params, x)
+
+        times = [_median_seconds(function, params, x) for function in (forward, gradient)]
+        if None in times:
+            break
+        timings.append(Timing(int(np.prod(grid)), *(1e3 * seconds for seconds in times)))
+        if times[1] > TIME_LIMIT:
+            break
+    return tuple(timings)
+
+
+def _median_seconds(function: Callable[..., Any], *arguments: Any) -> float | None:
+    """Median time of a compiled call; None if it would take too much memory."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is not None and analysis.temp_size_in_bytes > MEMORY_LIMIT:
+        return None
+    jax.block_until_ready(compiled(*arguments))
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < SAMPLE_TIME and len(times) < 200):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def attention_of(model: nnx.Module, tokens: np.ndarray) -> list[np.ndarray]:
+    """The recorded attention of every layer for a batch of one, `(N, M)`, the mean over heads; layers without are left out."""
+    _, seen = nnx.capture(model, nnx.Intermediate)(tokens)
+    found = []
+    for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:
+        names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+        if "attention" in names and getattr(value, "ndim", 0) == 4:
+            # Layers are numbered, and must not be sorted as text.
+            found.append(([n if isinstance(n, int) else -1 for n in names], np.asarray(value[0], np.float32).mean(0)))
+    return [weights for _, weights in sorted(found, key=lambda item: item[0])]
+
+
+def example_of(experiment: Experiment, dataset: Dataset, *, tokens: int = 64) -> tuple[np.ndarray, AttentionExample]:
+    """One example of the evaluation split, as a batch of one, and as a picture without maps.
+
+    The query is the brightest token near the middle of an image, where something is to be seen; a text is cut to
+    `tokens` bytes.
+    """
+    if experiment.model.kind == "text":
+        batch = next(dataset.eval(batch_size=1, sequence_length=tokens))
+        inputs = batch["inputs"][:1]
+        return inputs, AttentionExample({}, text=bytes(int(token) if token < 256 else 0 for token in inputs[0]))
+    image = next(dataset.eval(batch_size=1))["image"][:1]
+    shown = image[0] - image[0].min()
+    shown = shown / (shown.max() or 1.0)
+    shown = shown[..., 0] if shown.shape[-1] == 1 else shown
+    patch = experiment.model.patch_size
+    grid = (-(-shown.shape[0] // patch), -(-shown.shape[1] // patch))
+    grey = shown if shown.ndim == 2 else shown.mean(-1)
+    padded = np.pad(grey, [(0, cells * patch - side) for cells, side in zip(grid, grey.shape, strict=True)])
+    brightness = padded.reshape(grid[0], patch, grid[1], patch).mean((1, 3))
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    distance = np.hypot(rows / grid[0] - 0.5, columns / grid[1] - 0.5)
+    return image, AttentionExample({}, shown, grid, int(np.argmax(brightness - distance)))
+
+
+def maps_for(example: AttentionExample, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Those maps that are between all tokens of the example; a class token, which comes first, is cut off."""
+    count = len(example.text) if example.grid is None else example.grid[0] * example.grid[1]
+    maps = [matrix[1:, 1:] if matrix.shape == (count + 1, count + 1) else matrix for matrix in weights]
+    return [matrix for matrix in maps if matrix.shape == (count, count)]

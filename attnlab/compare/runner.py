@@ -1,0 +1,253 @@
+"""Trains every mixer in a directory of its own, measures it, and writes what was found.
+
+    DIRECTORY/MIXER/           a run of `attnlab train`, with its checkpoints
+    DIRECTORY/MIXER/entry.json what is known of a finished mixer; read instead of training it again
+    DIRECTORY/results.json     all of it
+    DIRECTORY/plots/           the figures
+    DIRECTORY/report.html      the page
+
+Called again, it goes on from what is there.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import attnlab.data
+from attnlab import experiment as experiments
+from attnlab.compare import measure, plots, report
+from attnlab.compare import results as results_file
+from attnlab.compare.plots import AttentionExample
+from attnlab.compare.results import Comparison, Entry, Sample, Timing
+from attnlab.data.tokenizer import END_OF_TEXT, decode, encode
+from attnlab.experiment import Experiment
+from attnlab.training import ConfigMismatch, TrainResult
+
+LENGTHS = {"image": (64, 256, 1024, 4096), "text": (256, 512, 1024, 2048)}
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a comparison does besides training.
+
+    Attributes:
+      lengths: numbers of tokens at which mixers are timed alone; empty for no timing; those of `LENGTHS` when None.
+      prompt: beginning of the text that language models continue.
+      sample_tokens: tokens of it.
+      progress: whether to show progress on standard error.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    prompt: str = "def main("
+    sample_tokens: int = 240
+    progress: bool = True
+
+
+def compare(
+    experiment: Experiment,
+    mixers: Sequence[str],
+    directory: str | Path,
+    *,
+    title: str,
+    options: Options | None = None,
+) -> report.Section:
+    """Trains the experiment once for each mixer, and writes results, figures and report.
+
+    A mixer that cannot be trained becomes an entry with the reason; the others go on.
+
+    Args:
+      experiment: model, data, task and training; its own mixer is replaced.
+      mixers: registered names.
+      directory: where everything is written.
+      title: of the report.
+      options: what to do besides.
+
+    Returns:
+      The comparison and its figures, as `report.write_report` takes them.
+
+    Raises:
+      KeyError: for a mixer that is not registered, with the nearest names.
+      ValueError: for a mixer that is named twice, or parts of the experiment that do not fit together.
+      DataError: if the data is missing or broken.
+      ConfigMismatch: if the directory holds a comparison with other settings.
+      TrainingInterrupted: after SIGTERM or Ctrl-C; what was trained is kept.
+    """
+    options = options or Options()
+    if len(set(mixers)) < len(mixers) or not mixers:
+        raise ValueError(f"mixers must be different names, at least one, got: {', '.join(mixers) or 'none'}")
+    trials = [experiment.with_mixer(mixer) for mixer in mixers]  # finds misspelt names before anything is trained
+    for trial in trials:
+        trial.check()
+    dataset = experiment.open()
+    directory = Path(directory)
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if options.progress else (lambda text: None)
+    tokens, example = measure.example_of(experiment, dataset)
+    entries, maps = [], {}
+    for number, (mixer, trial) in enumerate(zip(mixers, trials, strict=True), start=1):
+        say(f"[{number}/{len(mixers)}] {mixer}")
+        entry = _entry(trial, mixer, dataset, directory / mixer, tokens, options, say)
+        entries.append(entry)
+        attention = directory / mixer / "attention.npz"
+        if entry.status == "done" and attention.exists():
+            with np.load(attention) as arrays:
+                weights = [arrays[name] for name in arrays.files]
+            if matching := measure.maps_for(example, weights):
+                maps[mixer] = matching
+    comparison = Comparison(
+        title=title,
+        kind=experiment.model.kind,
+        data=_data_facts(dataset.info),
+        setting=_setting_facts(experiment),
+        machine=_machine_facts(),
+        config=experiments.as_dict(experiment),
+        entries=tuple(entries),
+    )
+    results_file.save(comparison, directory / "results.json")
+    say("drawing")
+    section = report.Section(
+        comparison, plots.draw_all(comparison, dataclasses.replace(example, maps=maps), directory / "plots")
+    )
+    report.write_report(directory / "report.html", [section])
+    return section
+
+
+def _entry(
+    trial: Experiment,
+    mixer: str,
+    dataset: attnlab.data.Dataset,
+    directory: Path,
+    tokens: np.ndarray,
+    options: Options,
+    say: Say,
+) -> Entry:
+    """What is known of one mixer: from an earlier call, or by training and measuring it now."""
+    lengths = LENGTHS[trial.model.kind] if options.lengths is None else options.lengths
+    asked = {
+        "experiment": experiments.as_dict(trial),
+        "digest": dataset.info.digest,
+        "lengths": list(lengths),
+        "prompt": [options.prompt, options.sample_tokens],
+    }
+    asked = json.loads(json.dumps(asked))
+    file = directory / "entry.json"
+    if file.exists():
+        saved = json.loads(file.read_text())
+        if saved["asked"] == asked:
+            say(f"    finished before: {_words(trial, results_file.entry_from(saved['entry']))}")
+            return results_file.entry_from(saved["entry"])
+    try:
+        trained = experiments.run(trial, directory, dataset=dataset, progress=options.progress)
+        entry = _trained_entry(trial, mixer, trained)
+        say("    measuring")
+        entry = dataclasses.replace(
+            entry,
+            timings=measure.time_mixer(trial, mixer, lengths),
+            sample=_sample(trained, options) if trial.model.kind == "text" and options.sample_tokens else None,
+        )
+        weights = measure.attention_of(trained.model, tokens)
+        np.savez_compressed(directory / "attention.npz", **{f"layer{i:03}": layer for i, layer in enumerate(weights)})
+    except ConfigMismatch:
+        raise
+    except Exception as error:  # one mixer that cannot be built, compiled or trained must not sink the others
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say(f"    failed: {reason}")
+        return Entry(mixer, "failed", reason=reason)
+    results_file.write_text(file, json.dumps({"asked": asked, "entry": dataclasses.asdict(entry)}, indent=1) + "\n")
+    say(f"    {_words(trial, entry)}")
+    return entry
+
+
+def _trained_entry(trial: Experiment, mixer: str, trained: TrainResult) -> Entry:
+    split = "eval_ema" if "eval_ema" in trained.metrics else "eval"
+    name = "accuracy" if trial.model.kind == "image" else "bits_per_byte"
+    records = [(record["split"], record["step"], record["values"]) for record in trained.history]
+    return Entry(
+        mixer,
+        "done",
+        parameters=trained.parameters,
+        quality=trained.metrics[split][name],
+        loss=trained.metrics[split]["loss"],
+        steps=trained.steps,
+        seconds=trained.seconds,
+        steps_per_second=trained.steps_per_second,
+        items_per_second=trained.units_per_second,
+        step_bytes=trained.step_bytes,
+        train_curve=tuple((step, values["loss"]) for which, step, values in records if which == "train"),
+        eval_curve=tuple((step, values[name]) for which, step, values in records if which == split),
+    )
+
+
+def _sample(trained: TrainResult, options: Options) -> Sample:
+    from attnlab.models.generate import generate
+
+    generation = generate(
+        trained.model,
+        encode(options.prompt)[None],
+        max_new_tokens=options.sample_tokens,
+        key=jax.random.key(0),
+        temperature=0.8,
+        top_p=0.95,
+        stop_tokens=(END_OF_TEXT,),
+        pad_token=END_OF_TEXT,
+    )
+    return Sample(options.prompt, decode(np.asarray(generation.tokens[0])).decode(errors="replace"))
+
+
+def _words(trial: Experiment, entry: Entry) -> str:
+    quality = f"{100 * entry.quality:.1f} %" if trial.model.kind == "image" else f"{entry.quality:.3f} bits per byte"
+    return f"{quality} after {entry.steps} steps in {entry.seconds:.0f} s"
+
+
+def _data_facts(info: attnlab.data.DatasetInfo) -> dict[str, str]:
+    unit = "images" if info.kind == "image" else "tokens"
+    facts = {"data": f"{info.name}: {info.train_size:,} {unit} for training, {info.eval_size:,} for evaluation"}
+    if info.image_shape:
+        facts["images"] = " × ".join(map(str, info.image_shape)) + f", {info.num_classes} classes"
+    details = ", ".join(f"{name} {value}" for name, value in info.details.items())
+    return facts | ({"details": details} if details else {}) | {"digest": info.digest[:16]}
+
+
+def _setting_facts(experiment: Experiment) -> dict[str, str]:
+    model, train = experiment.model, experiment.train
+    shape = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name in ("patch_size", "features", "depth", "depths", "num_heads", "mlp_ratio")
+    }
+    kind = re.sub("Config$", "", type(model).__name__)
+    length = f" of {experiment.task.sequence_length} tokens" if model.kind == "text" else ""
+    optimizer = train.optimizer
+    return {
+        "model": f"{kind}, " + ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in shape.items()),
+        "training": f"{train.steps or f'{train.epochs} epochs /'} steps of {train.batch_size} examples{length}, "
+        f"{optimizer.name}, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}, warm-up "
+        f"{optimizer.warmup_steps}), weight decay {optimizer.weight_decay:g}, "
+        f"{f'average of the weights {train.ema:g}, ' if train.ema else ''}{train.dtype}, seed {train.seed}",
+    }
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _machine_facts() -> dict[str, str]:
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    packages = ", ".join(f"{package} {metadata.version(package)}" for package in ("jax", "flax"))
+    return {
+        "device": f"{name} ({platform.machine()})",
+        "versions": f"{packages}, Python {platform.python_version()}",
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
+    }

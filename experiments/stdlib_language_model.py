@@ -1,0 +1,28 @@
+"""A small byte-level language model on the sources of Python's standard library.
+
+    attnlab train stdlib_language_model
+"""
+
+from attnlab.data import StdlibText
+from attnlab.experiment import Experiment, LanguageModelConfig
+from attnlab.training import LanguageTask, OptimizerConfig, TrainConfig
+
+CONFIG = Experiment(
+    model=LanguageModelConfig(
+        features=96,
+        depth=3,
+        num_heads=4,
+        mixer="lightning_attention_2",
+        mixer_options={},
+    ),
+    data=StdlibText(max_bytes=2_000_000),
+    task=LanguageTask(sequence_length=128),
+    train=TrainConfig(
+        steps=500,
+        batch_size=16,
+        eval_every=250,
+        checkpoint_every=250,
+        log_every=5,
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, weight_decay=0.1),
+    ),
+)
