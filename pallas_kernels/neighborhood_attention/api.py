@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
 from pallas_kernels.masks import Grid
+from pallas_kernels.neighborhood_attention import reference
 from pallas_kernels.neighborhood_attention.arguments import FLOATS, Arguments
 from pallas_kernels.neighborhood_attention.windows import Window
 
@@ -99,6 +100,25 @@ def neighborhood_attention(
     )
     y, lse = dispatch.choose(OP, args, implementation).load().run(args)
     return (y, lse) if return_lse else y
+
+
+def neighborhood_attention_weights(q: ArrayLike, k: ArrayLike, kernel_size: PerAxis, **options) -> jax.Array:
+    """The weights that `neighborhood_attention` never builds, to look at: O(N²) memory.
+
+    Args:
+      q: queries, (B, *S, H, D).
+      k: keys, (B, *S, G, D).
+      kernel_size: as in `neighborhood_attention`.
+      **options: stride, dilation, is_causal, scale and bias of the call.
+
+    Returns:
+      (B, H, N, N) in float32 (or float64), tokens in row-major order.
+
+    Raises:
+      ValueError: as `neighborhood_attention`.
+      TypeError: as `neighborhood_attention`.
+    """
+    return reference.weights(normal_form(q, k, k, kernel_size, **options))
 
 
 def neighborhood_mask(

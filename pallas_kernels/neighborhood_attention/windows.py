@@ -4,10 +4,11 @@ With dilation d, positions fall into d groups that do not see each other: positi
 coordinate i = x // d in it; the group has L = ⌈(X - g) / d⌉ positions. Queries come in runs of s (the stride) that
 follow one leader. In coordinates of the group the window of i is a run of keys, `first` to `last`:
 
-    not causal   leader ℓ = min(⌊i/s⌋ s + ⌊s/2⌋, L - 1),  centre c = clamp(ℓ, ⌊k/2⌋, L - 1 - R),  R = ⌊k/2⌋ + k mod 2 - 1
-                 first = c - ⌊k/2⌋,  last = c + R                    always k keys: at a border the window is shifted
+    not causal   leader ℓ = min(⌊i/s⌋ s + ⌊s/2⌋, L - 1)
+                 centre c = clamp(ℓ, ⌊k/2⌋, L - 1 - R),  R = ⌊k/2⌋ + k mod 2 - 1
+                 first = c - ⌊k/2⌋,  last = c + R            always k keys: at a border the window is shifted
     causal       leader ℓ = min(⌊i/s⌋ s + s - 1, L - 1)
-                 first = max(ℓ - k + 1, 0),  last = i                1 to k keys
+                 first = max(ℓ - k + 1, 0),  last = i        1 to k keys
 
 Source: arXiv:2403.04690 and, for the stride, arXiv:2504.16922; code SHI-Labs/NATTEN.
 """

@@ -2,9 +2,9 @@
 
 1. Fold. Positions of one dilation group are brought together, x = i·d + g, and the groups become a batch axis: from
    here on every window is a run of keys.
-2. Tile. The grid of queries is cut into tiles of T = Π T_a tokens. The windows of a tile lie in a box of U = Π U_a keys,
-   U_a about T_a + k_a - 1, whose corner is known when tracing; near a border windows move together and the box is
-   smaller. A sweep over the tiles slices the box out, and masks the keys that are not in a query's own window.
+2. Tile. The grid of queries is cut into tiles of T = Π T_a tokens. The windows of a tile lie in a box of U = Π U_a
+   keys, U_a about T_a + k_a - 1, whose corner is known when tracing. A sweep over the tiles slices the box out, and
+   masks the keys that are not in a query's own window.
 3. Attend. Per tile two products, (T, D) by (U, D) and (T, U) by (U, E), with the softmax between them, in float32.
 
 The backward pass sweeps over the tiles again: it makes the weights anew from the log of their sums, and adds the
@@ -179,7 +179,11 @@ def _axis(window: Window, tile: int) -> _Axis:
     keys = int((np.where(empty, -1, last).max((1, 2)) - low + 1).max())
     corner = np.minimum(low, length - keys)
     return _Axis(
-        count, tile, keys, corner, *((np.where(empty, x, x - corner[:, None, None])).astype(np.int32) for x in (first, last))
+        count,
+        tile,
+        keys,
+        corner,
+        *((np.where(empty, x, x - corner[:, None, None])).astype(np.int32) for x in (first, last)),
     )
 
 
@@ -318,7 +322,7 @@ def _allowed(plan: _Plan, index: jax.Array) -> jax.Array:
 def _tile_bias(plan: _Plan, index: jax.Array, bias: jax.Array) -> jax.Array:
     """(G, R, T, U): the bias of each offset in a tile, by a one-hot product per axis, whose gradient is a product."""
     heads = bias.shape[0]
-    for a, (axis, window, i, corner) in enumerate(zip(plan.axes, plan.windows, index, _corner(plan, index), strict=True)):
+    for axis, window, i, corner in zip(plan.axes, plan.windows, index, _corner(plan, index), strict=True):
         offset = corner + jnp.arange(axis.keys) - (i * axis.queries + jnp.arange(axis.queries))[:, None]
         chosen = jax.nn.one_hot(offset + window.kernel_size - 1, 2 * window.kernel_size - 1, dtype=bias.dtype)
         # The entry of an axis becomes its queries and keys, at the end: (H, entries left, T_0, U_0, …)
