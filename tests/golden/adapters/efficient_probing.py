@@ -150,6 +150,9 @@ NAMES = {
     "attn_head_dim": "head_dim",
 }
 
+SQUEEZED = (SimPool, ESimPool, CAEPooling, CBAMPooling)
+"""Their official classes lose the batch axis at batch 1."""
+
 
 def run(meta, param, inputs):
     name, x = meta["class"], inputs["x"]
@@ -163,4 +166,8 @@ def run(meta, param, inputs):
         y = y.reshape(len(x), options["num_queries"], -1)
     if cls is SigLIPPooling and options["reduce"] == "all":
         y = y.reshape(len(x), options.get("num_latents", 1), -1)
+    if cls in (SimPool, ESimPool) and options.get("gamma") is not None:
+        y = y.reshape(len(x), module.num_heads, -1)
+    if cls in SQUEEZED:
+        y = y.squeeze()
     return {"y": y}
