@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.linear.agent_attention import AgentAttention, AgentCore
 from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
@@ -142,6 +143,11 @@ def _load_query_key_value(mixer: AgentAttention | SpatialReductionAttention, wei
         official.norm(mixer.reduce_norm, weights, "norm")
 
 
+def _load_softmax(mixer: SoftmaxAttention, weights: official.StateDict) -> None:
+    official.linears((mixer.query, mixer.key, mixer.value), weights, "qkv")
+    official.linear(mixer.projection, weights, "proj")
+
+
 def _load_window(mixer: WindowAttention, weights: official.StateDict) -> None:
     official.linear(mixer.query_key_value, weights, "qkv")
     if mixer.bias is not None:
@@ -215,6 +221,7 @@ _BACKBONES = {
 _MIXERS = {
     AgentAttention: _load_agent,
     InlineAttention: _load_inline,
+    SoftmaxAttention: _load_softmax,
     SpatialReductionAttention: _load_spatial_reduction,
     WindowAttention: _load_window,
     CrossShapedWindowAttention: _load_cross_shaped,

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.linear.agent_attention import PAPER, AgentAttention
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention
@@ -244,7 +245,7 @@ class AgentDeiT(DeiT):
             raise ValueError(f"agents are defined for the first {len(runs)} blocks, got {count} blocks with agents")
         common = _mixer_options(qkv_bias, attention_dropout, dropout)
         choices = [Choice(AgentAttention, {"num_agents": num_agents[runs[block]]} | common) for block in range(count)]
-        choices += [Choice("softmax_attention", common)] * (depth - count)
+        choices += [Choice(SoftmaxAttention, common)] * (depth - count)
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 

@@ -2,6 +2,7 @@
 
 from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.local.cross_shaped_windows import StripeAttention
 from attnlab.attention.local.window_attention import WindowAttention
@@ -105,17 +106,16 @@ def softmax_mixer(meta, param, inputs):
         )
         config.done()
         return run_stripes(branch, side, param, inputs["qkv"], inputs.get("x_mean"))
-    mixer = SpatialReductionAttention(
-        config.take("dim"),
-        num_heads=config.take("num_heads", 8),
-        reduction=config.take("sr_ratio", 1),
-        qkv_bias=config.take("qkv_bias", False),
-        scale=config.take("qk_scale"),
-        rngs=rngs,
-    )
-    config.done()
     call = meta["call"]
-    return run_mixer(mixer, param, x, (call["H"], call["W"]) if "H" in call else (1, x.shape[1]))
+    features, heads = config.take("dim"), config.take("num_heads", 8)
+    options = {"qkv_bias": config.take("qkv_bias", False), "scale": config.take("qk_scale"), "rngs": rngs}
+    if "H" in call:
+        reduction = config.take("sr_ratio", 1)
+        mixer = SpatialReductionAttention(features, num_heads=heads, reduction=reduction, **options)
+    else:
+        mixer = SoftmaxAttention(features, num_heads=heads, **options)
+    config.done()
+    return run_mixer(mixer, param, x, (call["H"], call["W"]) if "H" in call else None)
 
 
 def block_around(mixer, features, config, norm_eps=1e-5):
@@ -178,6 +178,12 @@ def deit_family(config):
         "mlp_ratio": config.take("mlp_ratio", 4.0),
         "qkv_bias": config.take("qkv_bias", True),
     } | image_arguments(config, 16)
+
+
+def letters(config, default, stages):
+    """The attention types of the stages; letters behind them mean nothing there unless a stage is mixed."""
+    types = config.take("attn_type") or default
+    return types if "M" in types[:stages] else types[:stages]
 
 
 def image_arguments(config, patch_size=None):

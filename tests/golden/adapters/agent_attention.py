@@ -4,6 +4,7 @@ import math
 
 from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.linear.agent_attention import AgentAttention
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
@@ -71,9 +72,8 @@ def _block(meta, param, inputs):
     config, rngs, call = vision.Config(meta["config"]), nnx.Rngs(0), meta["call"]
     features, heads, bias = config.take("dim"), config.take("num_heads"), config.take("qkv_bias", False)
     if "num_patches" not in config:  # the plain block of DeiT
-        mixer = SpatialReductionAttention(features, num_heads=heads, qkv_bias=bias, rngs=rngs)
-        block = vision.block_around(mixer, features, config)
-        return vision.run_block(block, param, inputs["x"], (1, inputs["x"].shape[1]))
+        mixer = SoftmaxAttention(features, num_heads=heads, qkv_bias=bias, rngs=rngs)
+        return vision.run_block(vision.block_around(mixer, features, config), param, inputs["x"])
     side = math.isqrt(config.take("num_patches"))
     options = {"num_heads": heads, "qkv_bias": bias, "reduction": config.take("sr_ratio", 1), "rngs": rngs}
     scale, agents = config.take("qk_scale"), config.take("agent_num", 49)
@@ -121,7 +121,8 @@ def _cswin_block(meta, param, inputs):
 
 def _pvt(meta, param, inputs):
     config = vision.Config(meta["config"])
-    options = vision.pvt_family(config) | _kinds(config, "AAAA")
+    options = vision.pvt_family(config)
+    options |= _kinds(config, "AAAA", options)
     reductions = [int(digit) for digit in config.take("agent_sr_ratios", "1111")]
     config.done()
     return vision.run_model(AgentPVT(**options, agent_reductions=reductions, rngs=nnx.Rngs(0)), param, inputs["x"])
@@ -129,14 +130,16 @@ def _pvt(meta, param, inputs):
 
 def _swin(meta, param, inputs):
     config = vision.Config(meta["config"])
-    options = vision.swin_family(config) | _kinds(config, "BBBB")
+    options = vision.swin_family(config)
+    options |= _kinds(config, "BBBB", options)
     config.done()
     return vision.run_model(AgentSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])
 
 
 def _cswin(meta, param, inputs):
     config = vision.Config(meta["config"])
-    options = vision.cswin_family(config) | _kinds(config, "AAAA", [49, 49, 49, 49])
+    options = vision.cswin_family(config)
+    options |= _kinds(config, "AAAA", options, [49, 49, 49, 49])
     splits = [int(width) for width in config.take("la_split_size", "1-2-7-7").split("-")]
     config.done()
     return vision.run_model(AgentCSwin(**options, agent_splits=splits, rngs=nnx.Rngs(0)), param, inputs["x"])
@@ -152,10 +155,9 @@ def _deit(meta, param, inputs):
     return vision.run_model(model, param, inputs["x"])
 
 
-def _kinds(config, letters, agents=(9, 16, 49, 49)):
-    agents = config.take("agent_num", agents)
-    agents = [agents] * 4 if isinstance(agents, int) else [int(n) for n in agents]
-    return {"attention": config.take("attn_type") or letters, "num_agents": agents}
+def _kinds(config, letters, options, agents=(9, 16, 49, 49)):
+    agents = [int(n) for n in config.take("agent_num", agents)]
+    return {"attention": vision.letters(config, letters, len(options["depths"])), "num_agents": agents}
 
 
 def _agent_sd(meta, param, inputs):

@@ -106,8 +106,8 @@ def _cswin_block(meta, param, inputs):
 
 def _pvt(meta, param, inputs):
     config = vision.Config(meta["config"])
-    letters = config.take("attn_type") or "IIII"
     options = vision.pvt_family(config)
+    letters = vision.letters(config, "IIII", len(options["depths"]))
     for letter, reduction in zip(letters, config.take("la_sr_ratios", "8421"), strict=False):
         if letter == "I" and reduction != "1":
             raise NotImplementedError("the authors' InLine attention fails with spatial reduction")
@@ -117,14 +117,16 @@ def _pvt(meta, param, inputs):
 
 def _swin(meta, param, inputs):
     config = vision.Config(meta["config"])
-    options = vision.swin_family(config) | {"attention": config.take("attn_type", "IIII")}
+    options = vision.swin_family(config)
+    options["attention"] = vision.letters(config, "IIII", len(options["depths"]))
     config.done()
     return vision.run_model(InlineSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])
 
 
 def _cswin(meta, param, inputs):
     config = vision.Config(meta["config"])
-    options = vision.cswin_family(config) | {"attention": config.take("attn_type", "IIII")}
+    options = vision.cswin_family(config)
+    options["attention"] = vision.letters(config, "IIII", len(options["depths"]))
     config.drop("la_split_size")  # only the stages' sides work there, and the window is always the image here
     config.done()
     return vision.run_model(InlineCSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention
+from attnlab.attention.local.window_attention import WindowAttention
+
+
+def attention_map(mixer, x):
+    return nnx.capture(mixer, nnx.Intermediate)(x)[1]["attention"][0]
+
+
+def test_shifted_windows_see_only_what_was_near_before_the_shift():
+    mixer = WindowAttention(8, num_heads=2, window=4, shift=2, rngs=nnx.Rngs(0))
+    weights = attention_map(mixer, jax.random.normal(jax.random.key(0), (1, 8, 8, 8)))
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    rows, columns = np.divmod(np.arange(64), 8)
+    near = (np.abs(rows[:, None] - rows) < 4) & (np.abs(columns[:, None] - columns) < 4)
+    assert not np.any(np.asarray(weights[0, 0]) * ~near)
+    # The window in the middle is whole: it has 16 tokens; those at the corners of the image are alone with their 2x2.
+    seen = np.count_nonzero(np.asarray(weights[0, 0]), axis=-1).reshape(8, 8)
+    assert (seen[2:6, 2:6] == 16).all() and seen[0, 0] == seen[7, 7] == seen[0, 7] == 4
+
+
+def test_windows_are_shifted_in_odd_layers_unless_one_covers_the_axis():
+    build = lambda **place: WindowAttention(8, num_heads=2, window=4, rngs=nnx.Rngs(0), **place).windows.shift  # noqa: E731
+    assert build(layer=0, grid=(8, 8)) == (0, 0)
+    assert build(layer=1, grid=(8, 8)) == (2, 2)
+    assert build(layer=1, grid=(8, 4)) == (2, 0)
+
+
+def test_refuses_windows_that_do_not_tile_the_image():
+    with pytest.raises(ValueError, match=r"windows of \(7, 7\) do not tile a grid of \(8, 8\)"):
+        WindowAttention(8, num_heads=2, grid=(8, 8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"windows of \(7, 7\) do not tile a grid of \(8, 8\)"):
+        WindowAttention(8, num_heads=2, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 8)))
+
+
+def test_cross_shaped_windows_see_a_cross():
+    mixer = CrossShapedWindowAttention(8, num_heads=2, grid=(16, 16), split=2, rngs=nnx.Rngs(0))
+    weights = attention_map(mixer, jax.random.normal(jax.random.key(0), (1, 16, 16, 8)))
+    seen = np.asarray(weights[0]).any(0).sum(-1)
+    assert (seen == 2 * (16 + 16) - 2**2).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": None}, "needs the grid"),
+        ({"num_heads": 1}, "even number of heads"),
+        ({"core": "soft"}, "core must be one of softmax, agent, inline, got 'soft'"),
+        ({"core": "agent"}, "num_agents goes with the core agent"),
+        ({"split": 3}, "do not tile a grid"),
+    ],
+)
+def test_cross_shaped_windows_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        CrossShapedWindowAttention(8, **({"num_heads": 2, "grid": (4, 4), "split": 2, "rngs": nnx.Rngs(0)} | options))
+
+
+def test_inline_stripes_must_cover_the_image():
+    mixer = CrossShapedWindowAttention(8, num_heads=2, grid=(4, 4), split=2, core="inline", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="window that covers the image"):
+        mixer(jnp.ones((1, 4, 4, 8)))
