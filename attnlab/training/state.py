@@ -93,7 +93,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda old, new: new + (old - new) * decay.astype(new.dtype), ema, params)
         state = TrainState(state.step + 1, params, other, optimizer_state, ema)
-        return state, sums | {"grad_norm": optax.global_norm(grads)}
+        return state, sums | {"grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
