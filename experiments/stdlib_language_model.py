@@ -13,7 +13,7 @@ CONFIG = Experiment(
         depth=3,
         num_heads=4,
         mixer="lightning_attention_2",
-        mixer_options={},
+        mixer_options={"softmax_attention": {"rotary": True}},
     ),
     data=StdlibText(max_bytes=2_000_000),
     task=LanguageTask(sequence_length=128),

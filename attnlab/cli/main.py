@@ -1,6 +1,7 @@
 """Entry point of `attnlab`: finds the command, and turns a user's mistake into a message instead of a traceback."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"attnlab: no command is called {command!r}: {suggestion(command, COMMANDS)}", file=sys.stderr)
         return 2
+    quiet()
     try:
         module = importlib.import_module(f"attnlab.cli.{MODULES.get(command, command)}")
         return module.run(rest)
@@ -70,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"attnlab {command}: {message(error)}", file=sys.stderr)
         print(f"(`attnlab {command} ... --debug` shows where)", file=sys.stderr)
         return 2
+
+
+def quiet() -> None:
+    """Keeps the notes of checkpointing for its developers off the terminal; warnings of Python itself stay."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def message(error: BaseException) -> str:
