@@ -49,11 +49,11 @@ def test_examples_are_pooled_alone_and_the_batch_axis_stays(name: str):
 @every_pooling
 def test_dtype_follows_the_tokens_or_the_option(name: str):
     x = tokens(2)
-    exact = build(name)(x)
-    low = build(name)(x.astype(jnp.bfloat16))
+    pool, call = build(name), nnx.jit(lambda m, x: m(x))
+    exact, low = call(pool, x), call(pool, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     assert float(jnp.abs(low - exact).max()) < 0.05 * (1 + float(jnp.abs(exact).max()))
-    assert build(name, dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16
+    assert nnx.eval_shape(lambda: build(name, dtype=jnp.bfloat16)(x)).dtype == jnp.bfloat16
 
 
 @every_pooling
@@ -86,10 +86,11 @@ def test_weights_are_recorded(name: str):
 
 
 @every_pooling
-@pytest.mark.parametrize("shape", [(12, FEATURES), (2, 12, FEATURES + 1), (2, 0, FEATURES)])
-def test_other_shapes_are_refused(name: str, shape: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"pools tokens \(B, N, 16\)"):
-        build(name)(jnp.zeros(shape))
+def test_other_shapes_are_refused(name: str):
+    pool = build(name)
+    for shape in [(12, FEATURES), (2, 12, FEATURES + 1), (2, 0, FEATURES)]:
+        with pytest.raises(ValueError, match=r"pools tokens \(B, N, 16\)"):
+            pool(jnp.zeros(shape))
 
 
 def test_pooling_before_projecting_is_projecting_before_pooling():
