@@ -21,7 +21,7 @@ Arguments of the call, where a mixer accepts them:
 
 Standard constructor arguments, in this order: `features`, then keyword-only `num_heads`, options of the mechanism,
 `dtype=None`, `param_dtype=jnp.float32`, `rngs`. A constructor that needs to know where it stands takes any of `causal`,
-`layout`, `grid`, `layer`, `num_layers`, `context_features`, with the meanings of `Site`.
+`layout`, `grid`, `layer`, `num_layers`, `context_features`, `rotary`, with the meanings of `Site`.
 """
 
 import dataclasses
@@ -75,6 +75,7 @@ class Site:
       layer: index of the layer from 0, among `num_layers`; some decays and scales depend on it.
       num_layers: number of layers of the model.
       context_features: channels of the context for cross-attention, None for self-attention.
+      rotary: base of the rotary positions that the model leaves to those mixers that have them, or None.
     """
 
     features: int
@@ -85,6 +86,7 @@ class Site:
     layer: int = 0
     num_layers: int = 1
     context_features: int | None = None
+    rotary: float | None = None
 
     @property
     def pattern(self) -> Pattern:

@@ -30,7 +30,15 @@ from attnlab.data.errors import did_you_mean
 from attnlab.models.language_model import LanguageModel
 from attnlab.models.pyramid_vit import PyramidViT
 from attnlab.models.vit import ViT
-from attnlab.training import ClassificationTask, ConfigMismatch, LanguageTask, TrainConfig, TrainResult, load_model, train
+from attnlab.training import (
+    ClassificationTask,
+    ConfigMismatch,
+    LanguageTask,
+    TrainConfig,
+    TrainResult,
+    load_model,
+    train,
+)
 
 EXPERIMENT_FILE = "experiment.json"
 
@@ -41,7 +49,7 @@ def _parse_json(arguments: list[str]) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object, such as '{\"softmax_attention\": {\"qk_norm\": true}}'")
+        raise ValueError('not a JSON object, such as \'{"softmax_attention": {"qk_norm": true}}\'')
     return value
 
 
@@ -152,7 +160,7 @@ class LanguageModelConfig:
       mlp: feed-forward, "swiglu", "gelu" or "sglu".
       mlp_ratio: hidden channels of the feed-forward over features.
       norm: "rms", "layer" or "srms".
-      position: "none" (mixers see order by decay or rotation) or "learned".
+      position: "rotary" (in those mixers that have it), "learned" or "none".
       max_length: rows of a learned table; None without one.
       tie_embeddings: whether logits use the embedding's weights.
       dropout: rate after the embedding and inside the feed-forward.
@@ -170,7 +178,7 @@ class LanguageModelConfig:
     mlp: Literal["swiglu", "gelu", "sglu"] = "swiglu"
     mlp_ratio: float = 8 / 3
     norm: Literal["rms", "layer", "srms"] = "rms"
-    position: Literal["none", "learned"] = "none"
+    position: Literal["rotary", "learned", "none"] = "rotary"
     max_length: int | None = None
     tie_embeddings: bool = True
     dropout: float = 0.0

@@ -1,6 +1,6 @@
 """The pre-norm block around any registered mixer, and the choice of a mixer for each layer.
 
-    x = x + mixer(norm(x));   x = x + mlp(norm(x))
+x = x + mixer(norm(x));   x = x + mlp(norm(x))
 """
 
 import dataclasses

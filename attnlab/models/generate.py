@@ -150,7 +150,7 @@ def _generate(graph, weights, prompt, mask, key, stop_tokens, *, max_new_tokens,
 def _check(prompt, max_new_tokens, key, temperature, top_k, top_p, vocab_size, stop_tokens) -> None:
     if prompt.ndim != 2 or prompt.shape[1] < 1 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"prompt must be integers (B, N) with N ≥ 1, got {prompt.dtype} {prompt.shape}")
-    if prompt.size and not (0 <= prompt.min() and prompt.max() < vocab_size):
+    if prompt.size and not (prompt.min() >= 0 and prompt.max() < vocab_size):
         raise ValueError(f"prompt has ids from {prompt.min()} to {prompt.max()}; the vocabulary is 0..{vocab_size - 1}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -15,7 +15,7 @@ from attnlab.contract import Layout, Site, UnsupportedArgument
 from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
 from attnlab.nn.linear import Linear, trunc_normal
 
-POSITIONS = ("none", "learned")
+POSITIONS = ("rotary", "learned", "none")
 
 
 class LanguageState(NamedTuple):
@@ -34,13 +34,15 @@ class LanguageModel(nnx.Module):
       depth: number of blocks.
       num_heads: heads of each mixer.
       mixer: name of a registered mixer with a causal form, or a pattern of names repeated over the depth.
-      mixer_options: constructor options by mixer name, such as rotary positions of softmax attention.
+      mixer_options: constructor options by mixer name.
       mlp: `"swiglu"`, `"gelu"` or `"sglu"`; see `Block`.
       mlp_ratio: hidden channels of the feed-forward over C; 8/3 gives SwiGLU the weights of a GELU of ratio 4.
       mlp_bias: whether the feed-forward has biases; its usual choice when None.
       norm: `"rms"`, `"layer"` or `"srms"`; see `Block`.
-      position: `"none"` (mixers see order by their decay or rotation) or `"learned"` (a table of `max_length` rows).
+      position: how order is seen beyond what a mixer's own decay tells: `"rotary"` (of queries and keys, in those
+        mixers that have the option), `"learned"` (a table of `max_length` rows), or `"none"`.
       max_length: longest sequence of a learned table; None without one.
+      rotary_base: base of the rotary frequencies.
       embed_scale: factor of the embedding; √C in some models.
       tie_embeddings: whether logits use the embedding's weights.
       dropout: rate after the embedding and inside the feed-forward.
@@ -68,8 +70,9 @@ class LanguageModel(nnx.Module):
         mlp_ratio: float = 8 / 3,
         mlp_bias: bool | None = None,
         norm: str = "rms",
-        position: str = "none",
+        position: str = "rotary",
         max_length: int | None = None,
+        rotary_base: float = 10000.0,
         embed_scale: float = 1.0,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
@@ -94,7 +97,14 @@ class LanguageModel(nnx.Module):
             self.position = nnx.Param(table, logical_axes=(None, "embed"))
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else nnx.data(None)
         self.blocks = Blocks(
-            Site(features, num_heads, layout=Layout.SEQUENCE, causal=True, num_layers=depth),
+            Site(
+                features,
+                num_heads,
+                layout=Layout.SEQUENCE,
+                causal=True,
+                num_layers=depth,
+                rotary=rotary_base if position == "rotary" else None,
+            ),
             depth,
             mixer=mixer,
             mixer_options=mixer_options,

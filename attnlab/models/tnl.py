@@ -73,6 +73,7 @@ class TransNormerLLM(LanguageModel):
             mlp_ratio=mlp_ratio,
             mlp_bias=use_bias,
             norm="srms",
+            position="none",
             embed_scale=features**0.5 if embed_scale is None else embed_scale,
             dtype=dtype,
             param_dtype=param_dtype,

@@ -114,7 +114,7 @@ class ViT(nnx.Module):
         self.pool = nnx.data(None)
         if pooling not in ("mean", "cls"):
             self.pool = registry.create(
-                pooling, Site(features, num_heads), rngs=rngs, **(common | dict(pooling_options or {}))
+                pooling, Site(features, num_heads, grid=grid), rngs=rngs, **(common | dict(pooling_options or {}))
             )
         elif pooling_options:
             raise ValueError(f"pooling_options are for a registered pooling, not for {pooling!r}")

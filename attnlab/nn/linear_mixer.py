@@ -31,7 +31,8 @@ class LinearMixer(TokenMixer):
     """Base of linear attention mixers.
 
     A subclass defines `project` and `merge`, sets `features`, `num_heads`, `key_size` D, `value_size` E, `causal`,
-    `cross` (whether it was built for a context) and `dtype`, and may override `log_decay`, `normalize` (whether the op divides by q·Σk) and `scale` (of q·k).
+    `cross` (whether it was built for a context) and `dtype`, and may override `log_decay`, `normalize` (whether the op
+    divides by q·Σk) and `scale` (of q·k).
     """
 
     accepts = frozenset({"key_mask", "segment_ids"})
@@ -43,9 +44,7 @@ class LinearMixer(TokenMixer):
     value_size: int
     dtype: Any = None
 
-    def project(
-        self, x: jax.Array, context: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `(B, N, H, D)` of `x`, keys `(B, M, G, D)` and values `(B, M, G, E)` of `context`.
 
         `positions` `(1|B, N)` count the tokens from the start of the sequence, or of the decoding.

@@ -1,4 +1,4 @@
-"""What the conformance suite runs over: each registered mixer in each pattern and layout it declares, at small sizes."""
+"""What the conformance suite runs over: each registered mixer in each pattern and layout it declares, small."""
 
 import dataclasses
 import functools
@@ -49,6 +49,7 @@ class Subject:
             layer=1,
             num_layers=4,
             context_features=FEATURES if self.cross else None,
+            rotary=100.0 if self.pattern is Pattern.CAUSAL_SELF and self.layout is Layout.SEQUENCE else None,
         )
         return dataclasses.replace(place, **changes)
 

@@ -84,9 +84,9 @@ def test_gradients(subject: Subject):
         return scalar(nnx.merge(graph, params, rest), arguments)
 
     of_params, of_arguments = jax.jit(jax.grad(loss, (0, 1)))(params, arguments)
-    named = {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(of_params)[0]
-    } | {f"argument {i}": leaf for i, leaf in enumerate(of_arguments)}
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(of_params)[0]} | {
+        f"argument {i}": leaf for i, leaf in enumerate(of_arguments)
+    }
     for name, gradient in named.items():
         assert jnp.isfinite(gradient).all(), name
         assert jnp.any(gradient != 0), f"{name} has no gradient"
@@ -204,9 +204,7 @@ def test_refuses_other_sites(variant):
         Subject(variant.name, min(variant.patterns), min(variant.layouts)).build(no_such_option=1)
 
 
-@pytest.mark.parametrize(
-    "subject", [s for s in mixers() if not s.causal and s.layout is Layout.SEQUENCE], ids=str
-)
+@pytest.mark.parametrize("subject", [s for s in mixers() if not s.causal and s.layout is Layout.SEQUENCE], ids=str)
 def test_permutation(subject: Subject):
     """A non-causal mixer that says that it takes tokens as a set does, and one that says it does not does not."""
     mixer, (x, *context) = subject.build(), subject.arguments(subject.tokens())

@@ -28,7 +28,7 @@ from attnlab.contract import Pattern
 from attnlab.nn.linear import Linear
 from attnlab.nn.linear_mixer import LinearMixer
 from attnlab.nn.norms import rms_norm
-from attnlab.nn.positions import rotary
+from attnlab.nn.positions import Rotary
 from attnlab.registry import Cost, Paper, Source, register
 
 HALVES = {
@@ -191,7 +191,7 @@ class HedgehogAttention(LinearMixer):
       tie_qk_kernels: one feature map for queries and keys; needs G = H unless the map is shared.
       normalize: divide by the sum of weights; if False, RMSNorm over each head's result instead, as fla's layer has it.
       scale: of the products; matters only without normalisation. 1 when None.
-      rotary_theta: base of rotary positions of queries and keys before the map; None for none.
+      rotary: rotary positions of queries and keys before the map, as options or as their base alone; None for none.
       use_bias: whether the four projections have biases.
       eps: least feature.
       dtype: of the computation; that of the tokens when None.
@@ -220,7 +220,7 @@ class HedgehogAttention(LinearMixer):
         tie_qk_kernels: bool = False,
         normalize: bool = True,
         scale: float | None = None,
-        rotary_theta: float | None = None,
+        rotary: Rotary | float | None = None,
         use_bias: bool = False,
         eps: float = 1e-12,
         dtype: Any = None,
@@ -236,13 +236,15 @@ class HedgehogAttention(LinearMixer):
         if tie_qk_kernels and groups != num_heads and not shared_map:
             raise ValueError(f"tie_qk_kernels needs as many key heads as heads, got {groups} and {num_heads}")
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
-        self.normalize, self.scale, self.rotary_theta = normalize, scale, rotary_theta
+        self.normalize, self.scale = normalize, scale
+        self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float) else rotary
         self.groups, self.value_size = groups, head_dim
         self.cross = context_features is not None
-        self.permutation_equivariant = rotary_theta is None
+        self.permutation_equivariant = rotary is None
         if causal and self.cross:
             self.accepts = self.accepts - {"segment_ids"}  # the op takes one array of ids when causal
-        if rotary_theta is not None:
+        if self.rotary is not None:
+            self.rotary.check(head_dim, 1)
             self.accepts = self.accepts | {"positions"}
         source = features if context_features is None else context_features
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -266,15 +268,13 @@ class HedgehogAttention(LinearMixer):
         self.key_map = nnx.data(None) if tie_qk_kernels else HedgehogFeatureMap(groups, head_dim, **mapping)
         self.key_size = self.query_map.out_features
 
-    def project(
-        self, x: jax.Array, context: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q = self.query(x).reshape(*x.shape[:2], self.num_heads, self.value_size)
         k = self.key(context).reshape(*context.shape[:2], self.groups, self.value_size)
         v = self.value(context).reshape(*context.shape[:2], self.groups, self.value_size)
-        if self.rotary_theta is not None:
+        if self.rotary is not None:
             of_k = positions if context is x else jnp.arange(context.shape[1])[None]
-            q, k = (rotary(part, at, theta=self.rotary_theta) for part, at in ((q, positions), (k, of_k)))
+            q, k = self.rotary(q, positions), self.rotary(k, of_k)
         return self.query_map(q), (self.query_map if self.key_map is None else self.key_map)(k), v
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:

@@ -5,8 +5,8 @@ Causal linear attention with a constant exponential decay per head: no softmax, 
     S_i = exp(-s_h) S_{i-1} + k_iᵀ v_i,   y_i = q_i S_i            S (D, E) per head, in float32
 
 The op runs in chunks of tokens (`pallas_kernels.linear_attention`): inside a chunk as masked attention, between chunks
-through S. The slopes s_h are those of ALiBi; in layer l of L they are scaled by 1 - l / (L - 1) + 1e-5, so that the last
-layer hardly forgets. The module is the attention of MiniMax-01 (MiniMax, 2025, arXiv:2501.08313) as published in
+through S. The slopes s_h are those of ALiBi; in layer l of L they are scaled by 1 - l / (L - 1) + 1e-5, so that the
+last layer hardly forgets. The module is the attention of MiniMax-01 (MiniMax, 2025, arXiv:2501.08313) as published in
 transformers (`MiniMaxLightningAttention`):
 
     [q|k|v] = silu(x W_qkv), split inside each head;   y = rms_norm(op(q, k, v)) · sigmoid(x W_g) W_o
@@ -120,9 +120,7 @@ class LightningAttention(LinearMixer):
     def log_decay(self) -> jax.Array:
         return -jnp.asarray(self.slopes, jnp.float32)
 
-    def project(
-        self, x: jax.Array, context: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         qkv = jax.nn.silu(self.qkv(x)).reshape(*x.shape[:2], self.num_heads, 3 * self.key_size)
         return tuple(jnp.split(qkv, 3, axis=-1))
 

@@ -10,8 +10,9 @@ cos(θ (i - j)); the paper has it in the first layer alone:
 
     lrpe(x)_i = [x_i cos(θ i), x_i sin(θ i)],   θ (H, D), initially 10000^(-2m / (H·D)), m counting through all heads
 
-`TnlAttention` is the other module that the authors print (OpenNLPLab/lightning-attention, `tnl_attn.py`): SiLU on v too,
-LayerNorm over the channels, and a low-rank gate sigmoid(x W_1 W_2). Cost O(N·D²) per head; decoding carries (H, D, D).
+`TnlAttention` is the other module that the authors print (OpenNLPLab/lightning-attention, `tnl_attn.py`): SiLU on v
+too, LayerNorm over the channels, and a low-rank gate sigmoid(x W_1 W_2). Cost O(N·D²) per head; decoding carries
+(H, D, D).
 """
 
 from collections.abc import Sequence
@@ -138,9 +139,7 @@ class NormLinearAttention(_TnlMixer):
             self.accepts = self.accepts | {"positions"}
             self.permutation_equivariant = False
 
-    def project(
-        self, x: jax.Array, context: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (self._heads(part) for part in jnp.split(self.qkv(x), 3, axis=-1))
         q, k = jax.nn.silu(q), jax.nn.silu(k)
         if self.theta is not None:
@@ -200,9 +199,7 @@ class TnlAttention(_TnlMixer):
         self.gate_up = Linear(head_dim, features, axes=(None, "heads"), **common)
         self.out = Linear(features, features, axes=out, **common)
 
-    def project(
-        self, x: jax.Array, context: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return tuple(self._heads(jax.nn.silu(layer(x))) for layer in (self.query, self.key, self.value))
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:

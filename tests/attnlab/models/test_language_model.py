@@ -20,7 +20,9 @@ def tokens(batch=2, length=9, seed=0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCABULARY)
 
 
-@pytest.mark.parametrize("options", [{}, {"mixer": HYBRID, "depth": 4}, {"position": "learned", "max_length": 16}])
+@pytest.mark.parametrize(
+    "options", [{}, {"position": "none"}, {"mixer": HYBRID, "depth": 4}, {"position": "learned", "max_length": 16}]
+)
 def test_decoding_equals_the_call(options):
     model, ids = build(**options), tokens()
     whole = model(ids)
@@ -40,6 +42,15 @@ def test_layers_know_where_they_stand():
     assert kinds == (["LightningAttention"] * 3 + ["SoftmaxAttention"]) * 2
     slopes = [block.mixer.slopes[0] for block in model.blocks.blocks if hasattr(block.mixer, "slopes")]
     assert slopes == sorted(slopes, reverse=True), "later layers forget less"
+
+
+def test_rotary_positions_are_the_default_of_those_mixers_that_have_them():
+    ids = tokens()
+    swapped = ids[:, jnp.asarray([1, 0, *range(2, 9)])]
+    last = [build(position=position)(part)[:, -1] for position in ("rotary", "none") for part in (ids, swapped)]
+    assert not np.allclose(last[0], last[1], atol=1e-5), "order is seen"
+    own = build(mixer_options={"softmax_attention": {"rotary": None}})
+    np.testing.assert_array_equal(own(ids), build(position="none")(ids))
 
 
 def test_packed_documents_equal_separate_ones():
@@ -89,7 +100,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
         ({"mixer_options": {"softmax_attention": {"num_kv_head": 1}}}, TypeError, "did you mean num_kv_heads"),
         ({"norm": "batch"}, ValueError, "norm must be one of"),
         ({"mlp": "relu"}, ValueError, "mlp must be one of"),
-        ({"position": "rotary"}, ValueError, "position must be one of"),
+        ({"position": "absolute"}, ValueError, "position must be one of"),
         ({"position": "learned"}, ValueError, "max_length goes with"),
         ({"max_length": 4}, ValueError, "max_length goes with"),
     ],

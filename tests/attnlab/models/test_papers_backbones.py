@@ -11,17 +11,8 @@ from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, Age
 from attnlab.models.backbone import Choice, choices_from_letters
 from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, inline_transformer
 
-# Millions of parameters that the papers print (Agent attention, table 1; InLine, table 2).
-SIZES = {
-    "agent_pvt_tiny": 11.6,
-    "agent_swin_tiny": 29,
-    "agent_deit_tiny": 6.0,
-    "agent_cswin_tiny": 21,
-    "inline_pvt_tiny": 12.0,
-    "inline_swin_tiny": 30,
-    "inline_deit_tiny": 6.5,
-    "inline_cswin_tiny": 21,
-}
+# Millions of parameters, from the tables of the authors' repositories.
+SIZES = {"agent_pvt_tiny": 11.6, "agent_deit_tiny": 6.0, "inline_pvt_tiny": 12.0, "inline_deit_tiny": 6.5}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -29,7 +20,7 @@ def test_named_models_have_the_papers_size(name):
     build = agent_transformer if name in AGENT_TRANSFORMERS else inline_transformer
     model = nnx.eval_shape(lambda: build(name, rngs=nnx.Rngs(0)))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert count / 1e6 == pytest.approx(SIZES[name], rel=0.03)
+    assert count / 1e6 == pytest.approx(SIZES[name], abs=0.051)
 
 
 def test_names_are_suggested():
