@@ -75,7 +75,7 @@ class ViTConfig:
       depth: number of blocks.
       num_heads: heads of each mixer.
       mixer: name of a registered token mixer, or several names, repeated over the depth.
-      mixer_options: constructor options by mixer name.
+      mixer_options: constructor options by mixer name, used where the model has that mixer.
       mlp: feed-forward, "gelu" or "swiglu".
       mlp_ratio: hidden channels of the feed-forward over features.
       position: "learned", "sincos" or "none".
@@ -119,7 +119,7 @@ class PyramidViTConfig:
       depths: blocks of each stage.
       num_heads: heads of each stage.
       mixer: name of a registered token mixer, or one for each stage.
-      mixer_options: constructor options by mixer name.
+      mixer_options: constructor options by mixer name, used where the model has that mixer.
       mlp: feed-forward, "gelu" or "swiglu".
       mlp_ratio: hidden channels of the feed-forward over those of the stage.
       dropout: rate inside the feed-forward.
@@ -156,7 +156,7 @@ class LanguageModelConfig:
       depth: number of blocks.
       num_heads: heads of each mixer.
       mixer: name of a registered mixer with a causal form, or several names, repeated over the depth.
-      mixer_options: constructor options by mixer name.
+      mixer_options: constructor options by mixer name, used where the model has that mixer.
       mlp: feed-forward, "swiglu", "gelu" or "sglu".
       mlp_ratio: hidden channels of the feed-forward over features.
       norm: "rms", "layer" or "srms".
@@ -215,14 +215,13 @@ class Experiment:
         return tuple(dict.fromkeys((self.model.mixer,) if isinstance(self.model.mixer, str) else self.model.mixer))
 
     def with_mixer(self, mixer: str) -> "Experiment":
-        """The same with another mixer; of the mixers' options, those for it are kept.
+        """The same with another mixer in every layer.
 
         Raises:
           KeyError: for an unknown name, with the nearest ones.
         """
         registry.get(mixer)
-        options = {name: value for name, value in self.model.mixer_options.items() if name == mixer}
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, mixer=mixer, mixer_options=options))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, mixer=mixer))
 
     def check(self) -> None:
         """Finds mistakes that need no data.
@@ -236,8 +235,7 @@ class Experiment:
             if variant.kind is not registry.Kind.MIXER:
                 raise ValueError(f"model.mixer: {mixer} is a {variant.kind}, not a {registry.Kind.MIXER}")
         for mixer in self.model.mixer_options:
-            if mixer not in self.mixers:
-                raise ValueError(f"model.mixer_options: {mixer!r} is not a mixer of this model ({self.mixers})")
+            registry.get(mixer)
         pooling = getattr(self.model, "pooling", "mean")
         if pooling not in ("mean", "cls"):
             registry.get(pooling)
@@ -373,7 +371,11 @@ def load_trained(directory: str | Path, *, step: int | Literal["newest", "best"]
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    """Arguments for a model: the fields, and of the mixers' options those that it has a use for."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    used = (config.mixer,) if isinstance(config.mixer, str) else config.mixer
+    options = {mixer: dict(options) for mixer, options in config.mixer_options.items() if mixer in used}
+    return fields | {"mixer_options": options}
 
 
 def _decode(annotation: Any, raw: Any, where: str) -> Any:

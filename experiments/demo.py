@@ -2,8 +2,8 @@
 
     make demo        (or: python -m experiments.demo [--out-dir runs/demo])
 
-A vision transformer is trained on scikit-learn's digits once for each of `IMAGE_MIXERS`, and a byte-level language model
-once for each of `TEXT_MIXERS`. Nothing is downloaded. Run again, or after Ctrl-C, it goes on from what is there.
+A vision transformer is trained on scikit-learn's digits once for each of `IMAGE_MIXERS`, and a byte-level language
+model once for each of `TEXT_MIXERS`. Nothing is downloaded. Run again, or after Ctrl-C, it goes on from what is there.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A small vision transformer on scikit-learn's digit images.
 
-    attnlab train digits_vit
+attnlab train digits_vit
 """
 
 from attnlab.data import Augment, Digits

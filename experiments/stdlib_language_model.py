@@ -1,6 +1,6 @@
 """A small byte-level language model on the sources of Python's standard library.
 
-    attnlab train stdlib_language_model
+attnlab train stdlib_language_model
 """
 
 from attnlab.data import StdlibText
@@ -13,7 +13,7 @@ CONFIG = Experiment(
         depth=3,
         num_heads=4,
         mixer="lightning_attention_2",
-        mixer_options={"softmax_attention": {"rotary": True}},
+        mixer_options={"softmax_attention": {"rotary": 10_000.0}},
     ),
     data=StdlibText(max_bytes=2_000_000),
     task=LanguageTask(sequence_length=128),

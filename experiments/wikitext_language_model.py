@@ -2,8 +2,8 @@
 
     attnlab train wikitext_language_model --data.path wiki.train.raw --data.eval_path wiki.valid.raw
 
-The raw files come with the WikiText language modelling dataset (Merity et al., 2016, arXiv:1609.07843), which Salesforce
-Research published. Three layers of lightning attention to one of softmax attention. Meant for one GPU or TPU. Time and
+The raw files come with the WikiText language modelling dataset (Merity et al., 2016, arXiv:1609.07843), which
+Salesforce Research published. Three layers of lightning attention to one of softmax attention. Meant for one GPU or TPU. Time and
 bits per byte: not measured.
 """
 
@@ -17,7 +17,7 @@ CONFIG = Experiment(
         depth=12,
         num_heads=8,
         mixer=("lightning_attention_2", "lightning_attention_2", "lightning_attention_2", "softmax_attention"),
-        mixer_options={"softmax_attention": {"rotary": True}},
+        mixer_options={"softmax_attention": {"rotary": 10_000.0}},
     ),
     data=TextFiles(path="wiki.train.raw", eval_path="wiki.valid.raw"),
     task=LanguageTask(sequence_length=1024),

@@ -10,7 +10,18 @@ import tyro
 
 import attnlab
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "chex", "scikit-learn", "matplotlib")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "chex",
+    "scikit-learn",
+    "matplotlib",
+)
 EXTRAS = {
     "gpu": {"jax_triton": "Triton kernels", "triton": "compiler of Triton kernels"},
     "tpu": {"libtpu": "TPU runtime and compiler"},
@@ -53,7 +64,10 @@ def run(arguments: list[str]) -> int:
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that matter to a report of a problem."""
-    found = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}", "attnlab": attnlab.__version__}
+    found = {
+        "python": f"{platform.python_version()} on {platform.platform(terse=True)}",
+        "attnlab": attnlab.__version__,
+    }
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -84,7 +84,7 @@ def _median_seconds(function: Callable[..., Any], *arguments: Any) -> float | No
 
 
 def attention_of(model: nnx.Module, tokens: np.ndarray) -> list[np.ndarray]:
-    """The recorded attention of every layer for a batch of one, `(N, M)`, the mean over heads; layers without are left out."""
+    """Recorded attention for a batch of one, a map `(N, M)` per layer that has one, the mean over heads."""
     _, seen = nnx.capture(model, nnx.Intermediate)(tokens)
     found = []
     for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -229,9 +229,7 @@ def _sequential(theme: Theme) -> Colormap:
 
 
 def _diverging(theme: Theme) -> Colormap:
-    return LinearSegmentedColormap.from_list(
-        "signed", (theme.colors[1], theme.ground, theme.colors[0])
-    )
+    return LinearSegmentedColormap.from_list("signed", (theme.colors[1], theme.ground, theme.colors[0]))
 
 
 def _looks(comparison: Comparison, theme: Theme) -> dict[str, dict[str, Any]]:
@@ -270,7 +268,9 @@ def _zoom(axes: Axes, lines: Sequence[np.ndarray], *, best_high: bool) -> None:
     values = np.concatenate(lines)
     best, worst = (values.max(), finals.min()) if best_high else (values.min(), finals.max())
     room = max(abs(best - worst), 0.04 * abs(best))
-    low, high = sorted((worst - 2.5 * room, best + 0.4 * room) if best_high else (best - 0.4 * room, worst + 2.5 * room))
+    low, high = sorted(
+        (worst - 2.5 * room, best + 0.4 * room) if best_high else (best - 0.4 * room, worst + 2.5 * room)
+    )
     axes.set_ylim(max(low, values.min() - 0.4 * room), min(high, values.max() + 0.4 * room))
 
 
@@ -295,7 +295,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]], looks: Map
         )
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]) -> None:
+def _label_points(
+    axes: Axes, points: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Names beside points; the names of points that stand close are moved apart vertically."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     groups: list[list[int]] = []
@@ -367,5 +369,5 @@ def _style(theme: Theme) -> Iterator[None]:
         "ytick.color": theme.ink,
         "image.interpolation": "nearest",
     }
-    with matplotlib.rc_context(settings):
+    with mpl.rc_context(settings):
         yield

@@ -28,8 +28,7 @@ import attnlab.data
 from attnlab import experiment as experiments
 from attnlab.compare import measure, plots, report
 from attnlab.compare import results as results_file
-from attnlab.compare.plots import AttentionExample
-from attnlab.compare.results import Comparison, Entry, Sample, Timing
+from attnlab.compare.results import Comparison, Entry, Sample
 from attnlab.data.tokenizer import END_OF_TEXT, decode, encode
 from attnlab.experiment import Experiment
 from attnlab.training import ConfigMismatch, TrainResult

@@ -1,0 +1,132 @@
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from attnlab.cli.main import main
+from attnlab.compare import plots, report, results
+from attnlab.compare.results import Comparison, Entry, Timing
+
+DIGITS = [
+    *("compare", "digits_vit", "--mixers", "softmax_attention", "lightning_attention_2", "tnl.attention"),
+    *("--model.features", "16", "--model.depth", "1", "--model.num-heads", "2", "--model.patch-size", "2"),
+    *("--train.steps", "4", "--train.batch-size", "16", "--train.eval-every", "2", "--train.log-every", "1"),
+    *("--train.optimizer.warmup-steps", "1", "--train.no-tensorboard", "--lengths", "16", "64"),
+]
+
+
+def comparison(*entries, kind="image"):
+    machine = {"device": "a machine", "versions": "jax 1", "finished": "today"}
+    return Comparison("A title", kind, {"data": "d"}, {"model": "m"}, machine, {"model": {"x": 1}}, entries)
+
+
+def entry(mixer, quality, **kwargs):
+    return Entry(mixer, "done", parameters=1234, quality=quality, steps=2, items_per_second=100.0, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A comparison that was run once; the third mixer cannot be trained on these images."""
+    path = tmp_path_factory.mktemp("compare")
+    assert main([*DIGITS, "--model.mixer-options", "{}", "--out-dir", str(path)]) == 0
+    return path
+
+
+def test_results_hold_what_was_trained_and_measured(directory):
+    found = results.load(directory / "results.json")
+    by_name = {e.mixer: e for e in found.entries}
+    for mixer in ("softmax_attention", "lightning_attention_2"):
+        e = by_name[mixer]
+        assert e.status == "done" and e.steps == 4 and 0 <= e.quality <= 1
+        assert [step for step, _ in e.train_curve] == [1, 2, 3, 4] and [step for step, _ in e.eval_curve] == [2, 4]
+        assert [t.tokens for t in e.timings] == [16, 64] and all(t.gradient_ms > 0 for t in e.timings)
+        assert e.parameters > 1000 and e.step_bytes > 0 and e.items_per_second > 0
+    assert found.config["train"]["steps"] == 4
+
+
+def test_report_is_one_file_with_every_figure(directory):
+    html = (directory / "report.html").read_text()
+    assert not re.search(r"(src|srcset|href)=\"(?!data:|#|https://arxiv\.org)", html)
+    for name in ("learning_curves", "quality_speed", "time_length", "attention"):
+        for suffix in ("", "-dark"):
+            png = (directory / "plots" / f"{name}{suffix}.png").read_bytes()
+            assert base64.b64encode(png).decode() in html, name + suffix
+    assert "softmax_attention" in html and "arxiv.org/abs/1706.03762" in html
+
+
+def test_running_again_trains_nothing_and_finds_the_same(directory, capsys):
+    before = results.load(directory / "results.json")
+    times = {path: path.stat().st_mtime_ns for path in directory.glob("*/metrics.jsonl")}
+    assert main([*DIGITS, "--model.mixer-options", "{}", "--out-dir", str(directory)]) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert results.load(directory / "results.json").entries == before.entries
+    finished = ("softmax_attention", "lightning_attention_2")
+    assert all(
+        (directory / m / "metrics.jsonl").stat().st_mtime_ns == times[directory / m / "metrics.jsonl"] for m in finished
+    )
+
+
+def test_a_mixer_that_cannot_be_trained_does_not_sink_the_others(tmp_path, capsys):
+    arguments = [a for a in DIGITS if a != "tnl.attention"]
+    arguments[arguments.index("lightning_attention_2")] = "neighborhood_attention"
+    options = '{"neighborhood_attention": {"kernel_size": 99}}'
+    arguments += ["--model.mixer", "neighborhood_attention", "--model.mixer-options", options, "--lengths", "16"]
+    assert main([*arguments, "--out-dir", str(tmp_path)]) == 0
+    by_name = {e.mixer: e for e in results.load(tmp_path / "results.json").entries}
+    assert by_name["softmax_attention"].status == "done"
+    failed = by_name["neighborhood_attention"]
+    assert failed.status == "failed" and failed.reason and failed.quality is None
+    assert "neighborhood_attention was not trained" in capsys.readouterr().out
+    assert "not trained:" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mixers", "words"),
+    [
+        ([], "--mixers is missing"),
+        (["softmax_atention"], "did you mean softmax_attention"),
+        (["hedgehog", "hedgehog"], "different names"),
+    ],
+)
+def test_mistakes_in_mixers(capsys, tmp_path, mixers, words):
+    arguments = ["--mixers", *mixers] if mixers else []
+    assert main(["compare", "digits_vit", *arguments, "--out-dir", str(tmp_path / "no")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_results_survive_json(tmp_path):
+    sample = results.Sample("a", "b\x00é")
+    full = entry("softmax_attention", 0.5, train_curve=((1, 2.0),), timings=(Timing(4, 1.0, 2.0),), sample=sample)
+    before = comparison(full, Entry("hedgehog", "failed", reason="why"))
+    results.save(before, tmp_path / "results.json")
+    assert results.load(tmp_path / "results.json") == before
+    assert json.loads((tmp_path / "results.json").read_text())["entries"][1]["reason"] == "why"
+
+
+def test_ranking_follows_the_direction_of_the_quality():
+    entries = (entry("hedgehog", 0.9), entry("tnl", 0.95), Entry("agent_attention", "failed"))
+    assert [e.mixer for e in comparison(*entries).ranked()] == ["tnl", "hedgehog", "agent_attention"]
+    assert [e.mixer for e in comparison(*entries, kind="text").ranked()] == ["hedgehog", "tnl", "agent_attention"]
+    words = report.summary(comparison(*entries))
+    assert words.startswith("tnl comes first with 95.0 %") and "Not trained: agent_attention" in words
+
+
+def test_report_escapes_what_models_write(tmp_path):
+    e = entry("softmax_attention", 2.0, sample=results.Sample("<b>", "<script>alert(1)</script>"))
+    report.write_report(tmp_path / "r.html", [report.Section(comparison(e, kind="text"), {})])
+    html = (tmp_path / "r.html").read_text()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_labels_are_kept_apart():
+    heights = plots._apart([0.5, 0.5, 0.51, 0.99, 1.0], 0.06)
+    assert np.diff(sorted(heights)).min() >= 0.06 - 1e-9 and max(heights) <= 1.0
+
+
+def test_every_mixer_looks_different():
+    names = ["softmax_attention", *(f"mixer{i}" for i in range(12))]
+    looks = plots._looks(comparison(*(Entry(name, "done") for name in names)), plots.LIGHT)
+    assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == len(names)

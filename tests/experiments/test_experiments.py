@@ -1,0 +1,102 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attnlab.data
+from attnlab import experiment
+from attnlab.cli import configs
+from attnlab.registry import Kind, get
+from experiments import demo, digits_vit
+
+INFO = {
+    "image": {"image_shape": (32, 32, 3), "num_classes": 10},
+    "text": {"vocab_size": 258},
+}
+
+
+def info_for(config):
+    sizes = dict(INFO[config.model.kind])
+    if config.data.name == "digits":
+        sizes["image_shape"] = (8, 8, 1)
+    if config.data.name == "image_folder":
+        sizes["image_shape"] = (config.data.size, config.data.size, 3)
+    return attnlab.data.DatasetInfo(config.data.name, config.model.kind, 10, 10, "digest", **sizes)
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_configuration_builds_and_survives_json(name, tmp_path):
+    config = configs.load(name)
+    config.check()
+    info = info_for(config)
+    experiment.save(config, info, tmp_path)
+    again, same = experiment.load(tmp_path)
+    assert experiment.as_dict(again) == experiment.as_dict(config) and same == info
+    model = nnx.eval_shape(lambda: again.model.build(info, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    shape = (2, *info.image_shape) if config.model.kind == "image" else (2, 16)
+    dtype = jnp.float32 if config.model.kind == "image" else jnp.int32
+    out = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct(shape, dtype))
+    assert out.shape == ((2, 10) if config.model.kind == "image" else (2, 16, 258))
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_docstring_states_its_command(name):
+    module = __import__(f"experiments.{name}", fromlist=["CONFIG"])
+    assert f"attnlab train {name}" in module.__doc__
+
+
+def test_demo_compares_registered_mixers_that_fit():
+    assert len(demo.IMAGE_MIXERS) >= 5 and "softmax_attention" in demo.IMAGE_MIXERS
+    assert set(demo.TEXT_MIXERS) == {"softmax_attention", "lightning_attention_2"}
+    for mixer in {*demo.IMAGE_MIXERS, *demo.TEXT_MIXERS}:
+        assert get(mixer).kind is Kind.MIXER
+
+
+def test_loading_refuses_what_it_does_not_know():
+    raw = experiment.as_dict(digits_vit.CONFIG)
+    with pytest.raises(ValueError, match=r"ViTConfig has no 'depht'.*did you mean depth"):
+        experiment.from_dict(raw | {"model": {**raw["model"], "depht": 3}})
+    with pytest.raises(ValueError, match=r"no type is called 'Digit'.*did you mean Digits"):
+        experiment.from_dict(raw | {"data": {**raw["data"], "type": "Digit"}})
+
+
+def test_parts_must_fit_together():
+    config = configs.load("wikitext_language_model")
+    with pytest.raises(ValueError, match="LanguageModelConfig is trained for LanguageTask"):
+        dataclasses.replace(config, task=digits_vit.CONFIG.task).check()
+    with pytest.raises(ValueError, match="takes text data; digits is image"):
+        dataclasses.replace(config, data=digits_vit.CONFIG.data).open()
+    with pytest.raises(KeyError, match="did you mean hedgehog"):
+        model = dataclasses.replace(config.model, mixer_options={"hedgehgo": {}})
+        dataclasses.replace(config, model=model).check()
+
+
+def test_options_reach_their_mixer_and_no_other():
+    config = configs.load("stdlib_language_model")
+    model = dataclasses.replace(config.model, mixer_options={"softmax_attention": {"qk_norm": True}})
+    config, info = dataclasses.replace(config, model=model), info_for(config)
+    sizes = {}
+    for mixer in ("softmax_attention", "lightning_attention_2"):
+        trial = config.with_mixer(mixer)
+        assert trial.mixers == (mixer,)
+        trial.check()
+        built = nnx.eval_shape(lambda trial=trial: trial.model.build(info, rngs=nnx.Rngs(0)))
+        sizes[mixer] = sorted("/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(built, nnx.Param)))
+    assert any("mixer/q_norm" in name for name in sizes["softmax_attention"])
+    assert not any("q_norm" in name for name in sizes["lightning_attention_2"])
+
+
+def test_trained_model_is_what_is_loaded(tmp_path):
+    config = digits_vit.CONFIG
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, features=16, depth=1, num_heads=2, patch_size=4),
+        train=dataclasses.replace(config.train, steps=2, batch_size=8, eval_every=None, tensorboard=False,
+                                  optimizer=dataclasses.replace(config.train.optimizer, warmup_steps=1)),
+    )  # fmt: skip
+    trained = experiment.run(config, tmp_path, progress=False).model
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    np.testing.assert_array_equal(experiment.load_trained(tmp_path)(images), trained(images))
