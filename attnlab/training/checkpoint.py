@@ -16,6 +16,7 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 
 PROGRESS = "progress"
+ITEMS = ("model", "optimizer", "ema")
 
 
 class CheckpointError(RuntimeError):
@@ -64,7 +65,8 @@ class Checkpoints:
         self._args = ocp.args
         self._items = tuple(items)
         self._keep = _Keep(keep, best_mode, {})
-        handlers = {name: ocp.StandardCheckpointHandler() for name in items}
+        # Also for those that are not asked for: orbax warns of items that it would not know how to read.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in {*items, *ITEMS}}
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True),

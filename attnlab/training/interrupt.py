@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C as a wish to stop, to be granted when the current step is done."""
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Self
@@ -42,9 +42,10 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: finishing the step and saving; once more to stop at once", file=sys.stderr)
+        # Not `print`: the signal may have come in the middle of one.
+        os.write(2, f"\n{self.received.name}: finishing the step and saving; once more to stop at once\n".encode())
         self.__exit__()

@@ -16,6 +16,7 @@ follows from `TrainConfig.seed`.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -135,13 +136,10 @@ def train(
       ValueError: for settings that fit neither the data nor the devices.
     """
     mesh = sharding.mesh_from(config.mesh) if mesh is None else mesh
-    with jax.set_mesh(mesh), StopRequests() as stop:
-        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, progress)
-        try:
-            run.train(stop)
-            return run.result()
-        finally:
-            run.close()
+    with jax.set_mesh(mesh), StopRequests() as stop, contextlib.ExitStack() as stack:
+        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, progress, stack)
+        run.train(stop)
+        return run.result()
 
 
 def load_model(
@@ -190,7 +188,7 @@ def load_model(
 
 
 class _Run:
-    """One call of `train`: what it holds, and the loop over steps."""
+    """One call of `train`: what it holds, and the loop over steps. What must be closed is left to `stack`."""
 
     def __init__(
         self,
@@ -203,6 +201,7 @@ class _Run:
         mesh: Mesh,
         rules: sharding.Rules,
         progress: bool,
+        stack: contextlib.ExitStack,
     ):
         sharding.check_batch_size("a micro-batch", config.batch_size // config.accumulate, mesh)
         self.eval_batch_size = config.batch_size if config.eval_batch_size is None else config.eval_batch_size
@@ -231,8 +230,11 @@ class _Run:
         directory.mkdir(parents=True, exist_ok=True)
         items = ("model", "optimizer") + (("ema",) if config.ema is not None else ())
         self.checkpoints = Checkpoints(directory / "checkpoints", items, keep=config.keep, best_mode=task.best_mode)
-        changes = self._settle_settings(settings_as_dict(config, task, experiment))
+        stack.callback(self.checkpoints.close)
+        settings = settings_as_dict(config, task, experiment)
+        changes = self._changed_settings(settings)
         self.batches = data.train(config.batch_size, config.seed, **task.data_options())
+        stack.callback(_close, self.batches)
         found = self.checkpoints.restore_newest(_trees(self.abstract))
         if found is None:
             self.step, seconds = 0, 0.0
@@ -246,13 +248,17 @@ class _Run:
             self.state, seconds = _state(trees), saved["seconds"]
             self.batches.set_state(saved["data"])
         self.saved_step = self.step if found else None
+        if self.first:
+            _write_json(self.directory / "config.json", settings)
         self.step_bytes: int | None = None
         self.watch = Stopwatch(seconds)
         self.seconds_before = seconds
         self.pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self.log = MetricsLog(directory, self.step, tensorboard=config.tensorboard, write=self.first)
+        stack.callback(self.log.close)
         units = config.batch_size * task.units_per_example()
         self.progress = ProgressLine(self.steps, self.step, units, task.unit, show=progress and self.first)
+        stack.callback(self.progress.close)
         if changes:
             self.progress.say(f"settings that changed: {'; '.join(changes)}")
         if found:
@@ -305,27 +311,15 @@ class _Run:
             directory=self.directory,
         )
 
-    def close(self) -> None:
-        """Ends threads and closes files, once all saves are on disk."""
-        self.progress.close()
-        self.log.close()
-        if hasattr(self.batches, "close"):
-            self.batches.close()
-        self.checkpoints.close()
-
-    def _settle_settings(self, settings: Mapping[str, Any]) -> list[str]:
-        """Refuses settings that differ from those of the checkpoints, and writes them beside these."""
-        path, changes = self.directory / "config.json", []
-        if self.checkpoints.steps():
-            if path.exists():
-                changes = check_same_settings(path, settings)
-            else:
-                warnings.warn(f"{path} is missing: cannot tell whether the checkpoints are of this run", stacklevel=2)
-        if self.first:
-            new = path.with_suffix(".json.new")
-            new.write_text(json.dumps(settings, indent=2) + "\n")
-            new.replace(path)
-        return changes
+    def _changed_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """What differs from the settings of the checkpoints, in words; refuses what must not differ."""
+        path = self.directory / "config.json"
+        if not self.checkpoints.steps():
+            return []
+        if path.exists():
+            return check_same_settings(path, settings)
+        warnings.warn(f"{path} is missing: cannot tell whether the checkpoints are of this run", stacklevel=4)
+        return []
 
     def _next_batch(self) -> Mapping[str, np.ndarray]:
         batch = next(self.batches)
@@ -374,18 +368,25 @@ class _Run:
         raise NonFiniteError(f"{what}. Training stopped; {kept}")
 
     def _evaluate(self) -> float:
-        """Logs the metrics of the evaluation split; returns the one that chooses the best checkpoint."""
+        """Logs the metrics of the evaluation split; returns the one that chooses the best checkpoint.
+
+        With averaged parameters it is theirs.
+        """
         self._look_at_losses()
         self.watch.stop()
         splits = {"eval": self.state.params}
         if self.state.ema is not None:
             splits["eval_ema"] = self.state.ema
         totals: dict[str, Sums] = {}
-        for batch in self.data.eval(self.eval_batch_size, **self.task.data_options()):
+        batches = self.data.eval(self.eval_batch_size, **self.task.data_options())
+        for batch in batches:
             batch = sharding.put_batch(batch, self.mesh)
             for split, params in splits.items():
                 sums = self.eval_step(params, self.state.other, batch)
                 totals[split] = jax.tree.map(jnp.add, totals[split], sums) if split in totals else sums
+        _close(batches)
+        if not totals:
+            raise ValueError("the evaluation split holds no examples")
         for split, sums in totals.items():
             values = self.task.metrics({name: float(value) for name, value in jax.device_get(sums).items()})
             self.log.write(self.step, split, values, self.watch.seconds)
@@ -428,6 +429,19 @@ def _number_of_steps(config: TrainConfig, data: Data, task: Task) -> int:
     if config.steps is not None:
         return config.steps
     return math.ceil(config.epochs * data.num_examples("train", **task.data_options()) / config.batch_size)
+
+
+def _close(batches: Any) -> None:
+    """Ends the threads of an iterator that has any."""
+    if hasattr(batches, "close"):
+        batches.close()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(value, indent=2) + "\n")
+    new.replace(path)
 
 
 def _due(step: int, every: int | None) -> bool:
