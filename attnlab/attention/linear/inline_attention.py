@@ -84,8 +84,8 @@ def inline_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float |
     wide = centred.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     covariance = jnp.einsum("bnhd,bnhe->bhde", centred.astype(v.dtype), v, preferred_element_type=wide)
-    covariance = (covariance * (scale / k.shape[1])).astype(v.dtype)
-    y = jnp.einsum("bnhd,bhde->bnhe", q, covariance, preferred_element_type=wide)
+    # The covariance stays wide: XLA on the CPU has no such product of bfloat16 operands with a float32 result.
+    y = jnp.einsum("bnhd,bhde->bnhe", q.astype(wide), covariance * (scale / k.shape[1]))
     return (y + v.mean(1, keepdims=True, dtype=wide)).astype(v.dtype)
 
 
