@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -285,6 +286,6 @@ class NeighborhoodAttention(TokenMixer):
 
 def _least_grid(layout: Layout, kernel_size: int | Sequence[int], dilation: int | Sequence[int]) -> tuple[int, ...]:
     """Lengths that any such box fits into; wrong types and counts are left for the op to name."""
-    sizes = [max(x, default=1) if isinstance(x, Sequence) else x for x in (kernel_size, dilation)]
-    product = math.prod(x if isinstance(x, int) else 1 for x in sizes)
-    return (max(1, product),) * layout.axes
+    sizes = [np.asarray(x) for x in (kernel_size, dilation)]
+    whole = [int(x.max()) if x.size and np.issubdtype(x.dtype, np.integer) else 1 for x in sizes]
+    return (max(1, math.prod(whole)),) * layout.axes
