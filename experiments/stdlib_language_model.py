@@ -1,6 +1,9 @@
-"""A small byte-level language model on the sources of Python's standard library.
+"""A small byte-level language model on a million bytes of the sources of Python's standard library.
 
-attnlab train stdlib_language_model
+    attnlab train stdlib_language_model
+
+Meant for any CPU; `make demo` trains it with softmax and with lightning attention. The text, and with it the numbers,
+differ between versions of Python.
 """
 
 from attnlab.data import StdlibText
@@ -15,12 +18,13 @@ CONFIG = Experiment(
         mixer="lightning_attention_2",
         mixer_options={"softmax_attention": {"rotary": 10_000.0}},
     ),
-    data=StdlibText(max_bytes=2_000_000),
+    data=StdlibText(max_bytes=1_000_000),
     task=LanguageTask(sequence_length=128),
     train=TrainConfig(
         steps=500,
         batch_size=16,
-        eval_every=250,
+        eval_batch_size=64,
+        eval_every=100,
         checkpoint_every=250,
         log_every=5,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, weight_decay=0.1),

@@ -3,8 +3,8 @@
     attnlab train wikitext_language_model --data.path wiki.train.raw --data.eval_path wiki.valid.raw
 
 The raw files come with the WikiText language modelling dataset (Merity et al., 2016, arXiv:1609.07843), which
-Salesforce Research published. Three layers of lightning attention to one of softmax attention. Meant for one GPU or TPU. Time and
-bits per byte: not measured.
+Salesforce Research published. Three layers of lightning attention to one of softmax attention. Meant for one GPU or
+TPU. Time and bits per byte: not measured.
 """
 
 from attnlab.data import TextFiles

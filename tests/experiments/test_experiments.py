@@ -85,8 +85,8 @@ def test_options_reach_their_mixer_and_no_other():
         trial.check()
         built = nnx.eval_shape(lambda trial=trial: trial.model.build(info, rngs=nnx.Rngs(0)))
         sizes[mixer] = sorted("/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(built, nnx.Param)))
-    assert any("mixer/q_norm" in name for name in sizes["softmax_attention"])
-    assert not any("q_norm" in name for name in sizes["lightning_attention_2"])
+    assert any("mixer/query_norm" in name for name in sizes["softmax_attention"])
+    assert not any("query_norm" in name for name in sizes["lightning_attention_2"])
 
 
 def test_trained_model_is_what_is_loaded(tmp_path):
