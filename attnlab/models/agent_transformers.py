@@ -5,7 +5,7 @@ original model, `M` agents in the first k blocks only, k behind the letters (`AA
 49, 49 in the four stages. Names, sizes and training rates are those of LeapLabTHU/Agent-Attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from flax import nnx
@@ -40,7 +40,7 @@ class AgentPVT(PyramidVisionTransformer):
       num_heads: heads per stage.
       depths: blocks per stage.
       attention: a letter per stage, `A`, `B` or `M`.
-      num_agents: per stage.
+      num_agents: per stage, or one number for all.
       agent_reductions: stride of the convolution before keys and values of `A` blocks, per stage.
       softmax_reductions: the same for `B` blocks.
       qkv_bias: whether queries, keys and values have a bias.
@@ -58,7 +58,7 @@ class AgentPVT(PyramidVisionTransformer):
         num_heads: Sequence[int] = (1, 2, 5, 8),
         depths: Sequence[int] = (2, 2, 2, 2),
         attention: str = "AAAA",
-        num_agents: Sequence[int] = (9, 16, 49, 49),
+        num_agents: int | Sequence[int] = (9, 16, 49, 49),
         agent_reductions: Sequence[int] = (1, 1, 1, 1),
         softmax_reductions: Sequence[int] = (8, 4, 2, 1),
         qkv_bias: bool = True,
@@ -69,6 +69,7 @@ class AgentPVT(PyramidVisionTransformer):
         **family: Any,
     ):
         common = _mixer_options(qkv_bias, attention_dropout, dropout)
+        num_agents = _per_stage(num_agents, depths)
 
         def agents(stage: int, block: int) -> Choice:
             options = {"num_agents": num_agents[stage], "reduction": agent_reductions[stage]}
@@ -94,7 +95,7 @@ class AgentSwin(SwinTransformer):
       num_heads: heads per stage.
       depths: blocks per stage.
       attention: a letter per stage, `A`, `B` or `M`.
-      num_agents: per stage.
+      num_agents: per stage, or one number for all.
       window: tokens on a side of the windows of `A` blocks.
       image_size: pixels on a side, or (rows, columns).
       patch_size: pixels on a side of a patch.
@@ -113,7 +114,7 @@ class AgentSwin(SwinTransformer):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         depths: Sequence[int] = (2, 2, 6, 2),
         attention: str = "AAAB",
-        num_agents: Sequence[int] = (9, 16, 49, 49),
+        num_agents: int | Sequence[int] = (9, 16, 49, 49),
         window: int = 56,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 4,
@@ -125,6 +126,7 @@ class AgentSwin(SwinTransformer):
         **family: Any,
     ):
         common = _mixer_options(qkv_bias, attention_dropout, dropout)
+        num_agents = _per_stage(num_agents, depths)
         grids = swin_grids(image_size, patch_size, len(depths))
 
         def agents(stage: int, block: int) -> Choice:
@@ -157,7 +159,7 @@ class AgentCSwin(CSwinTransformer):
       num_heads: heads per stage.
       depths: blocks per stage.
       attention: a letter per stage, `A`, `B` or `M`.
-      num_agents: per stage.
+      num_agents: per stage, or one number for all.
       agent_splits: width of the stripes of `A` blocks per stage; None and the stage's side mean one window.
       softmax_splits: width of the stripes of `B` blocks per stage. The last stage always has one window.
       qkv_bias: whether queries, keys and values have a bias.
@@ -175,7 +177,7 @@ class AgentCSwin(CSwinTransformer):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         depths: Sequence[int] = (2, 4, 18, 1),
         attention: str = "AABB",
-        num_agents: Sequence[int] = (9, 16, 49, 49),
+        num_agents: int | Sequence[int] = (9, 16, 49, 49),
         agent_splits: Sequence[int] | None = None,
         softmax_splits: Sequence[int] = (1, 2, 7, 7),
         qkv_bias: bool = True,
@@ -187,6 +189,7 @@ class AgentCSwin(CSwinTransformer):
     ):
         # The authors' code leaves the result of the attention without dropout here.
         common = _mixer_options(qkv_bias, attention_dropout, 0.0)
+        num_agents = _per_stage(num_agents, depths)
         last = len(depths) - 1
 
         def agents(stage: int, block: int) -> Choice:
@@ -213,7 +216,7 @@ class AgentDeiT(DeiT):
       features: channels.
       num_heads: heads.
       depth: blocks, at most 12 with agents: their number is given for blocks 0-1, 2-3, 4-9 and 10-11.
-      num_agents: for these four runs of blocks.
+      num_agents: for these four runs of blocks, or one number for all.
       agent_layers: how many of the first blocks have agents, all when None; the others plain softmax attention.
       qkv_bias: whether queries, keys and values have a bias.
       attention_dropout: rate on softmax weights.
@@ -231,7 +234,7 @@ class AgentDeiT(DeiT):
         *,
         num_heads: int = 3,
         depth: int = 12,
-        num_agents: Sequence[int] = (49, 49, 49, 49),
+        num_agents: int | Sequence[int] = (49, 49, 49, 49),
         agent_layers: int | None = None,
         qkv_bias: bool = True,
         attention_dropout: float = 0.0,
@@ -244,9 +247,14 @@ class AgentDeiT(DeiT):
         if count > len(runs):
             raise ValueError(f"agents are defined for the first {len(runs)} blocks, got {count} blocks with agents")
         common = _mixer_options(qkv_bias, attention_dropout, dropout)
+        num_agents = _per_stage(num_agents, set(runs))
         choices = [Choice(AgentAttention, {"num_agents": num_agents[runs[block]]} | common) for block in range(count)]
         choices += [Choice(SoftmaxAttention, common)] * (depth - count)
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
+
+
+def _per_stage(num_agents: int | Sequence[int], stages: Collection[int]) -> Sequence[int]:
+    return [num_agents] * len(stages) if isinstance(num_agents, int) else num_agents
 
 
 def _mixer_options(qkv_bias: bool, attention_dropout: float, projection_dropout: float) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class CrossShapedWindowAttention(TokenMixer):
       num_heads: H, half of them for each direction.
       grid: rows and columns of the image.
       split: columns of the vertical and rows of the horizontal stripes.
-      whole: one branch, whose window is the image; also if the image is a square of `split` tokens on a side.
+      whole: one branch, whose window is the image; also if no side of it is longer than `split`.
       core: `softmax`, `agent` or `inline`.
       num_agents: of the core `agent`.
       scale: of the scores of the core `softmax`, D^-1/2 when None.
@@ -191,7 +191,7 @@ class CrossShapedWindowAttention(TokenMixer):
             raise ValueError("CrossShapedWindowAttention needs the grid (rows, columns) of its tokens")
         self.features, self.grid = features, tuple(grid)
         self.takes_descriptor = core == "inline"
-        whole = whole or self.grid == (split, split)
+        whole = whole or max(self.grid) <= split
         windows = (self.grid,) if whole else ((self.grid[0], split), (split, self.grid[1]))
         if not whole and (num_heads % 2 or features % 2):
             raise ValueError(f"two branches need an even number of heads and channels, got {num_heads} and {features}")
