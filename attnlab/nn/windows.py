@@ -63,3 +63,12 @@ class ShiftedWindows:
         weights = jnp.moveaxis(weights.reshape(-1, count, weights.shape[1], inside, inside), 2, 1)
         whole = jnp.zeros((*weights.shape[:2], tokens, tokens), weights.dtype)
         return whole.at[:, :, place[:, :, None], place[:, None]].set(weights)
+
+
+def spread_map(weights: jax.Array, key_grid: tuple[int, int], reduction: int) -> jax.Array:
+    """Weights on reduced keys `(B, H, N, M)` as weights on tokens `(B, H, N, M·r²)`, even over each r x r patch."""
+    if reduction == 1:
+        return weights
+    patches = weights.reshape(*weights.shape[:3], *key_grid) / reduction**2
+    patches = jnp.repeat(jnp.repeat(patches, reduction, 3), reduction, 4)
+    return patches.reshape(*weights.shape[:3], -1)

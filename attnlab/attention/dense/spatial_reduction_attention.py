@@ -21,6 +21,7 @@ from attnlab.contract import Layout, Site, TokenMixer, record
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.softmax import attention_weights, softmax_attention
+from attnlab.nn.windows import spread_map
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -39,6 +40,8 @@ from attnlab.registry import Cost, Paper, Source, register
 )
 class SpatialReductionAttention(TokenMixer):
     """Softmax attention of an image on a reduced image, with its projections.
+
+    The recorded map spreads the weight of each reduced key evenly over the tokens that it was made of.
 
     Args:
       features: channels C.
@@ -116,7 +119,12 @@ class SpatialReductionAttention(TokenMixer):
         q = self.query(x).reshape(batch, -1, self.num_heads, size)
         kv = self.key_value(source).reshape(batch, -1, 2, self.num_heads, size)
         k, v = kv[:, :, 0], kv[:, :, 1]
-        record(self, "attention", lambda: attention_weights(q, k, scale=self.scale))
+        key_grid = source.shape[1:3]
+        record(
+            self,
+            "attention",
+            lambda: spread_map(attention_weights(q, k, scale=self.scale), key_grid, self.reduction),
+        )
         dropout = {}
         if not deterministic and self.dropout_rngs is not None:
             dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}

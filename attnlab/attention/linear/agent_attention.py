@@ -31,7 +31,7 @@ from attnlab.contract import Layout, Site, TokenMixer, UnsupportedArgument, reco
 from attnlab.nn.linear import Conv, Linear, trunc_normal
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.resampling import adaptive_avg_pool, resize_bilinear
-from attnlab.nn.windows import ShiftedWindows
+from attnlab.nn.windows import ShiftedWindows, spread_map
 from attnlab.registry import Cost, Paper, Source, register
 
 PAPER = Paper(
@@ -362,8 +362,8 @@ class AgentAttention(TokenMixer):
 
     def _map(self, q: jax.Array, k: jax.Array) -> jax.Array:
         weights = self.core.attention(q, k)
-        if self.class_token or self.windows == ShiftedWindows(self.grid):
+        if self.class_token:
             return weights
-        if self.reduce is not None:
-            raise UnsupportedArgument("AgentAttention has no attention map for windows with reduction")
+        key_grid = self.core.key_grid
+        weights = spread_map(weights, key_grid, self.windows.size[0] // key_grid[0])
         return self.windows.scatter_map(weights, self.grid)
