@@ -180,6 +180,7 @@ def _image_maps(example: AttentionExample, theme: Theme) -> Figure:
         for cell in axes:
             cell.set(xticks=[], yticks=[])
             cell.grid(False)
+            cell.spines[:].set_visible(False)
         for cell in axes[1 + len(maps) :]:
             cell.axis("off")
     for index, cell in enumerate(grid[0]):
@@ -201,6 +202,7 @@ def _text_maps(example: AttentionExample, theme: Theme) -> Figure:
             cell.set_yticks(range(count), characters, fontsize=5, family="monospace")
             cell.tick_params(length=0, pad=1)
             cell.grid(False)
+            cell.spines[:].set_visible(False)
         for cell in axes[len(maps) :]:
             cell.axis("off")
         axes[0].set_ylabel(f"{_words(mixer)}\n\nthe byte that looks", fontsize=9)

@@ -92,8 +92,6 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
     quality = "–"
     if entry.quality is not None:
         quality = f"{comparison.quality_number(entry.quality):.{1 if comparison.kind == 'image' else 3}f}"
-    if entry.status == "stopped":
-        quality += f" (stopped at step {entry.steps})"
     return [
         quality,
         _count(entry.parameters),

@@ -37,7 +37,7 @@ class Entry:
 
     Attributes:
       mixer: registered name.
-      status: "done"; "stopped", trained in part; or "failed", with the `reason`.
+      status: "done", or "failed" with the `reason`.
       reason: why it failed, in a sentence.
       parameters: of the whole model.
       quality: accuracy in [0, 1], or bits per byte; of the averaged weights where training averages them.
@@ -54,7 +54,7 @@ class Entry:
     """
 
     mixer: str
-    status: Literal["done", "stopped", "failed"]
+    status: Literal["done", "failed"]
     reason: str = ""
     parameters: int | None = None
     quality: float | None = None

@@ -1,6 +1,10 @@
 import base64
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +84,26 @@ def test_a_mixer_that_cannot_be_trained_does_not_sink_the_others(tmp_path, capsy
     assert failed.status == "failed" and failed.reason and failed.quality is None
     assert "neighborhood_attention was not trained" in capsys.readouterr().out
     assert "not trained:" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on(tmp_path):
+    arguments = [argument if argument != "4" else "400" for argument in DIGITS]
+    command = [sys.executable, "-m", "attnlab.cli.main", *arguments, "--out-dir", str(tmp_path)]
+    metrics = tmp_path / "softmax_attention" / "metrics.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') > 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err, err
+    reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert reached < 400 and not (tmp_path / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and f"going on from step {reached}" in done.stderr, done.stderr
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 401))
+    assert results.load(tmp_path / "results.json").entries[0].steps == 400
 
 
 @pytest.mark.parametrize(
