@@ -115,10 +115,24 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array]:
     extra = [None if x is None else jnp.swapaxes(x, 1, 2)[:, None] for x in extra]
     k, v = (_fold(plan, x)[:, :, :, 0] for x in (args.k[..., None, :], args.v[..., None, :]))
     q = args.q.reshape(*args.q.shape[:-2], groups, plan.group, args.q.shape[-1])
-    y, lse = _sweep(plan, _Tensors(_tile(plan, _fold(plan, q)), k, v, args.bias, *extra))
+    y, lse = _sweep(plan, _varying_alike(_Tensors(_tile(plan, _fold(plan, q)), k, v, args.bias, *extra)))
     y = _unfold(plan, _untile(plan, y))
     lse = _unfold(plan, _untile(plan, lse[..., None]))
     return y.reshape(*args.q.shape[:-1], -1), lse.reshape(args.q.shape[:-1])
+
+
+def _varying_alike(x: _Tensors) -> _Tensors:
+    """Inside shard_map: what is the same on all devices, such as the bias, is treated as varying like the rest.
+
+    Outside the hand-written gradient, so that its transpose sums the gradients of the devices.
+    """
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(x)))
+
+    def cast(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying))
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, x)
 
 
 # Folding and tiling
