@@ -31,7 +31,7 @@ _ENTRY = {
 }
 
 
-@register("agent_attention.pvt", summary="Pyramid Vision Transformer with agent attention.", **_ENTRY)
+@register("agent_attention.pvt", summary="PVT with agent attention", **_ENTRY)
 class AgentPVT(PyramidVisionTransformer):
     """Agent-PVT; the defaults are Agent-PVT-T.
 
@@ -83,7 +83,7 @@ class AgentPVT(PyramidVisionTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("agent_attention.swin", summary="Swin Transformer with agent attention in large windows.", **_ENTRY)
+@register("agent_attention.swin", summary="Swin with agent attention in large windows", **_ENTRY)
 class AgentSwin(SwinTransformer):
     """Agent-Swin; the defaults are Agent-Swin-T.
 
@@ -150,7 +150,7 @@ class AgentSwin(SwinTransformer):
         )
 
 
-@register("agent_attention.cswin", summary="CSwin Transformer with agent attention in wide stripes.", **_ENTRY)
+@register("agent_attention.cswin", summary="CSwin with agent attention in wide stripes", **_ENTRY)
 class AgentCSwin(CSwinTransformer):
     """Agent-CSwin; the defaults are Agent-CSwin-T.
 
@@ -208,7 +208,7 @@ class AgentCSwin(CSwinTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("agent_attention.deit", summary="DeiT with agent attention in all or the first blocks.", **_ENTRY)
+@register("agent_attention.deit", summary="DeiT with agent attention in all or the first blocks", **_ENTRY)
 class AgentDeiT(DeiT):
     """Agent-DeiT; the defaults are Agent-DeiT-T.
 

@@ -30,7 +30,7 @@ _ENTRY = {
 }
 
 
-@register("inline_attention.pvt", summary="Pyramid Vision Transformer with InLine attention.", **_ENTRY)
+@register("inline_attention.pvt", summary="PVT with InLine attention", **_ENTRY)
 class InlinePVT(PyramidVisionTransformer):
     """InLine-PVT; the defaults are InLine-PVT-T.
 
@@ -76,7 +76,7 @@ class InlinePVT(PyramidVisionTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("inline_attention.swin", summary="Swin Transformer with InLine attention in large windows.", **_ENTRY)
+@register("inline_attention.swin", summary="Swin with InLine attention in large windows", **_ENTRY)
 class InlineSwin(SwinTransformer):
     """InLine-Swin; the defaults are InLine-Swin-T.
 
@@ -142,7 +142,7 @@ class InlineSwin(SwinTransformer):
         )
 
 
-@register("inline_attention.cswin", summary="CSwin Transformer with global InLine attention.", **_ENTRY)
+@register("inline_attention.cswin", summary="CSwin with global InLine attention", **_ENTRY)
 class InlineCSwin(CSwinTransformer):
     """InLine-CSwin; the defaults are InLine-CSwin-T. The window of `I` blocks is the image.
 
@@ -196,7 +196,7 @@ class InlineCSwin(CSwinTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("inline_attention.deit", summary="DeiT with InLine attention.", **_ENTRY)
+@register("inline_attention.deit", summary="DeiT with InLine attention", **_ENTRY)
 class InlineDeiT(DeiT):
     """InLine-DeiT; the defaults are InLine-DeiT-T.
 

@@ -183,6 +183,17 @@ def test_refuses_what_it_does_not_take(subject: Subject):
         mixer(x, *context, mask=jnp.ones((tokens,), bool))
 
 
+@pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda v: v.name)
+def test_its_line_in_the_table_reads_like_the_others(variant):
+    assert variant.cls.__doc__
+    assert 20 <= len(variant.summary) <= 110
+    assert not variant.summary.endswith(".")
+    assert variant.paper.year >= 2014
+    assert variant.cost.time.startswith("O(")
+    decodes = Pattern.CAUSAL_SELF in variant.patterns
+    assert not decodes or variant.cost.state, "a mixer that decodes says how large its state is"
+
+
 @pytest.mark.parametrize("variant", attnlab.variants(kind=attnlab.Kind.MIXER), ids=lambda v: v.name)
 def test_refuses_other_sites(variant):
     for pattern in set(Pattern) - variant.patterns:

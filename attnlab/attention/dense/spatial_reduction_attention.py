@@ -36,7 +36,7 @@ from attnlab.registry import Cost, Paper, Source, register
     source=Source.PAPER_TEXT,
     repository="whai362/PVT",
     cost=Cost(time="O(N·M·C)", memory="O(N·M·H)"),
-    summary="Softmax attention on keys and values from a strided convolution of the image.",
+    summary="softmax attention on keys and values from a strided convolution of the image",
 )
 class SpatialReductionAttention(TokenMixer):
     """Softmax attention of an image on a reduced image, with its projections.

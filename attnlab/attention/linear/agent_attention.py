@@ -241,7 +241,7 @@ def _resize_last(table: jax.Array, size: tuple[int, int]) -> jax.Array:
     source=Source.AUTHORS_CODE,
     repository="LeapLabTHU/Agent-Attention",
     cost=Cost(time="O((N+M)·n·C)", memory="O((N+M)·n·H)"),
-    summary="Pooled agent tokens read all keys by softmax, all queries read the agents; linear in N.",
+    summary="pooled agent tokens read all keys by softmax, all queries read the agents; linear in N",
 )
 class AgentAttention(TokenMixer):
     """Agent attention with its projections, on images or in windows of them.

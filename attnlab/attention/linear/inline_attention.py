@@ -168,7 +168,7 @@ class InlineCore(nnx.Module):
     source=Source.AUTHORS_CODE,
     repository="LeapLabTHU/InLine",
     cost=Cost(time="O(N·C·D)", memory="O(C·D)"),
-    summary="Linear attention normalised by subtraction, hence injective, plus a 3x3 convolution with dynamic kernel.",
+    summary="linear attention normalised by subtraction, hence injective, plus a 3x3 convolution with dynamic kernel",
 )
 class InlineAttention(TokenMixer):
     """InLine attention with its projections, on images or in windows of them.

@@ -63,7 +63,7 @@ class NeighborhoodState(NamedTuple):
     repository="SHI-Labs/NATTEN",
     cost=Cost(time="O(N·Πk·C)", memory="O(N·C)", state="k·d·C"),
     kernel="neighborhood_attention",
-    summary="Softmax attention over a sliding box around each token, with dilation, stride and causal axes.",
+    summary="softmax attention over a sliding box around each token, with dilation, stride and causal axes",
 )
 class NeighborhoodAttention(TokenMixer):
     """Neighborhood attention with its projections, on a sequence, an image or a video.

@@ -75,7 +75,7 @@ def _mask(same_region: np.ndarray | None, windows: int) -> jax.Array | None:
     source=Source.PAPER_TEXT,
     repository="microsoft/Swin-Transformer",
     cost=Cost(time="O(N·n·C)", memory="O(N·n·H)"),
-    summary="Softmax attention inside windows with relative position bias, shifted in every other layer.",
+    summary="softmax attention inside windows with relative position bias, shifted in every other layer",
 )
 class WindowAttention(TokenMixer):
     """Softmax attention inside windows of an image, with its projections.
