@@ -2,7 +2,7 @@
 
     attnlab train digits_vit --model.mixer agent_attention
 
-Meant for any CPU; `make demo` trains it with seven mixers. Images are not shifted in training: 600 steps are too few to
+Meant for any CPU; `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to
 gain by it.
 """
 
@@ -11,15 +11,24 @@ from attnlab.experiment import Experiment, ViTConfig
 from attnlab.training import ClassificationTask, OptimizerConfig, TrainConfig
 
 CONFIG = Experiment(
-    model=ViTConfig(patch_size=2, features=64, depth=3, num_heads=4, mixer="softmax_attention", mlp_ratio=2.0),
+    model=ViTConfig(
+        patch_size=2,
+        features=64,
+        depth=3,
+        num_heads=4,
+        mixer="softmax_attention",
+        mlp_ratio=2.0,
+        dropout=0.1,
+        drop_path=0.1,
+    ),
     data=Digits(scale="symmetric"),
     task=ClassificationTask(label_smoothing=0.1),
     train=TrainConfig(
-        steps=600,
+        steps=700,
         batch_size=64,
         eval_batch_size=355,
-        eval_every=50,
-        checkpoint_every=300,
+        eval_every=100,
+        checkpoint_every=350,
         log_every=5,
         ema=0.98,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=40, weight_decay=0.1),
