@@ -1,8 +1,8 @@
 """Attention kernels for JAX: pure functions on arrays, one signature for every platform.
 
 `linear_attention` and `neighborhood_attention` are the functions; their packages are
-`from pallas_kernels.linear_attention import ...`, and so on. Importing this package needs JAX and NumPy alone. `dispatch.explain` tells which implementations work on a machine and why others
-do not.
+`from pallas_kernels.linear_attention import ...`, and so on. Importing this package needs JAX and NumPy alone.
+`dispatch.explain` tells which implementations work on a machine and why others do not.
 """
 
 from pallas_kernels import dispatch
