@@ -180,7 +180,7 @@ def _image_maps(example: AttentionExample, theme: Theme) -> Figure:
         for cell in axes:
             cell.set(xticks=[], yticks=[])
             cell.grid(False)
-            cell.spines[:].set_visible(False)
+            cell.spines[:].set(visible=True, color=theme.faint, linewidth=0.6)
         for cell in axes[1 + len(maps) :]:
             cell.axis("off")
     for index, cell in enumerate(grid[0]):
@@ -202,7 +202,7 @@ def _text_maps(example: AttentionExample, theme: Theme) -> Figure:
             cell.set_yticks(range(count), characters, fontsize=5, family="monospace")
             cell.tick_params(length=0, pad=1)
             cell.grid(False)
-            cell.spines[:].set_visible(False)
+            cell.spines[:].set(visible=True, color=theme.faint, linewidth=0.6)
         for cell in axes[len(maps) :]:
             cell.axis("off")
         axes[0].set_ylabel(f"{_words(mixer)}\n\nthe byte that looks", fontsize=9)
@@ -300,30 +300,39 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]], looks: Map
 def _label_points(
     axes: Axes, points: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Names beside points; the names of points that stand close are moved apart vertically."""
+    """Names beside points: right, left, above or below, the first place where nothing else is."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    groups: list[list[int]] = []
-    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
-        if groups and (points[index][1] - points[groups[-1][-1]][1]) / (right - left) < 0.25:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    for group in groups:
-        heights = _apart([(points[i][2] - low) / (high - low) for i in group], 0.06)
-        for index, height in zip(group, heights, strict=True):
-            mixer, x, y = points[index]
-            at = ((x - left) / (right - left) + 0.022, height)
-            moved = abs(height - (y - low) / (high - low)) > 0.03
-            axes.annotate(
-                _words(mixer),
-                (x, y),
-                xytext=at,
-                textcoords="axes fraction",
-                color=looks[mixer]["color"],
-                fontsize=9,
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": looks[mixer]["color"], "lw": 0.6} if moved else None,
-            )
+    places = [((x - left) / (right - left), (y - low) / (high - low)) for _, x, y in points]
+    taken = [(x - 0.014, y - 0.022, x + 0.014, y + 0.022) for x, y in places]
+    for (mixer, _, _), (x, y) in zip(points, places, strict=True):
+        width, gap = 0.0125 * len(mixer), 0.022
+        corners = [
+            (x + gap, y - 0.02),
+            (x - gap - width, y - 0.02),
+            (x - width / 2, y + 0.03),
+            (x - width / 2, y - 0.07),
+        ]
+        boxes = [(at, down, at + width, down + 0.04) for at, down in corners]
+        free = [
+            box for box in boxes if box[0] >= 0 and box[2] <= 1 and not any(_overlap(box, other) for other in taken)
+        ]
+        box = (free or boxes)[0]
+        taken.append(box)
+        axes.text(
+            (box[0] + box[2]) / 2 if box[0] < x < box[2] else box[0] if box[0] > x else box[2],
+            (box[1] + box[3]) / 2,
+            _words(mixer),
+            transform=axes.transAxes,
+            color=looks[mixer]["color"],
+            fontsize=9,
+            va="center",
+            ha="center" if box[0] < x < box[2] else "left" if box[0] > x else "right",
+        )
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share area."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
