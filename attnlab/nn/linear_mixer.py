@@ -153,8 +153,8 @@ def linear_attention_map(
     `log_decay` is `(H,)` or None; the other arguments are those of `linear_attention`.
     """
     heads, groups = q.shape[2], k.shape[2]
-    k = jnp.repeat(k, heads // groups, axis=2)
-    weights = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), heads // groups, axis=2)
+    weights = jnp.einsum("bnhd,bmhd->bhnm", q, k)
     weights = weights if scale is None else weights * scale
     distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
     if log_decay is not None:

@@ -75,7 +75,12 @@ class Subject:
         """Positional arguments of a call: the tokens, and a context of as many tokens where it is cross-attention."""
         if not self.cross:
             return (x,)
-        return (x, jax.random.normal(jax.random.key(seed), (x.shape[0], *x.shape[1:-1], FEATURES), x.dtype))
+        return (x, jax.random.normal(jax.random.key(seed), flat(x).shape, x.dtype))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """Tokens of any layout as a sequence (B, N, C), in row-major order."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 @functools.cache

@@ -125,6 +125,7 @@ class SoftmaxAttention(TokenMixer):
         self.context_features, self.rotary, self.alibi, self.dtype = context_features, rotary, alibi, dtype
         self.structural_mask, self.block_size, self.attention_dropout = structural_mask, block_size, attention_dropout
         self.scale, self.softcap = scale, softcap
+        self.permutation_equivariant = rotary is None and not alibi and structural_mask is None
         self.accepts = frozenset({"mask", "key_mask"})
         if layout is Layout.SEQUENCE:
             self.accepts |= {"segment_ids"}
