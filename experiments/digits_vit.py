@@ -2,7 +2,8 @@
 
     attnlab train digits_vit --model.mixer agent_attention
 
-Meant for any CPU; `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to
+Measured on 2 CPU cores that were busy with other work as well: 98.6 % test accuracy, half a minute of training without
+compilation; softmax attention 95.2 %. `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to
 gain by it.
 """
 
