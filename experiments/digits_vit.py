@@ -3,8 +3,8 @@
     attnlab train digits_vit --model.mixer agent_attention
 
 Measured on 2 CPU cores that were busy with other work as well: 98.6 % test accuracy, half a minute of training without
-compilation; softmax attention 95.2 %. `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to
-gain by it.
+compilation; softmax attention 95.2 %. `make demo` trains it with seven mixers. Images are not shifted in training:
+700 steps are too few to gain by it.
 """
 
 from attnlab.data import Digits
