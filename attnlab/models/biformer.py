@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from attnlab.attention.sparse.biformer_bra import BiLevelRoutingAttention
 from attnlab.contract import SiteModule, record
-from attnlab.nn.linear import Conv, Linear
+from attnlab.nn.linear import Conv, Linear, redraw_kernels, trunc_normal
 from attnlab.nn.mlp import DropPath, LayerScale, gelu
 from attnlab.nn.norms import BatchNorm, LayerNorm
 from attnlab.nn.softmax import softmax_attention
@@ -345,6 +345,7 @@ class BiFormer(SiteModule):
         self.head = nnx.data(None)
         if num_classes:
             self.head = Linear(widths[-1], num_classes, axes=("embed", "vocab"), **options)
+        redraw_kernels(self, trunc_normal, rngs=rngs)
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> list[jax.Array]:
         """The map that each stage leaves, (B, Hh/4, Ww/4, C) to (B, Hh/32, Ww/32, C) with four stages.

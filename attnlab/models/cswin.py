@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Layout, Site
 from attnlab.models.backbone import Choices, PreNormBlock, drop_path_rates, pair, token_mean
 from attnlab.models.swin import swin_grids
-from attnlab.nn.linear import Conv, Linear
+from attnlab.nn.linear import Conv, Linear, redraw_kernels, trunc_normal
 from attnlab.nn.norms import LayerNorm
 
 
@@ -123,6 +123,7 @@ class CSwinTransformer(nnx.Module):
             self.stages.append(blocks)
         self.norm = LayerNorm(width, eps=norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.head = Linear(width, num_classes, axes=("embed", None), **common)
+        redraw_kernels(self, trunc_normal, rngs=rngs)
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """What is classified: the mean of the normed tokens of the last stage, `(B, C)`."""

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site
 from attnlab.models.backbone import Choice, PreNormBlock, drop_path_rates, pair
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.nn.linear import Linear, redraw_kernels, trunc_normal
 from attnlab.nn.mlp import PatchEmbed
 from attnlab.nn.norms import LayerNorm
 
@@ -95,6 +95,7 @@ class DeiT(nnx.Module):
             )
         self.norm = LayerNorm(features, eps=norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.head = Linear(features, num_classes, axes=("embed", None), **common)
+        redraw_kernels(self, trunc_normal, rngs=rngs)
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """What is classified: the normed class token, `(B, C)`."""

@@ -43,7 +43,8 @@ class LanguageModel(nnx.Module):
         mixers that have the option), `"learned"` (a table of `max_length` rows), or `"none"`.
       max_length: longest sequence of a learned table; None without one.
       rotary_base: base of the rotary frequencies.
-      embed_scale: factor of the embedding; √C in some models.
+      embed_scale: factor of the embedding in front of the first block; √C when None, so that its entries, drawn with
+        variance 1 / C for the sake of the logits, stand there with variance 1.
       tie_embeddings: whether logits use the embedding's weights.
       dropout: rate after the embedding and inside the feed-forward.
       drop_path: stochastic depth rate of the last block.
@@ -73,7 +74,7 @@ class LanguageModel(nnx.Module):
         position: str = "rotary",
         max_length: int | None = None,
         rotary_base: float = 10000.0,
-        embed_scale: float = 1.0,
+        embed_scale: float | None = None,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -87,9 +88,10 @@ class LanguageModel(nnx.Module):
         if (position == "learned") != (max_length is not None):
             raise ValueError(f"max_length goes with position='learned': got {max_length} with {position!r}")
         common = {"dtype": dtype, "param_dtype": param_dtype}
-        self.vocab_size, self.max_length, self.embed_scale = vocab_size, max_length, embed_scale
+        self.vocab_size, self.max_length = vocab_size, max_length
+        self.embed_scale = features**0.5 if embed_scale is None else embed_scale
         self.dtype = jnp.float32 if dtype is None else dtype
-        embedding = trunc_normal(rngs.params(), (vocab_size, features), param_dtype)
+        embedding = features**-0.5 * jax.random.normal(rngs.params(), (vocab_size, features), param_dtype)
         self.embedding = nnx.Param(embedding, logical_axes=("vocab", "embed"))
         self.position = nnx.data(None)
         if max_length is not None:

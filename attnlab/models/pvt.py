@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site
 from attnlab.models.backbone import Choices, PreNormBlock, drop_path_rates, pair, token_mean
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.nn.linear import Linear, redraw_kernels, trunc_normal
 from attnlab.nn.mlp import PatchEmbed
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.resampling import resize_bilinear
@@ -146,6 +146,7 @@ class PyramidVisionTransformer(nnx.Module):
             )
             first, channels = last, width
         self.head = Linear(channels, num_classes, axes=("embed", None), **common)
+        redraw_kernels(self, trunc_normal, rngs=rngs)
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """What is classified: the mean of the last stage's tokens, `(B, C)`."""

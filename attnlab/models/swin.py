@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site
 from attnlab.models.backbone import Choices, PreNormBlock, drop_path_rates, pair, token_mean
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.nn.linear import Linear, redraw_kernels, trunc_normal
 from attnlab.nn.mlp import PatchEmbed
 from attnlab.nn.norms import LayerNorm
 
@@ -141,6 +141,7 @@ class SwinTransformer(nnx.Module):
             self.stages.append(blocks)
         self.norm = LayerNorm(width, **norm)
         self.head = Linear(width, num_classes, axes=("embed", None), **common)
+        redraw_kernels(self, trunc_normal, rngs=rngs)
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """What is classified: the mean of the normed tokens of the last stage, `(B, C)`."""

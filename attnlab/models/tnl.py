@@ -4,7 +4,8 @@
 
 Embeddings are tied to the logits and every norm is free of parameters. The first author's minimal port
 (Doraemonzzz/nanoTransNormer) has LRPE-d in every layer but the first, and no scale of the embedding; the paper and the
-published weights have it in the first alone, and scale the embedding by √C.
+published weights have it in the first alone, and scale the embedding by √C. Embeddings and linear maps are drawn from a
+normal distribution of standard deviation 0.02.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from flax import nnx
 
 from attnlab.attention.linear.tnl import COST, PAPER
 from attnlab.models.language_model import LanguageModel
+from attnlab.nn.linear import redraw_kernels
 from attnlab.registry import Kind, Source, register
 
 
@@ -74,8 +76,11 @@ class TransNormerLLM(LanguageModel):
             mlp_bias=use_bias,
             norm="srms",
             position="none",
-            embed_scale=features**0.5 if embed_scale is None else embed_scale,
+            embed_scale=embed_scale,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        normal = nnx.initializers.normal(0.02)
+        redraw_kernels(self, normal, rngs=rngs)
+        self.embedding[...] = normal(rngs.params(), self.embedding.shape, param_dtype)

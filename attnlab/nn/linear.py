@@ -17,6 +17,7 @@ from flax import nnx
 
 Axes = Sequence[str | None]
 trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)
+fan_in_normal = nnx.initializers.lecun_normal()
 
 
 def compute_in_input_dtype(arrays: tuple[Any, ...], /, *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
@@ -39,7 +40,7 @@ class Linear(nnx.Linear):
       out_features: channels that go out.
       use_bias: whether a bias is added.
       axes: logical names of the two axes of the kernel, for sharding.
-      kernel_init: initialiser, truncated normal of standard deviation 0.02 unless given.
+      kernel_init: initialiser, normal with variance 1 / in_features unless given.
       bias_init: initialiser, zeros unless given.
       dtype: of the computation and the result; that of the input when None.
       param_dtype: of the parameters.
@@ -53,7 +54,7 @@ class Linear(nnx.Linear):
         *,
         use_bias: bool = True,
         axes: Axes = ("embed", "embed"),
-        kernel_init: nnx.Initializer = trunc_normal,
+        kernel_init: nnx.Initializer = fan_in_normal,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -72,6 +73,17 @@ class Linear(nnx.Linear):
             bias_metadata=_metadata(axes[1:]),
             rngs=rngs,
         )
+
+
+def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, rngs: nnx.Rngs) -> None:
+    """Draws the kernels of all `Linear` in a module anew.
+
+    For models whose authors fix one initialiser for every linear map, commonly `trunc_normal`; the default of `Linear`
+    follows the width instead, since 0.02 is too little for narrow models.
+    """
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Linear):
+            part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)
 
 
 class Conv(nnx.Conv):
