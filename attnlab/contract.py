@@ -7,7 +7,7 @@ A *token mixer* maps tokens to tokens of the same shape. Layouts put channels la
   `x`, and the dtype `dtype` given at construction, or else that of `x`. Parameters are stored in `param_dtype`.
 - An argument is never ignored: what a mixer does not support it refuses (`UnsupportedArgument`).
 - A row that may attend to nothing gives zeros, and zero gradients; no finite input gives a NaN.
-- A causal mixer also decodes: `init_state`, `prefill` and `step` agree with the call over the whole sequence.
+- A causal mixer of sequences also decodes: `init_state`, `prefill` and `step` agree with the call over the whole.
 - Softmax, gates, norms and recurrent states are computed in float32 (or wider), whatever the dtype of the tokens.
 
 Arguments of the call, where a mixer accepts them:

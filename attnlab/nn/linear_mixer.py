@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.contract import TokenMixer, record
+from attnlab.nn.masking import segment_pair, segment_positions
 from pallas_kernels.linear_attention import init_state, linear_attention, linear_attention_step
 
 
@@ -25,6 +26,13 @@ class LinearState(NamedTuple):
 
     memory: Any
     position: jax.Array
+
+
+class Places(NamedTuple):
+    """Positions of queries `(1|B, N)` and keys `(1|B, M)`: from 0 at the start of the sequence, segment or decoding."""
+
+    queries: jax.Array
+    keys: jax.Array
 
 
 class LinearMixer(TokenMixer):
@@ -44,11 +52,8 @@ class LinearMixer(TokenMixer):
     value_size: int
     dtype: Any = None
 
-    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `(B, N, H, D)` of `x`, keys `(B, M, G, D)` and values `(B, M, G, E)` of `context`.
-
-        `positions` `(1|B, N)` count the tokens from the start of the sequence, or of the decoding.
-        """
+    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `(B, N, H, D)` of `x`, keys `(B, M, G, D)` and values `(B, M, G, E)` of `context`."""
         raise NotImplementedError
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -72,8 +77,7 @@ class LinearMixer(TokenMixer):
         self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
         x = jnp.asarray(x, self.dtype)
         source = x if context is None else jnp.asarray(context, x.dtype)
-        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-        q, k, v = self.project(x, source, positions)
+        q, k, v = self.project(x, source, self._places(x, context, segment_ids, positions))
         if mask is not None:
             k, v = _zero_where_not(mask, k), _zero_where_not(mask, v)
         decay = self.log_decay() if self.causal else None
@@ -87,6 +91,17 @@ class LinearMixer(TokenMixer):
         y = linear_attention(q, k, v, **options)
         record(self, "attention", lambda: linear_attention_map(q, k, **options))
         return self.merge(y, x)
+
+    def _places(self, x: jax.Array, context: ArrayLike | None, segment_ids: Any, positions: ArrayLike | None) -> Places:
+        if segment_ids is None:
+            queries = jnp.arange(x.shape[1])[None]
+            keys = queries if context is None else jnp.arange(jnp.shape(context)[1])[None]
+        else:
+            queries, keys = (segment_positions(ids) for ids in segment_pair(segment_ids))
+        if positions is not None:
+            queries = jnp.asarray(positions)
+            keys = queries if context is None else keys
+        return Places(queries, keys)
 
     def _decodes(self) -> bool:
         return self.causal and not self.cross
@@ -108,7 +123,8 @@ class LinearMixer(TokenMixer):
         x = jnp.asarray(x, self.dtype)
         real = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        q, k, v = self.project(x, x, state.position[:, None] + jnp.maximum(seen - 1, 0))
+        at = state.position[:, None] + jnp.maximum(seen - 1, 0)
+        q, k, v = self.project(x, x, Places(at, at))
         decay = self.log_decay()
         if mask is not None:
             k, v = _zero_where_not(real, k), _zero_where_not(real, v)
@@ -131,7 +147,8 @@ class LinearMixer(TokenMixer):
             return super().step(x_t, state)
         x = jnp.asarray(x_t, self.dtype)[:, None]
         self.check_call(x)
-        q, k, v = (array[:, 0] for array in self.project(x, x, state.position[:, None]))
+        at = state.position[:, None]
+        q, k, v = (array[:, 0] for array in self.project(x, x, Places(at, at)))
         y, memory = linear_attention_step(
             q, k, v, state.memory, log_decay=self.log_decay(), normalize=self.normalize, scale=self.scale
         )

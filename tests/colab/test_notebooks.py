@@ -27,6 +27,7 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
     # The kernel must find this checkout whether or not it is installed.
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # it trains: fast code is worth compiling here
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = "".join(

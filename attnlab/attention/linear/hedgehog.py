@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Pattern
 from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer
+from attnlab.nn.linear_mixer import LinearMixer, Places
 from attnlab.nn.norms import rms_norm
 from attnlab.nn.positions import Rotary
 from attnlab.registry import Cost, Paper, Source, register
@@ -268,13 +268,12 @@ class HedgehogAttention(LinearMixer):
         self.key_map = nnx.data(None) if tie_qk_kernels else HedgehogFeatureMap(groups, head_dim, **mapping)
         self.key_size = self.query_map.out_features
 
-    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
         q = self.query(x).reshape(*x.shape[:2], self.num_heads, self.value_size)
         k = self.key(context).reshape(*context.shape[:2], self.groups, self.value_size)
         v = self.value(context).reshape(*context.shape[:2], self.groups, self.value_size)
         if self.rotary is not None:
-            of_k = positions if context is x else jnp.arange(context.shape[1])[None]
-            q, k = self.rotary(q, positions), self.rotary(k, of_k)
+            q, k = self.rotary(q, at.queries), self.rotary(k, at.keys)
         return self.query_map(q), (self.query_map if self.key_map is None else self.key_map)(k), v
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:

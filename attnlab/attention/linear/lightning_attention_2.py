@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Pattern
 from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer
+from attnlab.nn.linear_mixer import LinearMixer, Places
 from attnlab.nn.norms import RMSNorm
 from attnlab.nn.positions import alibi_slopes
 from attnlab.registry import Cost, Paper, Source, register
@@ -120,7 +120,7 @@ class LightningAttention(LinearMixer):
     def log_decay(self) -> jax.Array:
         return -jnp.asarray(self.slopes, jnp.float32)
 
-    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
         qkv = jax.nn.silu(self.qkv(x)).reshape(*x.shape[:2], self.num_heads, 3 * self.key_size)
         return tuple(jnp.split(qkv, 3, axis=-1))
 

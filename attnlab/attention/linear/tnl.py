@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from attnlab.attention.linear.lightning_attention_2 import layer_slopes
 from attnlab.contract import Pattern
 from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer
+from attnlab.nn.linear_mixer import LinearMixer, Places
 from attnlab.nn.norms import LayerNorm, rms_norm
 from attnlab.registry import Cost, Paper, Source, register
 
@@ -139,11 +139,11 @@ class NormLinearAttention(_TnlMixer):
             self.accepts = self.accepts | {"positions"}
             self.permutation_equivariant = False
 
-    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (self._heads(part) for part in jnp.split(self.qkv(x), 3, axis=-1))
         q, k = jax.nn.silu(q), jax.nn.silu(k)
         if self.theta is not None:
-            q, k = (lrpe(part, self.theta[...], positions) for part in (q, k))
+            q, k = (lrpe(part, self.theta[...], at.queries) for part in (q, k))
         return q, k, v
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ class TnlAttention(_TnlMixer):
         self.gate_up = Linear(head_dim, features, axes=(None, "heads"), **common)
         self.out = Linear(features, features, axes=out, **common)
 
-    def project(self, x: jax.Array, context: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
         return tuple(self._heads(jax.nn.silu(layer(x))) for layer in (self.query, self.key, self.value))
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
