@@ -15,6 +15,7 @@ from pathlib import Path
 from attnlab.cli.compare import print_table
 from attnlab.cli.main import quiet
 from attnlab.compare import report, runner
+from attnlab.training import ConfigMismatch
 from experiments import digits_vit, stdlib_language_model
 
 IMAGE_MIXERS = (
@@ -30,11 +31,20 @@ TEXT_MIXERS = ("softmax_attention", "lightning_attention_2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs both comparisons, prints their tables, and writes one report of both."""
+    """Runs both comparisons, prints their tables, and writes one report of both; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--out-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     directory = parser.parse_args(argv).out_dir
     quiet()
+    try:
+        return demo(directory)
+    except ConfigMismatch as error:
+        print(f"{error}.\nThis is what an older demo left; remove {directory}, or pass --out-dir.", file=sys.stderr)
+        return 2
+
+
+def demo(directory: Path) -> int:
+    """Trains and compares in `directory`; 0, or 1 if a mixer failed."""
     start = time.monotonic()
     print(f"Training {len(IMAGE_MIXERS)} vision transformers and {len(TEXT_MIXERS)} language models in {directory}.")
     print("Ctrl-C stops after the current step; the same command goes on from there.", flush=True)

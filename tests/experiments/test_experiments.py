@@ -10,6 +10,7 @@ import attnlab.data
 from attnlab import experiment
 from attnlab.cli import configs
 from attnlab.registry import Kind, get
+from attnlab.training import ConfigMismatch
 from experiments import demo, digits_vit
 
 INFO = {
@@ -100,3 +101,14 @@ def test_trained_model_is_what_is_loaded(tmp_path):
     trained = experiment.run(config, tmp_path, progress=False).model
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     np.testing.assert_array_equal(experiment.load_trained(tmp_path)(images), trained(images))
+
+
+def test_demo_does_not_overwrite_what_an_older_one_left(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise ConfigMismatch("digits/softmax_attention holds checkpoints of a run with other settings")
+
+    monkeypatch.setattr(demo.runner, "compare", refuse)
+    assert demo.main(["--out-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "other settings" in said
+    assert f"remove {tmp_path}" in said
