@@ -25,7 +25,6 @@ Standard constructor arguments, in this order: `features`, then keyword-only `nu
 """
 
 import dataclasses
-import difflib
 import enum
 import inspect
 from collections.abc import Callable
@@ -34,6 +33,8 @@ from typing import Any, ClassVar, Self
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
+
+from attnlab.suggest import suggestion
 
 
 class Pattern(enum.StrEnum):
@@ -126,9 +127,7 @@ class SiteModule(nnx.Module):
         arguments = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "rngs")]
         for option in options:
             if option not in arguments:
-                near = difflib.get_close_matches(option, arguments, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; it has: {', '.join(arguments)}"
-                raise TypeError(f"{cls.__name__} has no option {option!r}{hint}")
+                raise TypeError(f"{cls.__name__} has no option {option!r}: {suggestion(option, arguments)}")
         told = {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name in arguments}
         return cls(**(told | cls.site_defaults(site) | options), rngs=rngs)
 

@@ -26,10 +26,10 @@ from flax import nnx
 
 import attnlab.data
 from attnlab import registry
-from attnlab.data.errors import did_you_mean
 from attnlab.models.language_model import LanguageModel
 from attnlab.models.pyramid_vit import PyramidViT
 from attnlab.models.vit import ViT
+from attnlab.suggest import suggestion
 from attnlab.training import (
     ClassificationTask,
     ConfigMismatch,
@@ -384,11 +384,11 @@ def _decode(annotation: Any, raw: Any, where: str) -> Any:
     if classes and raw is not None:
         if not isinstance(raw, Mapping) or raw.get("type") not in classes:
             kind = raw.get("type") if isinstance(raw, Mapping) else raw
-            raise ValueError(f"{where}: no type is called {kind!r}: {did_you_mean(str(kind), classes)}")
+            raise ValueError(f"{where}: no type is called {kind!r}: {suggestion(str(kind), classes)}")
         cls = classes[raw["type"]]
         hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
         for name in set(raw) - {"type", *names}:
-            raise ValueError(f"{where}: {cls.__name__} has no {name!r}: {did_you_mean(name, names)}")
+            raise ValueError(f"{where}: {cls.__name__} has no {name!r}: {suggestion(name, names)}")
         given = {name: _decode(hints[name], raw[name], f"{where}.{name}") for name in names if name in raw}
         try:
             return cls(**given)

@@ -6,7 +6,6 @@ classes of the same paper add a word (`efficient_probing.aim`).
 """
 
 import dataclasses
-import difflib
 import enum
 import functools
 import importlib
@@ -17,8 +16,9 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from attnlab.contract import Layout, Pattern, Site, TokenMixer
+from attnlab.suggest import suggestion
 
-FAMILIES = ("attnlab.attention", "attnlab.pooling", "attnlab.mixers", "attnlab.models")
+FAMILIES = ("attnlab.attention", "attnlab.pooling", "attnlab.models")
 
 ClassT = TypeVar("ClassT", bound=type)
 
@@ -174,9 +174,7 @@ def get(name: str) -> Variant:
     """
     _load()
     if name not in _variants:
-        near = difflib.get_close_matches(name, _variants, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; `attnlab list` prints all"
-        raise KeyError(f"no variant is called {name!r}{hint}")
+        raise KeyError(f"no variant is called {name!r}: {suggestion(name, sorted(_variants))}")
     return _variants[name]
 
 

@@ -11,8 +11,8 @@ import tyro
 
 import experiments
 from attnlab import experiment as saved
-from attnlab.cli.suggest import suggestion
 from attnlab.experiment import Experiment
+from attnlab.suggest import suggestion
 
 NOT_CONFIGURATIONS = ("demo",)
 # The kinds of model, data and task are those of the configuration; options change their settings alone.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import attnlab
-from attnlab.cli.suggest import suggestion
+from attnlab.suggest import suggestion
 
 COMMANDS = {
     "train": "train a configuration",

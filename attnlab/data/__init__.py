@@ -22,12 +22,13 @@ from typing import Any
 from attnlab.data.cifar10 import Cifar10
 from attnlab.data.dataset import Batch, Batches, Dataset, DatasetInfo, Loading
 from attnlab.data.digits import Digits
-from attnlab.data.errors import DataError, did_you_mean
+from attnlab.data.errors import DataError
 from attnlab.data.folder import ImageFolder
 from attnlab.data.images import Augment
 from attnlab.data.npz import NpzImages
 from attnlab.data.stdlib_text import StdlibText
 from attnlab.data.text import TextFiles
+from attnlab.suggest import suggestion
 
 Source = Digits | Cifar10 | NpzImages | ImageFolder | StdlibText | TextFiles
 
@@ -69,10 +70,10 @@ def open(source: Source | str, **settings: Any) -> Dataset:
     """
     if isinstance(source, str):
         if source not in SOURCES:
-            raise KeyError(f"no data source is called {source!r}: {did_you_mean(source, SOURCES)}")
+            raise KeyError(f"no data source is called {source!r}: {suggestion(source, SOURCES)}")
         source = SOURCES[source]()
     fields = [field.name for field in dataclasses.fields(source)]
     for name in settings:
         if name not in fields:
-            raise TypeError(f"{source.name} has no setting {name!r}: {did_you_mean(name, fields)}")
+            raise TypeError(f"{source.name} has no setting {name!r}: {suggestion(name, fields)}")
     return dataclasses.replace(source, **settings).open()

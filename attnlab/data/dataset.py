@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from attnlab.data.errors import did_you_mean
+from attnlab.suggest import suggestion
 
 Example = Mapping[str, np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -211,7 +211,7 @@ class Dataset:
 
     def _examples(self, split: Split, sequence_length: int | None) -> Sequence[Example]:
         if split not in SPLITS:
-            raise ValueError(f"no split is called {split!r}: {did_you_mean(split, SPLITS)}")
+            raise ValueError(f"no split is called {split!r}: {suggestion(split, SPLITS)}")
         if self.info.kind == "image" and sequence_length is not None:
             raise ValueError(f"sequence_length is for text; {self.info.name} holds images of {self.info.image_shape}")
         if self.info.kind == "text" and (sequence_length is None or sequence_length < 1):

@@ -1,7 +1,5 @@
 """The one error of data sources, and the hints that go with misspelt names."""
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -12,13 +10,6 @@ class DataError(ValueError):
 def data_error(path: str | Path, problem: str, *, expected: str, get_it: str) -> DataError:
     """Makes a `DataError` that says which path, what is wrong with it, what was expected and where to get it."""
     return DataError(f"{path}: {problem}\n  expected: {expected}\n  where to get it: {get_it}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest names, or else all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def check_fraction(name: str, value: float) -> None:

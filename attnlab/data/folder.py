@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from attnlab.data.dataset import Dataset, DatasetInfo, Example, Loading
-from attnlab.data.errors import data_error, did_you_mean, existing
+from attnlab.data.errors import data_error, existing
 from attnlab.data.images import Augment, ImageTransform, Scale, stratified_split
+from attnlab.suggest import suggestion
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -103,7 +104,7 @@ class ImageFolder:
         }
         classes = _classes(folders["train"])
         for name in sorted(set(_classes(folders["eval"])) - set(classes)):
-            problem = f"is a class without training images: {did_you_mean(name, classes)}"
+            problem = f"is a class without training images: {suggestion(name, classes)}"
             raise data_error(folders["eval"] / name, problem, **_HELP)
         return {split: _labelled(folder, classes, split == "eval") for split, folder in folders.items()}, classes
 

@@ -12,7 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from attnlab.data.dataset import Dataset, DatasetInfo, Example, Loading
-from attnlab.data.errors import check_fraction, did_you_mean
+from attnlab.data.errors import check_fraction
+from attnlab.suggest import suggestion
 
 Scale = Literal["unit", "symmetric"]
 
@@ -50,7 +51,7 @@ class ImageTransform:
 
     def __post_init__(self):
         if self.scale not in get_args(Scale):
-            raise ValueError(f"no scale is called {self.scale!r}: {did_you_mean(self.scale, get_args(Scale))}")
+            raise ValueError(f"no scale is called {self.scale!r}: {suggestion(self.scale, get_args(Scale))}")
 
     def __call__(self, example: Example, rng: np.random.Generator | None) -> Example:
         """Transforms an example, randomly if there is a generator."""

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from attnlab.data.dataset import Dataset, Loading
-from attnlab.data.errors import DataError, data_error, did_you_mean, existing
+from attnlab.data.errors import DataError, data_error, existing
 from attnlab.data.images import ArrayImages, Augment, Scale, array_dataset, stratified_split
+from attnlab.suggest import suggestion
 
 _HELP = {
     "expected": "a file of numpy.savez with images, (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1], and integer "
@@ -90,7 +91,7 @@ def _arrays(path: Path, images_key: str, labels_key: str) -> tuple[np.ndarray, n
         with archive:
             for key in (images_key, labels_key):
                 if key not in archive.files:
-                    raise data_error(path, f"has no array {key!r}: {did_you_mean(key, archive.files)}", **_HELP)
+                    raise data_error(path, f"has no array {key!r}: {suggestion(key, archive.files)}", **_HELP)
             images, labels = archive[images_key], archive[labels_key]
     except DataError:
         raise

@@ -5,7 +5,6 @@ of choices, `choices[stage][block]`.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from attnlab import registry
 from attnlab.contract import Site, TokenMixer
 from attnlab.nn.mlp import MLP, DropPath
 from attnlab.nn.norms import LayerNorm
+from attnlab.suggest import suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,6 @@ def build_named(
       KeyError: with the nearest names, if there is none.
     """
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
-        raise KeyError(
-            f"no model is called {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else ", ".join(table))
-        )
+        raise KeyError(f"no model is called {name!r}: {suggestion(name, table)}")
     cls, options = table[name]
     return cls(**(dict(options) | overrides), rngs=rngs)

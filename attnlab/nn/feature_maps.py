@@ -4,12 +4,13 @@ Each takes an array with the channels of a head last and returns features in its
 `feature_map` finds one by name. (Hedgehog's are learned and stand with that mechanism.)
 """
 
-import difflib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from attnlab.suggest import suggestion
 
 FeatureMap = Callable[[jax.Array], jax.Array]
 
@@ -71,7 +72,5 @@ def feature_map(name: str) -> FeatureMap:
       ValueError: with the nearest name, or all of them, if there is none.
     """
     if name not in FEATURE_MAPS:
-        near = difflib.get_close_matches(name, FEATURE_MAPS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(FEATURE_MAPS)}"
-        raise ValueError(f"no feature map is called {name!r}{hint}")
+        raise ValueError(f"no feature map is called {name!r}: {suggestion(name, FEATURE_MAPS)}")
     return FEATURE_MAPS[name]

@@ -9,7 +9,6 @@ learning rate. LAMB scales by its trust ratio after the decay, as its paper has 
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -18,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from attnlab.suggest import suggestion
 
 Schedule = Literal["cosine", "linear", "constant"]
 HYPERPARAMETERS = ("b1", "b2", "eps", "momentum", "nesterov")
@@ -62,9 +63,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
-            raise ValueError(f"no optimizer is called {self.name!r}; {_near(self.name, OPTIMIZERS)}")
+            raise ValueError(f"no optimizer is called {self.name!r}: {suggestion(self.name, OPTIMIZERS)}")
         if self.schedule not in get_args(Schedule):
-            raise ValueError(f"no schedule is called {self.schedule!r}; {_near(self.schedule, get_args(Schedule))}")
+            raise ValueError(
+                f"no schedule is called {self.schedule!r}: {suggestion(self.schedule, get_args(Schedule))}"
+            )
         defaults = OPTIMIZERS[self.name].defaults
         for given in HYPERPARAMETERS:
             if getattr(self, given) is not None and given not in defaults:
@@ -199,8 +202,3 @@ def _map_variables(function: Callable[[tuple[str, ...], Any, dict[str, Any]], An
         return jax.tree.map(lambda leaf: function(names, leaf, metadata), node)
 
     return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

@@ -12,7 +12,6 @@ size does not divide, or where an earlier axis of the same array has taken the m
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from attnlab.suggest import suggestion
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -82,9 +83,8 @@ def spec(shape: Sequence[int], logical_axes: Sequence[str | None], mesh: Mesh, r
     for size, name in zip(shape, (None,) * (len(shape) - len(logical_axes)) + tuple(logical_axes), strict=False):
         axis = rules.get(name) if name is not None else None
         if axis is not None and axis not in mesh.shape:
-            near = difflib.get_close_matches(axis, mesh.axis_names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(mesh.axis_names)}"
-            raise ValueError(f"the rule for {name!r} names the mesh axis {axis!r}; {hint}")
+            hint = suggestion(axis, mesh.axis_names)
+            raise ValueError(f"the rule for {name!r} names the mesh axis {axis!r}: {hint}")
         free = axis is not None and axis not in taken and size % mesh.shape[axis] == 0
         taken.append(axis if free else None)
     return P(*taken) if len(shape) >= len(logical_axes) else P()

@@ -16,7 +16,6 @@ The first two and the last are clamped at 1e-12 from below. Code: HazyResearch/l
 O(N·F·E) per head. For training by distillation see `attnlab.objectives.attention_distillation`.
 """
 
-import difflib
 from typing import Any
 
 import jax
@@ -25,11 +24,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Pattern
+from attnlab.nn.feature_maps import elu1, relu
 from attnlab.nn.linear import Linear
 from attnlab.nn.linear_mixer import LinearMixer, Places
 from attnlab.nn.norms import rms_norm
 from attnlab.nn.positions import Rotary
 from attnlab.registry import Cost, Paper, Source, register
+from attnlab.suggest import suggestion
 
 HALVES = {
     "softmax_dim": lambda u: jax.nn.softmax(u, axis=-1),
@@ -37,8 +38,8 @@ HALVES = {
     "exp": jnp.exp,
 }
 WHOLES = {
-    "pos_elu": lambda u: 1 + jax.nn.elu(u),
-    "relu": jax.nn.relu,
+    "pos_elu": elu1,
+    "relu": relu,
     "softmax_joint": lambda u: jax.nn.softmax(jnp.concatenate([2 * u, -2 * u], axis=-1), axis=-1),
 }
 UNCLAMPED = ("exp", "softmax_joint")
@@ -72,9 +73,7 @@ def hedgehog_features(
       ValueError: for an unknown activation, or one that has no half space.
     """
     if activation not in HALVES | WHOLES:
-        near = difflib.get_close_matches(activation, HALVES | WHOLES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(HALVES | WHOLES)}"
-        raise ValueError(f"no feature map is called {activation!r}; {hint}")
+        raise ValueError(f"no feature map is called {activation!r}: {suggestion(activation, HALVES | WHOLES)}")
     if activation == "softmax_joint" and not full_space:
         raise ValueError("softmax_joint is one softmax over both halves: full_space must be True")
     x = jnp.asarray(x)

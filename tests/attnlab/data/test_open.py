@@ -24,7 +24,7 @@ def test_open_takes_a_name_or_settings():
 def test_misspelt_names_get_a_suggestion():
     with pytest.raises(KeyError, match="no data source is called 'digit': did you mean digits"):
         data.open("digit")
-    with pytest.raises(KeyError, match="'qqq': known: cifar10, digits"):
+    with pytest.raises(KeyError, match="'qqq': there are "):
         data.open("qqq")
     with pytest.raises(TypeError, match="digits has no setting 'eval_fractoin': did you mean eval_fraction"):
         data.open("digits", eval_fractoin=0.1)

@@ -46,7 +46,7 @@ def test_spec(shape, axes, expected):
 def test_own_rules_and_their_mistakes():
     assert spec((8,), ("embed",), MESH, {"embed": "tensor"}) == P("tensor")
     assert spec((8,), ("embed",), MESH, {"embed": None}) == P(None)
-    with pytest.raises(ValueError, match="the rule for 'embed' names the mesh axis 'tensr'; did you mean tensor"):
+    with pytest.raises(ValueError, match="the rule for 'embed' names the mesh axis 'tensr': did you mean tensor"):
         spec((8,), ("embed",), MESH, {"embed": "tensr"})
 
 

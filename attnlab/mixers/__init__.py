@@ -1,1 +1,0 @@
-"""Token mixers that are not attention: gated convolutions, spectral filters, scans."""
