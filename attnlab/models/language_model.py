@@ -43,8 +43,8 @@ class LanguageModel(nnx.Module):
         mixers that have the option), `"learned"` (a table of `max_length` rows), or `"none"`.
       max_length: longest sequence of a learned table; None without one.
       rotary_base: base of the rotary frequencies.
-      embed_scale: factor of the embedding in front of the first block; √C when None, so that its entries, drawn with
-        variance 1 / C for the sake of the logits, stand there with variance 1.
+      embed_scale: factor of the embedding, with its position, in front of the first block; √C when None, so that its
+        entries, drawn with variance 1 / C for the sake of the logits, stand there with variance 1.
       tie_embeddings: whether logits use the embedding's weights.
       dropout: rate after the embedding and inside the feed-forward.
       drop_path: stochastic depth rate of the last block.
@@ -163,10 +163,11 @@ class LanguageModel(nnx.Module):
         """State before the first token; `max_length` bounds what caches of keys and values hold.
 
         Raises:
-          ValueError: if `max_length` is beyond a learned position table.
+          ValueError: if `max_length` is missing or beyond the table, for a model with learned positions.
         """
-        if self.max_length is not None and (max_length or 0) > self.max_length:
-            raise ValueError(f"max_length {max_length} is beyond the position table of {self.max_length} rows")
+        if self.max_length is not None and (max_length is None or max_length > self.max_length):
+            rows = self.max_length
+            raise ValueError(f"max_length must be at most the {rows} rows of the position table, got {max_length}")
         mixers = self.blocks.init_state(batch_size, max_length, dtype=self.dtype if dtype is None else dtype)
         return LanguageState(mixers, jnp.zeros((batch_size,), jnp.int32))
 
@@ -190,12 +191,12 @@ class LanguageModel(nnx.Module):
         return self._logits(x), LanguageState(mixers, state.position + 1)
 
     def _embed(self, tokens: jax.Array, positions: ArrayLike) -> jax.Array:
-        x = self.embedding[...][tokens] * self.embed_scale
+        x = self.embedding[...][tokens]
         if self.position is not None:
             if tokens.ndim == 2 and tokens.shape[1] > self.max_length:
                 raise ValueError(f"{tokens.shape[1]} tokens are beyond the position table of {self.max_length} rows")
             x = x + self.position[...][positions]
-        return x.astype(self.dtype)
+        return (x * self.embed_scale).astype(self.dtype)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)

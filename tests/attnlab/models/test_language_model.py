@@ -114,8 +114,9 @@ def test_refusals_at_the_call():
     model = build(position="learned", max_length=8)
     with pytest.raises(ValueError, match="9 tokens are beyond the position table of 8"):
         model(tokens())
-    with pytest.raises(ValueError, match="max_length 9 is beyond"):
-        model.init_state(1, 9)
+    for length in (9, None):
+        with pytest.raises(ValueError, match=f"at most the 8 rows of the position table, got {length}"):
+            model.init_state(1, length)
     with pytest.raises(UnsupportedArgument, match="do not depend on them"):
         build("lightning_attention_2")(tokens(), positions=jnp.arange(9)[None])
 
