@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format table clean
+.PHONY: help setup demo test test-slow lint format table clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -17,14 +17,14 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## install everything into .venv
 
-demo: $(READY) ## train and compare attention variants on real data (about 10 minutes on 2 cores)
+demo: $(READY) ## train and compare attention variants on real data (6 minutes on 2 cores)
 	$(BIN)/python -m experiments.demo
 
 test: $(READY) lint ## lint, and run the tests that need no accelerator
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
-test-all: $(READY) lint ## the same with the slow tests
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal
+test-slow: $(READY) ## the tests that take minutes
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
