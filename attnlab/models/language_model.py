@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site, UnsupportedArgument
 from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.nn.linear import Linear
 
 POSITIONS = ("rotary", "learned", "none")
 
@@ -95,7 +95,7 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Param(embedding, logical_axes=("vocab", "embed"))
         self.position = nnx.data(None)
         if max_length is not None:
-            table = trunc_normal(rngs.params(), (max_length, features), param_dtype)
+            table = 0.5 * features**-0.5 * jax.random.normal(rngs.params(), (max_length, features), param_dtype)
             self.position = nnx.Param(table, logical_axes=(None, "embed"))
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else nnx.data(None)
         self.blocks = Blocks(

@@ -88,7 +88,8 @@ class ViT(nnx.Module):
         self.embed = PatchEmbed(channels, features, patch_size, **common, rngs=rngs)
         self.position = nnx.data(None)
         if position == "learned":
-            table = trunc_normal(rngs.params(), (*grid, features), param_dtype)
+            # As large as the patches themselves: order must be seen from the start where patches say little.
+            table = 0.5 * jax.random.normal(rngs.params(), (*grid, features), param_dtype)
             self.position = nnx.Param(table, logical_axes=(None, None, "embed"))
         self.use_sincos = position == "sincos"
         self.class_token = nnx.data(None)
