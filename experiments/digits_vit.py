@@ -2,9 +2,9 @@
 
     attnlab train digits_vit --model.mixer agent_attention
 
-Measured on 2 CPU cores: 98.9 % test accuracy after 17 s of training, compilation not counted; softmax attention 97.2 %
-after 11 s. `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to gain
-by it.
+Measured on 2 CPU cores: 97.5 % test accuracy after 18 s of training, compilation not counted; lightning attention
+98.6 % after 11 s. `make demo` trains it with seven mixers. Images are not shifted in training: 700 steps are too few to
+gain by it.
 """
 
 from attnlab.data import Digits

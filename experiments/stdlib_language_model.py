@@ -2,8 +2,8 @@
 
     attnlab train stdlib_language_model
 
-Measured with Python 3.11.7 on 2 CPU cores: 2.34 bits per byte after 63 s of training, compilation not counted; softmax
-attention with rotary positions 2.10 after 66 s. `make demo` trains both. The text, and with it the numbers, differ
+Measured with Python 3.11.7 on 2 CPU cores: 2.33 bits per byte after 64 s of training, compilation not counted; softmax
+attention with rotary positions 2.10 after 67 s. `make demo` trains both. The text, and with it the numbers, differ
 between versions of Python.
 """
 
