@@ -8,13 +8,20 @@ Each op keeps its implementations in one table, best first. An implementation is
 The module is imported only when its platform and packages are there, so a table may name a Triton or TPU module on a
 machine that has neither. `implementation=None` picks the first that supports the arguments on this platform; a named
 implementation runs or raises, it never falls back.
+
+Whoever compiles ahead of time, for a platform that this machine lacks, says so with `target`:
+
+    with dispatch.target("tpu", device_kind="TPU v5e"):
+        lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("tpu",))
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -97,12 +104,49 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     return _tables[op]
 
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+_target: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
+    """Inside, implementations are chosen for `platform` instead of this machine's: for ahead-of-time compilation.
+
+    What is traced inside belongs to that platform, and JAX caches it: give `jax.jit` a function of its own.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      device_kind: kind of device as JAX names it, such as "TPU v5e" or "NVIDIA H200"; None for one that is not known,
+        which kernels take as the least able one.
+
+    Raises:
+      ValueError: for an unknown platform.
+    """
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+    token = _target.set((platform, device_kind))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def current_platform() -> str:
-    """Where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
+    """The platform of `target`, or where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
+    if (chosen := _target.get()) is not None:
+        return chosen[0]
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def current_device_kind() -> str | None:
+    """The device kind of `target`, or that of the device where JAX puts arrays; None when `target` names none."""
+    if (chosen := _target.get()) is not None:
+        return chosen[1]
+    device = jax.config.jax_default_device
+    return (jax.devices(device)[0] if device is None or isinstance(device, str) else device).device_kind
 
 
 def explain(op: str, args: Any = None, *, platform: str | None = None) -> list[Choice]:

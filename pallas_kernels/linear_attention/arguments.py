@@ -126,6 +126,53 @@ def run_starts(ids: jax.Array) -> jax.Array:
     return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def decay_floor(dtype: jnp.dtype) -> float:
+    """exp(-floor) is exactly 0 in `dtype`."""
+    return 1024.0 if jnp.dtype(dtype) == jnp.float64 else 128.0
+
+
+def decay_of_segments(args: Arguments, ids: jax.Array) -> jax.Array:
+    """Log decays of a causal call, with one of weight exactly 0 at each token whose id differs from the one before.
+
+    Args:
+      args: arguments with any log decay.
+      ids: segment of each token, (B, N).
+
+    Returns:
+      (B, N, H), or (B, N, H, D) for a decay per channel.
+    """
+    dtype, heads = args.accumulator, args.q.shape[2]
+    decay = jnp.zeros((1, 1, heads), dtype) if args.log_decay is None else args.log_decay
+    starts = run_starts(ids)[:, :, None]
+    starts = starts[..., None] if decay.ndim == 4 else starts
+    return jnp.where(starts, -decay_floor(dtype), decay).astype(dtype)
+
+
+def in_order_of_ids(causal: Callable[..., jax.Array], args: Arguments, v: jax.Array) -> jax.Array:
+    """Non-causal attention where a query reads the keys of its own id, wherever they stand, by a causal sweep.
+
+    Keys and queries are laid out in one sequence sorted by id, keys before queries. There a causal sweep whose state is
+    emptied at each new id has summed all keys of an id when it comes to that id's queries.
+
+    Args:
+      causal: (q, k, v, ids) of one length -> outputs (B, length, H, ...) of a causal sweep without decay.
+      args: arguments with ids.
+      v: values to read, (B, M, G, ...).
+    """
+    n, m = args.q.shape[1], args.k.shape[1]
+    ids = jnp.concatenate([args.key_ids, args.query_ids], axis=1)
+    order = jnp.argsort(ids, axis=1, stable=True)
+
+    def sort(x, before, after):
+        padded = jnp.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
+        return jnp.take_along_axis(padded, order[:, :, None, None], axis=1)
+
+    q, k, v = sort(args.q, m, 0), sort(args.k, 0, n), sort(v, 0, n)
+    y = causal(q, k, v, jnp.take_along_axis(ids, order, axis=1))
+    place = jnp.argsort(order, axis=1)[:, m:]
+    return jnp.take_along_axis(y, place[:, :, None, None], axis=1)
+
+
 def normal_log_decay(log_decay: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     """Log decays in `dtype`; values above 0 are read as 0, so that no exponent is positive."""
     log_decay = jnp.asarray(log_decay).astype(dtype)

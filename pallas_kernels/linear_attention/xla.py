@@ -27,9 +27,11 @@ import numpy as np
 from pallas_kernels.linear_attention.arguments import (
     Arguments,
     State,
+    decay_floor,
+    decay_of_segments,
     finish,
+    in_order_of_ids,
     pack_state,
-    run_starts,
     unpack_state,
     with_ones,
 )
@@ -80,7 +82,8 @@ def run(args: Arguments) -> tuple[jax.Array, State | None]:
     elif args.query_ids is None:
         y, state = _full(args, v, initial)
     else:
-        y, state = _same_id(args, v)
+        y = in_order_of_ids(lambda q, k, v, ids: _causal(args, q, k, v, None, ids)[0], args, v)
+        state = None
     y = finish(y, args.scale, args.normalize, args.q.dtype)
     return y, unpack_state(state, args.normalize) if args.return_state else None
 
@@ -98,26 +101,6 @@ def _full(args: Arguments, v: jax.Array, initial: jax.Array | None) -> tuple[jax
     return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2), _merged(state, 1)
 
 
-def _same_id(args: Arguments, v: jax.Array) -> tuple[jax.Array, None]:
-    """Non-causal attention where a query reads the keys of its own id, wherever they stand.
-
-    Keys and queries are laid out in one sequence sorted by id, keys before queries. There a causal sweep whose state is
-    emptied at each new id has summed all keys of an id when it comes to that id's queries.
-    """
-    n, m = args.q.shape[1], args.k.shape[1]
-    ids = jnp.concatenate([args.key_ids, args.query_ids], axis=1)
-    order = jnp.argsort(ids, axis=1, stable=True)
-
-    def sort(x, before, after):
-        padded = jnp.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
-        return jnp.take_along_axis(padded, order[:, :, None, None], axis=1)
-
-    q, k, v = sort(args.q, m, 0), sort(args.k, 0, n), sort(v, 0, n)
-    y, _ = _causal(args, q, k, v, None, jnp.take_along_axis(ids, order, axis=1))
-    place = jnp.argsort(order, axis=1)[:, m:]
-    return jnp.take_along_axis(y, place[:, :, None, None], axis=1), None
-
-
 def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
     """Causal attention: chooses chunks and the form of the decay, pads N to whole chunks, and sweeps.
 
@@ -128,12 +111,10 @@ def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array 
     per_channel = decay is not None and decay.ndim == 4
     size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else SCALAR_CHUNK)
     padding = -n % size
-    if decay is not None and decay.ndim == 1 and (ids is not None or (padding and initial is not None)):
-        decay = jnp.broadcast_to(decay, (1, n, heads))  # not the same for every token: padding must not decay the state
     if ids is not None:
-        starts = run_starts(ids)[:, :, None]
-        starts = starts[..., None] if per_channel else starts
-        decay = jnp.where(starts, -_floor(dtype), 0 if decay is None else decay).astype(dtype)
+        decay = decay_of_segments(args, ids)
+    elif decay is not None and decay.ndim == 1 and padding and initial is not None:
+        decay = jnp.broadcast_to(decay, (1, n, heads))  # not the same for every token: padding must not decay the state
     tokens = {"q": q, "k": k, "v": v}
     shared = None
     if decay is not None and decay.ndim == 1:
@@ -284,7 +265,7 @@ def _constant_decay(log_decay: jax.Array, size: int, groups: int) -> _Decay:
 def _scalar_decay(g: jax.Array) -> _Decay:
     """Weights of log decays (..., c)."""
     size, dtype = g.shape[-1], g.dtype
-    floor = _floor(dtype)
+    floor = decay_floor(dtype)
     g = jnp.where(g < -floor, -floor, g)  # exp is 0 there already
     # Multiples of `step` up to size·floor are exact in `dtype`, and so are all their sums; the rests stay below `step`.
     step = 2.0 ** (math.ceil(math.log2(size * floor)) - jnp.finfo(dtype).nmant - 1)
@@ -355,11 +336,6 @@ def _levels(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- small things
-
-
-def _floor(dtype: jnp.dtype) -> float:
-    """exp(-floor) is exactly 0 in `dtype`."""
-    return 1024.0 if jnp.dtype(dtype) == jnp.float64 else 128.0
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision:

@@ -82,3 +82,17 @@ def test_import_is_light():
 def test_the_op_is_registered():
     assert "linear_attention" in dispatch.ops()
     assert [choice.name for choice in dispatch.explain("linear_attention")] == ["xla", "reference"]
+
+
+def test_a_target_stands_for_the_machine(op):
+    assert dispatch.current_platform() == "cpu"
+    with dispatch.target("gpu", device_kind="NVIDIA H200"):
+        assert (dispatch.current_platform(), dispatch.current_device_kind()) == ("gpu", "NVIDIA H200")
+        with dispatch.target("tpu"):
+            assert (dispatch.current_platform(), dispatch.current_device_kind()) == ("tpu", None)
+            assert dispatch.explain(op)[0].reason != "needs tpu; this machine has tpu"
+        with pytest.raises(dispatch.UnsupportedError, match="needs tpu; this machine has gpu"):
+            dispatch.choose(op, "small", "tpu")
+    assert (dispatch.current_platform(), dispatch.current_device_kind()) == ("cpu", "cpu")
+    with pytest.raises(ValueError, match="platform must be one of cpu, gpu, tpu, got 'rocm'"), dispatch.target("rocm"):
+        pass
