@@ -1,12 +1,10 @@
 """Figures of a comparison, each drawn twice: on a light and on a dark ground."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -15,28 +13,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from attnlab.compare.results import Comparison
+from attnlab.figures import Theme, label_ends, label_points, line, looks, save, words
 
-# The colours of Okabe and Ito (2008), told apart by colour-blind readers, without the yellow that vanishes on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DARK_COLORS = ("#4DA3E0", "#F2803D", "#2BC79B", "#E29BC2", "#F2B544", "#8CCBF2")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 BASELINE = "softmax_attention"
 MAX_CHARACTERS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-    """Colours of a figure."""
-
-    suffix: str
-    ground: str
-    ink: str
-    faint: str
-    colors: tuple[str, ...]
-
-
-LIGHT = Theme("", "#ffffff", "#1f2328", "#d8dce1", COLORS)
-DARK = Theme("-dark", "#16191d", "#e6e9ed", "#3a4048", DARK_COLORS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +54,7 @@ def draw_all(comparison: Comparison, attention: AttentionExample | None, folder:
         figures["time_length"] = lambda theme: time_against_length(comparison, theme)
     if attention is not None and attention.maps:
         figures["attention"] = lambda theme: attention_maps(attention, theme)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, draw in figures.items():
-        for theme in (LIGHT, DARK):
-            with _style(theme):
-                draw(theme).savefig(folder / f"{name}{theme.suffix}.png", dpi=160)
-        paths[name] = folder / f"{name}.png"
-    return paths
+    return save(figures, folder)
 
 
 def learning_curves(comparison: Comparison, theme: Theme) -> Figure:
@@ -93,16 +66,16 @@ def learning_curves(comparison: Comparison, theme: Theme) -> Figure:
     for entry in comparison.entries:
         if entry.train_curve:
             steps, losses = np.array(entry.train_curve).T
-            left.plot(steps, _smooth(losses), **_line(looks[entry.mixer]))
+            left.plot(steps, _smooth(losses), **line(looks[entry.mixer]))
         if entry.eval_curve:
             steps, quality = np.array(entry.eval_curve).T
             quality = np.array([comparison.quality_number(q) for q in quality])
-            right.plot(steps, quality, marker=looks[entry.mixer]["marker"], markersize=4, **_line(looks[entry.mixer]))
+            right.plot(steps, quality, marker=looks[entry.mixer]["marker"], markersize=4, **line(looks[entry.mixer]))
             ends.append((entry.mixer, steps[-1], quality[-1]))
     left.set(xlabel="step", ylabel="training loss (nats)", title="Training loss, running mean")
     right.set(xlabel="step", ylabel=comparison.quality_label, title="On the evaluation split")
     _zoom(right, [line.get_ydata() for line in right.get_lines()], best_high=comparison.kind == "image")
-    _label_ends(right, ends, looks)
+    label_ends(right, ends, looks)
     return figure
 
 
@@ -124,7 +97,7 @@ def quality_against_speed(comparison: Comparison, theme: Theme) -> Figure:
     axes.set_title(f"Quality against speed ({where})")
     axes.set_xlim(0, max(x for _, x, _ in points) * 1.25)
     axes.margins(y=0.18)
-    _label_points(axes, points, looks)
+    label_points(axes, points, looks)
     return figure
 
 
@@ -141,7 +114,7 @@ def time_against_length(comparison: Comparison, theme: Theme) -> Figure:
             if entry.timings:
                 tokens = [timing.tokens for timing in entry.timings]
                 times = [getattr(timing, field) for timing in entry.timings]
-                axes.plot(tokens, times, marker=looks[entry.mixer]["marker"], markersize=4, **_line(looks[entry.mixer]))
+                axes.plot(tokens, times, marker=looks[entry.mixer]["marker"], markersize=4, **line(looks[entry.mixer]))
                 ends.append((entry.mixer, tokens[-1], times[-1]))
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
         ticks = sorted({timing.tokens for entry in comparison.entries for timing in entry.timings})
@@ -149,7 +122,7 @@ def time_against_length(comparison: Comparison, theme: Theme) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if field == "gradient_ms":
-            _label_ends(axes, ends, looks)
+            label_ends(axes, ends, looks)
     panels[0].set_ylabel("time of one layer's mixer (ms)")
     return figure
 
@@ -173,7 +146,7 @@ def _image_maps(example: AttentionExample, theme: Theme) -> Figure:
                 (column * width - 0.5, row * height - 0.5), width, height, fill=False, color="#D55E00", linewidth=2
             )
         )
-        axes[0].set_ylabel(_words(mixer), rotation=0, ha="right", va="center", fontsize=10)
+        axes[0].set_ylabel(words(mixer), rotation=0, ha="right", va="center", fontsize=10)
         for cell, matrix in zip(axes[1:], maps, strict=False):
             weights = matrix[example.query].reshape(example.grid)
             _heat(cell, weights, theme)
@@ -205,7 +178,7 @@ def _text_maps(example: AttentionExample, theme: Theme) -> Figure:
             cell.spines[:].set(visible=True, color=theme.faint, linewidth=0.6)
         for cell in axes[len(maps) :]:
             cell.axis("off")
-        axes[0].set_ylabel(f"{_words(mixer)}\n\nthe byte that looks", fontsize=9)
+        axes[0].set_ylabel(f"{words(mixer)}\n\nthe byte that looks", fontsize=9)
     for index, cell in enumerate(grid[0]):
         cell.set_title(f"layer {index + 1}", fontsize=10)
     for cell in grid[-1]:
@@ -235,21 +208,7 @@ def _diverging(theme: Theme) -> Colormap:
 
 
 def _looks(comparison: Comparison, theme: Theme) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of each mixer, the same in every figure; softmax, the measure of all, is neutral."""
-    others = [entry.mixer for entry in comparison.entries if entry.mixer != BASELINE]
-    looks = {BASELINE: {"color": theme.ink, "marker": "o", "linestyle": (0, (4, 2))}}
-    for index, mixer in enumerate(others):
-        dash = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)))[index // len(theme.colors) % 3]
-        looks[mixer] = {
-            "color": theme.colors[index % len(theme.colors)],
-            "marker": MARKERS[(index + 1) % len(MARKERS)],
-            "linestyle": dash,
-        }
-    return looks
-
-
-def _line(look: Mapping[str, Any]) -> dict[str, Any]:
-    return {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.8}
+    return looks((entry.mixer for entry in comparison.entries), theme, BASELINE)
 
 
 def _smooth(values: np.ndarray, share: float = 0.04) -> np.ndarray:
@@ -276,109 +235,5 @@ def _zoom(axes: Axes, lines: Sequence[np.ndarray], *, best_high: bool) -> None:
     axes.set_ylim(max(low, values.min() - 0.4 * room), min(high, values.max() + 0.4 * room))
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Names at the right of the axes, at the height of each line's end, moved apart where they would overlap."""
-    if not ends:
-        return
-    low, high = axes.get_ylim()
-    log = axes.get_yscale() == "log"
-    transform = (lambda v: np.log(v)) if log else (lambda v: v)
-    span = transform(high) - transform(low)
-    heights = [float(np.clip((transform(y) - transform(low)) / span, 0.0, 1.0)) for _, _, y in ends]
-    for (mixer, _, _), height in zip(ends, _apart(heights, 0.062), strict=True):
-        axes.annotate(
-            _words(mixer),
-            (1.02, height),
-            xycoords="axes fraction",
-            color=looks[mixer]["color"],
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def _label_points(
-    axes: Axes, points: Sequence[tuple[str, float, float]], looks: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Names beside points: right, left, above or below, the first place where nothing else is."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    places = [((x - left) / (right - left), (y - low) / (high - low)) for _, x, y in points]
-    taken = [(x - 0.014, y - 0.022, x + 0.014, y + 0.022) for x, y in places]
-    for (mixer, _, _), (x, y) in zip(points, places, strict=True):
-        width, gap = 0.0125 * len(mixer), 0.022
-        corners = [
-            (x + gap, y - 0.02),
-            (x - gap - width, y - 0.02),
-            (x - width / 2, y + 0.03),
-            (x - width / 2, y - 0.07),
-        ]
-        boxes = [(at, down, at + width, down + 0.04) for at, down in corners]
-        free = [
-            box for box in boxes if box[0] >= 0 and box[2] <= 1 and not any(_overlap(box, other) for other in taken)
-        ]
-        box = (free or boxes)[0]
-        taken.append(box)
-        axes.text(
-            (box[0] + box[2]) / 2 if box[0] < x < box[2] else box[0] if box[0] > x else box[2],
-            (box[1] + box[3]) / 2,
-            _words(mixer),
-            transform=axes.transAxes,
-            color=looks[mixer]["color"],
-            fontsize=9,
-            va="center",
-            ha="center" if box[0] < x < box[2] else "left" if box[0] > x else "right",
-        )
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two boxes (left, bottom, right, top) share area."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved as little as a sweep upwards and one downwards needs to keep them `gap` apart, within [0, 1]."""
-    order = np.argsort(heights, kind="stable")
-    placed = np.array(heights, float)[order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    top = 1.0
-    for i in range(len(placed) - 1, -1, -1):
-        placed[i] = min(placed[i], top)
-        top = placed[i] - gap
-    result = np.empty(len(placed))
-    result[order] = placed
-    return result.tolist()
-
-
-def _words(mixer: str) -> str:
-    return mixer.replace("_", " ")
-
-
 def _visible(byte: int) -> str:
     return {10: "⏎", 9: "→", 32: "␣"}.get(byte, chr(byte) if 33 <= byte < 127 else "·")
-
-
-@contextlib.contextmanager
-def _style(theme: Theme) -> Iterator[None]:
-    settings = {
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.linewidth": 0.6,
-        "grid.color": theme.faint,
-        "figure.facecolor": theme.ground,
-        "savefig.facecolor": theme.ground,
-        "axes.facecolor": theme.ground,
-        "axes.edgecolor": theme.faint,
-        "axes.labelcolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "image.interpolation": "nearest",
-    }
-    with mpl.rc_context(settings):
-        yield

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from attnlab import figures
 from attnlab.cli.main import main
 from attnlab.compare import plots, report, results
 from attnlab.compare.results import Comparison, Entry, Timing
@@ -146,11 +147,11 @@ def test_report_escapes_what_models_write(tmp_path):
 
 
 def test_labels_are_kept_apart():
-    heights = plots._apart([0.5, 0.5, 0.51, 0.99, 1.0], 0.06)
+    heights = figures.apart([0.5, 0.5, 0.51, 0.99, 1.0], 0.06)
     assert np.diff(sorted(heights)).min() >= 0.06 - 1e-9 and max(heights) <= 1.0
 
 
 def test_every_mixer_looks_different():
     names = ["softmax_attention", *(f"mixer{i}" for i in range(12))]
-    looks = plots._looks(comparison(*(Entry(name, "done") for name in names)), plots.LIGHT)
+    looks = figures.looks(names, figures.LIGHT, plots.BASELINE)
     assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == len(names)
