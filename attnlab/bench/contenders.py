@@ -67,7 +67,7 @@ def contenders(problem: Problem, arrays: Mapping[str, jax.Array]) -> tuple[list[
     if problem.mode == "decode":
         return found, refused
     for peer in _peers(problem):
-        reason = _quadratic_refusal(problem)
+        reason = _refusal(peer, problem)
         if reason is None:
             found.append(peer)
         else:
@@ -164,10 +164,12 @@ def _qkv(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return dict(zip(("query", "key", "value"), (arrays[name] for name in "qkv"), strict=True))
 
 
-def _quadratic_refusal(problem: Problem) -> str | None:
+def _refusal(peer: Contender, problem: Problem) -> str | None:
     shape = problem.shape
+    if peer.softmax and shape.key_size != shape.value_size:
+        return f"it needs D = E, got D = {shape.key_size} and E = {shape.value_size}"
     needed = 4 * shape.batch * shape.heads * shape.length**2
-    if needed > QUADRATIC_BYTES:
+    if needed > QUADRATIC_BYTES and "cuDNN" not in peer.name:
         return f"its weights would take {needed / 2**30:.0f} GiB"
     return None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
 from attnlab import figures
 from attnlab.bench.runner import Result
@@ -80,13 +80,14 @@ def throughput(results: Sequence[Result], theme: figures.Theme) -> Figure:
     lengths = sorted({result.problem.shape.length for result in results})
     axes.set_xticks(lengths, [_short(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     figures.label_ends(axes, ends, looks)
     return figure
 
 
-def _short(number: float) -> str:
+def _short(length: int) -> str:
     for size, suffix in ((2**20, "M"), (2**10, "k")):
-        if number >= size:
-            return f"{number / size:g}{suffix}" if number % size == 0 else f"{number / size:.3g}{suffix}"
-    return f"{number:g}"
+        if length % size == 0:
+            return f"{length // size}{suffix}"
+    return str(length)
