@@ -1,16 +1,19 @@
 """Attention kernels for JAX: pure functions on arrays, one signature for every platform.
 
-`linear_attention` and `neighborhood_attention` are the functions; their packages are
+`linear_attention`, `delta_rule_attention` and `neighborhood_attention` are the functions; their packages are
 `from pallas_kernels.linear_attention import ...`, and so on. Importing this package needs JAX and NumPy alone.
 `dispatch.explain` tells which implementations work on a machine and why others do not.
 """
 
 from pallas_kernels import dispatch
+from pallas_kernels.delta_rule_attention import delta_rule_attention, delta_rule_attention_step
 from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention, linear_attention_step
 from pallas_kernels.neighborhood_attention import neighborhood_attention
 
 __all__ = [
     "NormalizedState",
+    "delta_rule_attention",
+    "delta_rule_attention_step",
     "dispatch",
     "init_state",
     "linear_attention",

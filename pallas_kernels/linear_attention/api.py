@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
+from pallas_kernels.linear_attention import context_parallel
 from pallas_kernels.linear_attention.arguments import (
     FLOATS,
     Arguments,
@@ -39,6 +40,9 @@ FeatureMaps = FeatureMap | tuple[FeatureMap, FeatureMap]
 dispatch.register(
     OP,
     [
+        dispatch.Implementation(
+            "triton", "pallas_kernels.linear_attention.triton", platforms=("gpu",), packages=("triton", "jax_triton")
+        ),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.linear_attention.reference"),
     ],
@@ -59,6 +63,7 @@ def linear_attention(
     return_state: bool = False,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, State]:
     """Linear attention in time and memory linear in N; differentiable in every floating argument.
@@ -84,6 +89,11 @@ def linear_attention(
         is emptied where the id changes, `initial_state` belongs to the first run, and the returned state is that of the
         last run. Non-causal: (B, N), or a pair (B, N), (B, M): a query reads the keys of its id, wherever they stand.
       chunk_size: tokens per chunk; None for the implementation's own choice.
+      axis_name: mesh axis over which one long sequence is cut, inside `jax.shard_map`: every shard calls with its N / n
+        tokens, in order, and gets the y of those. Devices exchange states and no tokens, see `context_parallel`.
+        `initial_state` is that before the first shard's tokens (the other shards' is not read), the returned state that
+        after the last shard's, on every shard. Segments may cross the shards' borders. Non-causal: no segment_ids, and
+        no implementation but "xla".
       implementation: name of one of `explain(...)`; None for the best one that supports these arguments here. A named
         implementation runs or raises, it never falls back.
 
@@ -109,7 +119,12 @@ def linear_attention(
         segment_ids=segment_ids,
         chunk_size=chunk_size,
     )
-    y, state = dispatch.choose(OP, args, implementation).load().run(args)
+    if axis_name is None:
+        y, state = dispatch.choose(OP, args, implementation).load().run(args)
+    else:
+        y, state = context_parallel.run(
+            args, axis_name, lambda args: dispatch.choose(OP, args, implementation).load().run(args), implementation
+        )
     return (y, state) if return_state else y
 
 
@@ -143,12 +158,7 @@ def linear_attention_step(
       ValueError: for shapes or combinations that have no meaning; the message names the argument.
       TypeError: for dtypes that are not allowed.
     """
-    q_t, k_t, v_t = (jnp.asarray(x) for x in (q_t, k_t, v_t))
-    for name, x, axes in (("q_t", q_t, "(B, H, D)"), ("k_t", k_t, "(B, G, D)"), ("v_t", v_t, "(B, G, E)")):
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be {axes}, got shape {x.shape}")
-    if state is None:
-        raise ValueError("state must be given; init_state makes an empty one")
+    q_t, k_t, v_t = check_token(q_t, k_t, v_t, state)
     if log_decay is not None and jnp.ndim(log_decay) not in (1, 2, 3):
         raise ValueError(f"log_decay of a step must be (H,), (B, H) or (B, H, D), got shape {jnp.shape(log_decay)}")
     if log_decay is not None and jnp.ndim(log_decay) > 1:
@@ -287,6 +297,21 @@ def normal_form(
         key_ids=key_ids,
         chunk_size=chunk_size,
     )
+
+
+def check_token(q_t: ArrayLike, k_t: ArrayLike, v_t: ArrayLike, state: State) -> tuple[jax.Array, ...]:
+    """q, k, v of one token as arrays; what is left to check, `normal_form` does.
+
+    Raises:
+      ValueError: if one of them has a token axis, or there is no state.
+    """
+    q_t, k_t, v_t = (jnp.asarray(x) for x in (q_t, k_t, v_t))
+    for name, x, axes in (("q_t", q_t, "(B, H, D)"), ("k_t", k_t, "(B, G, D)"), ("v_t", v_t, "(B, G, E)")):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be {axes}, got shape {x.shape}")
+    if state is None:
+        raise ValueError("state must be given; init_state makes an empty one")
+    return q_t, k_t, v_t
 
 
 def _check_tensors(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> None:

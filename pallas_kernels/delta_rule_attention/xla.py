@@ -1,0 +1,183 @@
+"""Chunked delta rule attention in plain JAX: every platform, linear time and memory, forward and backward.
+
+In a chunk of tokens, with G the cumulated log decay inside it and S the state before it, what token i writes along its
+key is u_i = β_i (v_i - S̃_iᵀ k_i), and S̃_i is S and the earlier writes, decayed. So the writes U (c, E) solve a unit
+lower triangular system (the WY representation of arXiv:2406.06484, with the decay of arXiv:2412.06464),
+
+    (I + L) U = β ∘ (v - exp(G) (k S))           L_ij = β_i (k_i·k_j) exp(G_i - G_j), i > j
+
+and with them the chunk is one of linear attention that adds U in place of v:
+
+    y  = ((q kᵀ) ∘ P) U + exp(G) (q S)           P_ij = exp(G_i - G_j), i ≥ j
+    S' = exp(G_end) S + (exp(G_end - G) k)ᵀ U
+
+The papers multiply the inverse with v and with k ahead of the sweep, to have the chunks in parallel; here they come one
+after the other anyway, and one product with the inverse is less work than two.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunks import Plan, Tokens, sweep
+from pallas_kernels.delta_rule_attention.arguments import Arguments
+from pallas_kernels.linear_attention.arguments import decay_of_segments
+from pallas_kernels.linear_attention.xla import (
+    _chunk_size,
+    _constant_decay,
+    _Decay,
+    _grouped,
+    _merged,
+    _precision,
+    _scalar_decay,
+)
+from pallas_kernels.partition import same_manual_axes
+
+CHUNK = 64  # measured on CPU, see README.md
+BLOCK = 16  # tokens whose triangle is inverted row by row
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """The function of one chunk; a value, so that equal plans compile once.
+
+    Attributes:
+      dtype: of the outputs.
+      precision: of the products.
+    """
+
+    dtype: jnp.dtype
+    precision: jax.lax.Precision
+
+    def __call__(self, shared, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Outputs (B, c, H, E) of a chunk, and the state (B, G, R, D, E) after it; R = H / G.
+
+        `shared` is a pair: weights of the decay that all chunks have, or None; and the scale, or None.
+        """
+        decay, scale = shared
+        dtype, groups, size = state.dtype, tokens["k"].shape[2], tokens["k"].shape[1]
+        product = functools.partial(jnp.einsum, precision=self.precision)
+        q = jnp.transpose(_grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
+        k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2)[:, :, None] for name in "kv")
+        beta = _grouped(jnp.swapaxes(tokens["beta"], 1, 2), groups, axis=1)[..., None]
+        if "g" in tokens:
+            decay = _scalar_decay(_grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
+        elif decay is None:
+            decay = _Decay(jnp.tril(jnp.ones((size, size), dtype)))
+        since_start = 1 if decay.since_start is None else decay.since_start[..., None]
+        until_end = 1 if decay.until_end is None else decay.until_end[..., None]
+        whole = 1 if decay.whole is None else decay.whole[..., None, None]
+
+        overlap = product("bgrid,bgrjd->bgrij", k, k) * decay.between
+        predicted = since_start * product("bgsjd,bgrde->bgrje", k, state)
+        writes = _solve(self.precision, jnp.tril(beta * overlap, -1), beta * (v - predicted))
+        scores = product("bgrid,bgsjd->bgrij", q, k) * decay.between
+        y = product("bgrij,bgrje->bgrie", scores, writes) + since_start * product("bgrid,bgrde->bgrie", q, state)
+        y = y if scale is None else scale * y
+        k = jnp.broadcast_to(k * until_end, q.shape)
+        state = whole * state + product("bgrjd,bgrje->bgrde", k, writes)
+        return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(self.dtype), state
+
+
+def supports(args: Arguments) -> str | None:
+    """Why this implementation cannot take `args`: it takes all."""
+    return None
+
+
+@jax.jit
+def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
+    """y (B, N, H, E) and, if asked for, the state.
+
+    Whole chunks are filled up in front, with tokens that write nothing: behind the last token they would add and
+    subtract the same undecayed numbers in the gradient of a strong decay, and drown it in their rounding.
+    """
+    dtype, (_, n, heads, _), groups = args.accumulator, args.q.shape, args.k.shape[2]
+    size = _chunk_size(n, args.chunk_size, CHUNK)
+    padding = -n % size
+    decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
+    if decay is not None and decay.ndim == 1 and padding and args.initial_state is not None:
+        decay = jnp.broadcast_to(decay, (1, n, heads))  # not the same for every token: padding must not decay the state
+    tokens = {"q": args.q, "k": args.k, "v": args.v, "beta": args.beta}
+    constant = decay if decay is not None and decay.ndim == 1 else None
+    if decay is not None and decay.ndim > 1:
+        tokens["g"] = decay
+    if padding:
+        tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
+    # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
+    first = _grouped(args.q[:, 0], groups, axis=1)[..., None] * args.v[:, 0, :, None, None, :]
+    state = jnp.zeros_like(first, dtype=dtype)
+    state = state if args.initial_state is None else state + _grouped(args.initial_state, groups, axis=1)
+    tokens, constant, scale, state = same_manual_axes((tokens, constant, args.scale, state))
+    shared = None if constant is None else _constant_decay(constant, size, groups), scale
+    plan = Plan(size, _Chunk(args.q.dtype, _precision(args.q.dtype)), _empty)
+    y, state = sweep(plan, shared, tokens, state)
+    return y[:, padding:], _merged(state, 1) if args.return_state else None
+
+
+def _empty(tokens: Tokens) -> jax.Array:
+    q, v = tokens["q"], tokens["v"]
+    return _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None]), 2)
+
+
+# ---- the triangular system
+
+
+def _solve(precision: jax.lax.Precision, lower: jax.Array, right: jax.Array) -> jax.Array:
+    """X of (I + L) X = R, for strictly lower triangular L (..., c, c) and R (..., c, E)."""
+    size = lower.shape[-1]
+    if fill := -size % BLOCK:
+        rows = ((0, 0),) * (lower.ndim - 2) + ((0, fill),)
+        lower, right = jnp.pad(lower, (*rows, (0, fill))), jnp.pad(right, (*rows, (0, 0)))
+    return _solve_blocks(precision, lower, right)[..., :size, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve_blocks(precision: jax.lax.Precision, lower: jax.Array, right: jax.Array) -> jax.Array:
+    return _solve_forward(precision, lower, right)[0]
+
+
+def _solve_forward(precision: jax.lax.Precision, lower: jax.Array, right: jax.Array):
+    inverses = _inverses(lower)
+    solution = _substitute(precision, lower, inverses, right)
+    return solution, (lower, inverses, solution)
+
+
+def _solve_backward(precision: jax.lax.Precision, residuals, dsolution: jax.Array):
+    """dR = (I + L)⁻ᵀ dX and dL = -dR Xᵀ below the diagonal."""
+    lower, inverses, solution = residuals
+    # Reversed in both axes, a transposed lower triangle is a lower triangle again.
+    turned = jnp.swapaxes(lower, -1, -2)[..., ::-1, ::-1], jnp.swapaxes(inverses, -1, -2)[..., ::-1, ::-1, ::-1]
+    dright = _substitute(precision, *turned, dsolution[..., ::-1, :])[..., ::-1, :]
+    return jnp.tril(-jnp.matmul(dright, jnp.swapaxes(solution, -1, -2), precision=precision), -1), dright
+
+
+_solve_blocks.defvjp(_solve_forward, _solve_backward)
+
+
+def _substitute(precision, lower: jax.Array, inverses: jax.Array, right: jax.Array) -> jax.Array:
+    """(I + L)⁻¹ R, block by block, each with the solution of those before it at hand.
+
+    A product with the inverse of the whole chunk has errors that no later token sees; an error in substitution is
+    corrected by the tokens after it. With strong reflections (β near 2 and keys alike) that is worth a digit.
+    """
+    solution = []
+    for number, start in enumerate(range(0, lower.shape[-1], BLOCK)):
+        rest = right[..., start : start + BLOCK, :]
+        if solution:
+            done = jnp.concatenate(solution, axis=-2)
+            rest = rest - jnp.matmul(lower[..., start : start + BLOCK, :start], done, precision=precision)
+        solution.append(jnp.matmul(inverses[..., number, :, :], rest, precision=precision))
+    return jnp.concatenate(solution, axis=-2)
+
+
+def _inverses(lower: jax.Array) -> jax.Array:
+    """Inverses of the diagonal blocks of I + L, row by row: (..., c, c) -> (..., c / BLOCK, BLOCK, BLOCK)."""
+    count = lower.shape[-1] // BLOCK
+    blocks = lower.reshape(*lower.shape[:-2], count, BLOCK, count, BLOCK)
+    blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+    inverse = jnp.broadcast_to(jnp.eye(BLOCK, dtype=lower.dtype), blocks.shape)
+    for column in range(BLOCK - 1):
+        inverse = inverse - blocks[..., column, None] * inverse[..., column, None, :]
+    return inverse
