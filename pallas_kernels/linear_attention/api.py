@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
+from pallas_kernels.linear_attention import context_parallel
 from pallas_kernels.linear_attention.arguments import (
     FLOATS,
     Arguments,
@@ -59,6 +60,7 @@ def linear_attention(
     return_state: bool = False,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, State]:
     """Linear attention in time and memory linear in N; differentiable in every floating argument.
@@ -84,6 +86,11 @@ def linear_attention(
         is emptied where the id changes, `initial_state` belongs to the first run, and the returned state is that of the
         last run. Non-causal: (B, N), or a pair (B, N), (B, M): a query reads the keys of its id, wherever they stand.
       chunk_size: tokens per chunk; None for the implementation's own choice.
+      axis_name: mesh axis over which one long sequence is cut, inside `jax.shard_map`: every shard calls with its N / n
+        tokens, in order, and gets the y of those. Devices exchange states and no tokens, see `context_parallel`.
+        `initial_state` is that before the first shard's tokens (the other shards' is not read), the returned state that
+        after the last shard's, on every shard. Segments may cross the shards' borders. Non-causal: no segment_ids, and
+        no implementation but "xla".
       implementation: name of one of `explain(...)`; None for the best one that supports these arguments here. A named
         implementation runs or raises, it never falls back.
 
@@ -109,7 +116,12 @@ def linear_attention(
         segment_ids=segment_ids,
         chunk_size=chunk_size,
     )
-    y, state = dispatch.choose(OP, args, implementation).load().run(args)
+    if axis_name is None:
+        y, state = dispatch.choose(OP, args, implementation).load().run(args)
+    else:
+        y, state = context_parallel.run(
+            args, axis_name, lambda args: dispatch.choose(OP, args, implementation).load().run(args), implementation
+        )
     return (y, state) if return_state else y
 
 

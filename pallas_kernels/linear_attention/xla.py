@@ -90,15 +90,33 @@ def run(args: Arguments) -> tuple[jax.Array, State | None]:
 
 def _full(args: Arguments, v: jax.Array, initial: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Non-causal attention without segments: one sum over all keys."""
-    dtype, product = args.accumulator, functools.partial(jnp.einsum, precision=_precision(args.q.dtype))
-    q = jnp.transpose(_grouped(args.q, args.k.shape[2]).astype(dtype), (0, 2, 3, 1, 4))
-    k, v = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (args.k, v))
-    state = product("bgjd,bgje->bgde", k, v)[:, :, None]
-    state = jnp.broadcast_to(state, (*q.shape[:3], *state.shape[3:]))
-    if initial is not None:
-        state = state + _grouped(initial, args.k.shape[2], axis=1)
-    y = product("bgrid,bgrde->bgrie", q, state)
-    return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2), _merged(state, 1)
+    state = sum_of_keys(args, v)
+    state = state if initial is None else state + initial
+    return read(args, state), state
+
+
+def sum_of_keys(args: Arguments, v: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Σ_j w_j k_j v_jᵀ, (B, H, D, E) in the accumulator dtype: every key at once, in one product.
+
+    Args:
+      args: arguments, for their keys.
+      v: values to sum, (B, M, G, E).
+      weights: w, (B | 1, M, H) or (B, M, H, D), or None for 1.
+    """
+    heads, (batch, _, groups, _) = args.q.shape[2], args.k.shape
+    product = functools.partial(jnp.einsum, precision=_precision(args.k.dtype), preferred_element_type=args.accumulator)
+    if weights is None:
+        state = product("bjgd,bjge->bgde", args.k, v)[:, :, None]
+        return _merged(jnp.broadcast_to(state, (batch, groups, heads // groups, *state.shape[3:])), 1)
+    weights = _grouped(weights, groups)
+    weights = weights if weights.ndim == 5 else weights[..., None]
+    k = (args.k[:, :, :, None] * weights).astype(args.k.dtype)
+    return _merged(product("bjgrd,bjge->bgrde", k, v), 1)
+
+
+def read(args: Arguments, state: jax.Array) -> jax.Array:
+    """q_i S for every query, (B, N, H, E) in the accumulator dtype."""
+    return jnp.einsum("bihd,bhde->bihe", args.q.astype(state.dtype), state, precision=_precision(args.q.dtype))
 
 
 def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
