@@ -41,6 +41,7 @@ from attnlab.training.metrics import MetricsLog, ProgressLine, Record, Stopwatch
 from attnlab.training.optimizer import make_optimizer, make_schedule
 from attnlab.training.state import TrainState, all_finite, count_parameters, init_state, make_eval_step, make_train_step
 from attnlab.training.task import Sums, Task
+from pallas_kernels import partition
 
 # Steps whose losses are still on the device: the host looks at a loss only when it has queued this many steps more.
 LAG = 2
@@ -136,7 +137,8 @@ def train(
       ValueError: for settings that fit neither the data nor the devices.
     """
     mesh = sharding.mesh_from(config.mesh) if mesh is None else mesh
-    with jax.set_mesh(mesh), StopRequests() as stop, contextlib.ExitStack() as stack:
+    axes = partition.mesh_axes(batch=sharding.BATCH_AXES, heads=rules.get("heads") or ())
+    with jax.set_mesh(mesh), axes, StopRequests() as stop, contextlib.ExitStack() as stack:
         run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, progress, stack)
         run.train(stop)
         return run.result()

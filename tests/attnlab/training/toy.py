@@ -18,6 +18,7 @@ from attnlab.data.images import ArrayImages, Augment, array_dataset
 from attnlab.data.text import text_dataset
 from attnlab.nn.linear import Linear
 from attnlab.training import ClassificationTask, MeshConfig, OptimizerConfig, TrainConfig, train
+from pallas_kernels import dispatch, partition
 
 CLASSES = 4
 
@@ -35,6 +36,8 @@ class Classifier(nnx.Module):
         self.head = Linear(width, CLASSES, axes=("mlp", None), kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        with dispatch.target("tpu"):  # what a kernel would ask there: over which mesh axes batch and heads are cut
+            assert partition.refusal() is None, partition.refusal()
         x = self.hidden(images.reshape(images.shape[0], -1))
         if self.norm is not None:
             x = self.norm(x, use_running_average=deterministic)
