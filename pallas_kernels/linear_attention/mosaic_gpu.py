@@ -1,0 +1,437 @@
+"""Linear attention as Pallas Mosaic GPU kernels for Hopper (sm_90a): causal, forward and backward.
+
+One kernel, `mosaic_gpu_sweep.sweep`, does all of it; README.md derives the chunks, its docstring the tiles.
+
+**Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is cumulated
+inside chunks before, by XLA, in a (B, H, N) array.
+
+**Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy), one
+launch for both where D = E = 64. For larger heads two states do not fit into the registers of a warpgroup; there dk and
+dv are two launches. Nothing is kept from the forward pass but its inputs: each sweep builds the states that it needs.
+
+**Gradient of the decay.** With dL_ij = dy_iᵀ (∂y_i/∂L_ij) the gradient of the log of the weight between i and j,
+
+    dg_t = Σ_{i≥t>j} dL_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + X        i, j in the chunk of t
+
+where a_i belongs to pairs of i and tokens before the chunk, b_j to pairs of j and tokens behind it, and X to pairs on both
+sides. The sweeps of dq and dk write row and column sums of dL over *other* tokens, in float32: their difference is the
+first term exactly, and every number carries the decay. X of a chunk, exp(G_end) ⟨S, dS'⟩, needs the states of both sweeps.
+Both write theirs, in bf16, at the border of every `KEEP` chunks, where Y = ⟨S, dS⟩ is then known; in between
+Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by their distance.
+Where a chunk forgets (exp(G_end) < 3e-4) X is 0. Only a call that differentiates the decay pays for this.
+
+**Few heads.** If B·H and the tiles of E leave half of the multiprocessors idle, the sequence is cut into splits, which
+join the batch: a light sweep gives each split's own state, a scan over splits in XLA gives the state before each, and the
+main sweep starts from it. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits.
+
+Grouped heads are read by index; dk and dv are written per query head in the dtype of the inputs and summed in float32.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
+from pallas_kernels.linear_attention.mosaic_gpu_sweep import (
+    DK,
+    DQ,
+    DV,
+    FLOOR,
+    FORWARD,
+    LOG2_E,
+    TILE,
+    Job,
+    Plan,
+    sweep,
+    with_blocks,
+)
+
+SIZES = (64, 128, 192, 256)  # D and E
+DTYPES = ("bfloat16", "float16")
+HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
+KEEP = 4  # chunks between the borders where the gradient of a decay is exact
+FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
+MAX_SPLITS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is static in a call.
+
+    Attributes:
+      return_state: whether the last state is asked for.
+      decay_gradient: whether the backward pass computes the gradient of the decay.
+      scale_gradient: likewise for the scale.
+      splits: parts into which the sequence is cut.
+      interpret: parameters of Pallas' interpreter, None on a GPU.
+    """
+
+    return_state: bool = False
+    decay_gradient: bool = False
+    scale_gradient: bool = False
+    splits: int = 1
+    interpret: Any = None
+
+
+def supports(args: Arguments) -> str | None:
+    """Why this implementation cannot take `args`; None when it can."""
+    kind = dispatch.current_device_kind()
+    if _processors(kind) is None:
+        return f"it needs a Hopper GPU ({', '.join(HOPPER)}): wgmma is compute capability 9.0 alone; got {kind}"
+    dtype = args.q.dtype.name
+    if dtype not in DTYPES:
+        reason = ": on float32 wgmma rounds to TF32, an error above 1e-6" if dtype == "float32" else ""
+        return f"it takes {' and '.join(DTYPES)}, got {dtype}{reason}"
+    if not args.causal:
+        return "it takes causal=True alone: without an order there are no chunks, and two plain products do"
+    if args.normalize:
+        return "it takes normalize=False alone: the sums of weights would need registers that the state fills"
+    if args.log_decay is not None and args.log_decay.ndim == 4:
+        return "it takes log_decay of shape (H,) or (B, N, H); decay per channel leaves no single product of a chunk"
+    for name, size in (("D", args.q.shape[3]), ("E", args.v.shape[3])):
+        if size not in SIZES:
+            return f"it takes head sizes {', '.join(map(str, SIZES))}, got {name}={size}"
+    if args.chunk_size not in (None, TILE):
+        return f"chunk_size must be None or {TILE}, got {args.chunk_size}"
+    return None
+
+
+def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) -> tuple[jax.Array, State | None]:
+    """y (B, N, H, E) and, if asked for, the state.
+
+    Args:
+      args: what `supports` takes.
+      interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
+      splits: parts of the sequence; None to fill the GPU.
+    """
+    decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
+    if splits is None:
+        processors = _processors(dispatch.current_device_kind()) or 132
+        splits = split_count(processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
+    config = Config(return_state=args.return_state, splits=splits, interpret=interpret)
+    return _attend(config, args.q, args.k, args.v, decay, args.scale, args.initial_state)
+
+
+def split_count(processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int) -> int:
+    """Splits of the sequence: 1 while the CTAs fill half of the multiprocessors, else enough to fill all.
+
+    Splits are equal and whole chunks, at least eight of them each, so the count divides N / 64.
+    """
+    plan = with_blocks(Plan((FORWARD,)), key_size, value_size)
+    ctas = batch * heads * value_size // TILE // plan.warpgroups
+    if 2 * ctas > processors or length % TILE:
+        return 1
+    chunks = length // TILE
+    fitting = [s for s in range(1, min(MAX_SPLITS, processors // ctas, chunks // 8) + 1) if chunks % s == 0]
+    return max(fitting, default=1)
+
+
+def _processors(kind: str | None) -> int | None:
+    names = [name for name in HOPPER if name in (kind or "").replace("-", " ").split()]
+    return HOPPER[names[0]] if names else None
+
+
+# ---- the op and its derivative
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(config: Config, q, k, v, decay, scale, state):
+    """y, and the last state or None."""
+    return _forward(config, q, k, v, decay, scale, state)[:2]
+
+
+def _attend_forward(config: Config, *arrays):
+    perturbed = [x is not None and x.perturbed for x in arrays]
+    arrays = [None if x is None else x.value for x in arrays]
+    y, last, starts = _forward(config, *arrays)
+    # What is static travels in the structure of the residuals.
+    marks = {name: () for name, mark in zip(("decay", "scale"), perturbed[3:5], strict=True) if mark}
+    return (y, last), (marks, *arrays, starts)
+
+
+def _attend_backward(config: Config, residuals, cotangents):
+    marks, *arrays = residuals
+    q, v, decay = arrays[0], arrays[2], arrays[3]
+    dy, dlast = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
+    config = dataclasses.replace(config, decay_gradient="decay" in marks, scale_gradient="scale" in marks)
+    *gradients, ddecay, dscale, dstate = _backward(config, *arrays, dy, dlast)
+    if ddecay is not None and decay.ndim == 1:
+        ddecay = jnp.sum(ddecay, axis=0)
+    return *gradients, ddecay, None if dscale is None else jnp.sum(dscale), dstate
+
+
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | None, ...]:
+    """The forward pass on arrays; None for what is absent.
+
+    Args:
+      config: what is static.
+      q: BNHD. k: BNGD. v: BNGE.
+      decay: log decay, H or BNH, float32. scale: scalar, float32.
+      state: initial state, BHDE, float32.
+
+    Returns:
+      y BNHE in the dtype of q; last state BHDE with `return_state`; and, with splits, the states before them, BSHDE.
+    """
+    common = _Common(config, q.shape[2], decay, scale, q.shape[1])
+    arrays = {"q": q, "k": k, "v": v}
+    starts = None
+    if config.splits > 1:
+        own = common.sweep((FORWARD,), arrays, outputs=False)["final y"]
+        starts = common.states_before(own, state)
+        state = starts
+    outputs = common.sweep((FORWARD,), arrays, initial={"y": state}, final=config.return_state)
+    last = outputs["final y"] if config.return_state else None
+    if config.splits > 1 and last is not None:
+        last = last[:, -1]
+    return outputs["y"], last, starts
+
+
+def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -> tuple[jax.Array | None, ...]:
+    """The backward pass on arrays; None for what is absent.
+
+    Args:
+      config: what is static.
+      q: BNHD. k: BNGD. v: BNGE.
+      decay: H or BNH. scale: scalar. state: BHDE.
+      starts: BSHDE, with splits.
+      dy: BNHE. dlast: BHDE.
+
+    Returns:
+      Gradients of q BNHD, k BNGD, v BNGE; of the decay BNH or, to be summed over B, BH; of the scale BH, to be summed
+      over both; of the initial state BHDE.
+    """
+    common = _Common(config, q.shape[2], decay, scale, q.shape[1])
+    arrays = {"q": q, "k": k, "v": v, "dy": dy}
+    given, ends = state, dlast
+    if config.splits > 1:
+        own = common.sweep((DV,), arrays, reverse=True, outputs=False)["final dv"]
+        given, ends = starts, common.states_before(own, dlast, reverse=True)
+    decays = config.decay_gradient
+    sums = {"sums": decays or config.scale_gradient, "keep": KEEP * decays}
+    last = {"final": decays and ends is not None}
+    of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums, **last)
+    first = {"final": state is not None or (decays and given is not None)}
+    initial = {"dk": _swap(ends), "dv": ends}
+    if q.shape[3] == v.shape[3] == TILE:
+        of_keys = common.sweep((DK, DV), arrays, reverse=True, initial=initial, **sums, **first)
+    else:
+        of_keys = common.sweep((DK,), arrays, reverse=True, initial=initial, **sums, **first)
+        of_keys |= common.sweep((DV,), arrays, reverse=True, initial=initial)
+    dk, dv = (_per_key_head(of_keys[name], k.shape[2]) for name in ("dk", "dv"))
+    starting = _swap(of_keys["final dk"]) if first["final"] else None
+    dstate = starting
+    if config.splits > 1 and starting is not None:
+        dstate = starting[:, 0]
+    ddecay = dscale = None
+    if config.scale_gradient:
+        dscale = jnp.sum(common.of_batch(of_q["sums"]), axis=(-1, -2)) + _own_scores(q, k, v, dy)
+    if decays:
+        ddecay = _decay_gradient(
+            common,
+            of_q["sums"] if scale is None else of_q["sums"] * scale,
+            of_keys["sums"],
+            _inner(of_q["kept dq"], of_keys["kept dk"]),
+            None if given is None else _inner(given, starting),
+            None if ends is None else _inner(_swap(of_q["final dq"]), ends),
+        )
+    return of_q["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
+
+
+# ---- calls of the kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class _Common:
+    """What the sweeps of one call share.
+
+    Attributes:
+      config: what is static.
+      heads: H.
+      decay: (H,), (B, N, H) or None.
+      scale: scalar or None.
+      length: N.
+    """
+
+    config: Config
+    heads: int
+    decay: jax.Array | None
+    scale: jax.Array | None
+    length: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a split."""
+        return -(-self.length // self.config.splits // TILE)
+
+    @functools.cached_property
+    def cumulated(self) -> jax.Array | None:
+        """Base-2 log decays from the start of each chunk, (B·S, H, chunks·64), of a decay per token."""
+        if self.decay is None or self.decay.ndim == 1:
+            return None
+        g = jnp.swapaxes(self.fold(jnp.maximum(self.decay, FLOOR)), 1, 2)
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % TILE)))
+        total = jnp.cumsum(g.reshape(*g.shape[:2], -1, TILE), axis=-1)
+        return total.reshape(g.shape) * LOG2_E
+
+    def fold(self, x: jax.Array) -> jax.Array:
+        """Splits of the sequence join the batch: (B, N, ...) to (B·S, N / S, ...)."""
+        splits = self.config.splits
+        return x if splits == 1 else x.reshape(x.shape[0] * splits, x.shape[1] // splits, *x.shape[2:])
+
+    def of_batch(self, x: jax.Array) -> jax.Array:
+        """(B·S, H, ...) summed over splits."""
+        return x if self.config.splits == 1 else jnp.sum(x.reshape(-1, self.config.splits, *x.shape[1:]), axis=1)
+
+    def sweep(
+        self,
+        jobs: tuple[Job, ...],
+        arrays: dict[str, jax.Array],
+        initial: dict[str, jax.Array | None] | None = None,
+        **options: Any,
+    ) -> dict[str, jax.Array]:
+        """`mosaic_gpu_sweep.sweep` of folded arrays; with splits, states have an axis S after B.
+
+        A sweep without outputs gives the states that come of its own tokens.
+        """
+        options.setdefault("outputs", True)
+        states = {name: x for name, x in (initial or {}).items() if x is not None and name in [j.out for j in jobs]}
+        plan = Plan(
+            jobs,
+            decay=None if self.decay is None else "head" if self.decay.ndim == 1 else "token",
+            scaled=self.scale is not None and (options["outputs"] or options.get("reverse", False)),
+            initial=bool(states),
+            interpret=self.config.interpret,
+            **{"final": not options["outputs"]} | options,
+        )
+        given = {name: self.fold(arrays[name]) for name in plan.arrays}
+        if plan.decay is not None:
+            given["decay"] = self.decay.astype(jnp.float32) if plan.decay == "head" else self.cumulated
+        if plan.scaled:
+            given["scale"] = self.scale.astype(jnp.float32).reshape(1)
+        splits = self.config.splits
+        for name, x in states.items():
+            given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
+        sizes = (arrays[jobs[0].column].shape[3], arrays[jobs[0].value].shape[3])
+        outputs = sweep(with_blocks(plan, *sizes), given)
+        if splits > 1:
+            for name, x in outputs.items():
+                whole = name in {job.out for job in jobs}
+                shape = (-1, self.length, *x.shape[2:]) if whole else (-1, splits, *x.shape[1:])
+                outputs[name] = x if name == "sums" else x.reshape(shape)
+        return outputs
+
+    def states_before(self, own: jax.Array, first: jax.Array | None, reverse: bool = False) -> jax.Array:
+        """States before each split, (B, S, H, D, E), from those of their own tokens and the one before all."""
+        splits = self.config.splits
+        if self.decay is None:
+            kept = jnp.ones((1, splits, self.heads), jnp.float32)
+        elif self.decay.ndim == 1:
+            kept = jnp.exp(jnp.maximum(self.decay, FLOOR) * (self.length // splits))[None, None]
+            kept = jnp.broadcast_to(kept, (1, splits, self.heads))
+        else:
+            kept = jnp.exp(jnp.sum(self.fold(jnp.maximum(self.decay, FLOOR)), axis=1)).reshape(-1, splits, self.heads)
+        state = jnp.zeros_like(own[:, 0]) if first is None else first
+        before = []
+        for split in reversed(range(splits)) if reverse else range(splits):
+            before.append(state)
+            state = kept[:, split, :, None, None] * state + own[:, split]
+        return jnp.stack(before[::-1] if reverse else before, axis=1)
+
+
+# ---- the gradient of the decay
+
+
+def _decay_gradient(common: _Common, rows, columns, inner, first, last) -> jax.Array:
+    """Gradient of the log decays, (B, N, H), or (B, H) for a constant decay; see the top of the file.
+
+    Args:
+      common: what the sweeps share.
+      rows: sums of dL over earlier tokens, "sums" of the sweep of dq, (B·S, H, tiles + 1, T·64).
+      columns: sums of dL over later tokens, "sums" of the sweep of dk.
+      inner: Y at the borders in front of chunks 0, KEEP, ...; the first one has no meaning; (B, H, borders) or with S.
+      first: Y at the first border, (B, H) or with S, None for 0.
+      last: Y at the last border, likewise.
+    """
+    chunks, heads = common.chunks, common.heads
+    blocks, missing = -(-chunks // KEEP), -chunks % KEEP
+
+    def parts(sums):
+        sums = sums.reshape(*sums.shape[:3], -1, TILE)
+        return jnp.sum(sums[:, :, :-1], axis=2), sums[:, :, -1]
+
+    (a, row_sums), (b, column_sums) = parts(rows), parts(columns)
+    batch = a.shape[0]
+    ends = [jnp.zeros((batch, heads)) if x is None else x.reshape(batch, heads) for x in (first, last)]
+    borders = inner.reshape(batch, heads, blocks)[:, :, 1:]
+    borders = jnp.concatenate([ends[0][..., None], borders, ends[1][..., None]], axis=2)
+
+    def in_blocks(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(batch, heads, blocks, KEEP)
+
+    loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
+    forgets = in_blocks(_log_of_chunks(common, batch) < FORGOTTEN)
+    ahead, back = [], []  # X of a chunk, from the border in front and from the border behind
+    before, after = borders[..., :-1], borders[..., 1:]
+    for c in range(KEEP):
+        ahead.append(jnp.where(forgets[..., c], 0, before - loss[..., c]))
+        before = ahead[-1] + gain[..., c]
+    for c in reversed(range(KEEP)):
+        back.insert(0, jnp.where(forgets[..., c], 0, after - gain[..., c]))
+        after = back[0] + loss[..., c]
+    # Errors add up chunk by chunk: the mean weighs them by the inverse of their variance.
+    weight = (2 * jnp.arange(KEEP) + 1) / (2 * KEEP)
+    crossing = jnp.stack(back, axis=-1) * weight + jnp.stack(ahead, axis=-1) * (1 - weight)
+    crossing = crossing.reshape(batch, heads, -1)[:, :, :chunks]
+
+    def from_here(x):
+        return jnp.flip(jnp.cumsum(jnp.flip(x, 3), axis=3), 3)
+
+    # Row sums less column sums from t on: the pairs i ≥ t > j of the chunk, as all others cancel.
+    # b of a token itself, which need not carry its decay, is left out before the sum, not subtracted after it.
+    earlier = jnp.pad(b[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
+    gradient = from_here(row_sums + a - column_sums) + jnp.cumsum(earlier, axis=3) + crossing[..., None]
+    gradient = gradient.reshape(batch, heads, -1)[:, :, : common.length // common.config.splits]
+    if common.decay.ndim == 1:
+        return common.of_batch(jnp.where(common.decay < FLOOR, 0, jnp.sum(gradient, axis=2)))
+    return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
+
+
+def _log_of_chunks(common: _Common, batch: int) -> jax.Array:
+    """Log decay of each chunk, (B·S, H, T), natural."""
+    if common.decay.ndim == 1:
+        return jnp.broadcast_to(common.decay[:, None] * TILE, (batch, common.heads, common.chunks))
+    return common.cumulated.reshape(batch, common.heads, -1, TILE)[..., -1] / LOG2_E
+
+
+def _own_scores(q, k, v, dy) -> jax.Array:
+    """Σ_i (q_i·k_i)(dy_i·v_i), (B, H): the share of each token's own key in the gradient of the scale."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = (jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=3) for a, b in ((q, k), (dy, v)))
+    return jnp.sum(math.prod(scores), axis=1)
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products over the last two axes, float32."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=(-1, -2))
+
+
+def _per_key_head(x: jax.Array, groups: int) -> jax.Array:
+    """(B, N, H, D) summed over the query heads of each key head, in float32."""
+    if x.shape[2] == groups:
+        return x
+    x = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
+    return jnp.sum(x.astype(jnp.float32), axis=3).astype(x.dtype)
+
+
+def _swap(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else jnp.swapaxes(x, -1, -2)

@@ -1,0 +1,548 @@
+"""One sweep of chunked linear attention over the tokens, as a Pallas Mosaic GPU kernel for Hopper.
+
+Forward and backward pass of causal linear attention are four sweeps of one shape (`Job`). With P_ij the decay between
+tokens i and j, a sweep reads three arrays and computes, for tokens in order or in reverse,
+
+    out_i = Σ_j P_ij (row_i · column_j) value_j          j ≤ i, or j ≥ i in reverse
+
+    y  = sweep(q, k, v)         dq = sweep(dy, v, k)
+    dk = reverse(v, dy, q)      dv = reverse(k, q, dy)
+
+with the state S = Σ_j P_j column_jᵀ value_j, (inner, outer), before each chunk of 64 tokens:
+
+    out = ((row columnᵀ) ∘ P) value + (weight to the chunk's border) row S          S' = whole · S + columnᵀ (w value)
+
+**Tiles.** Everything on chip is a tile of 64×64: tokens × channels, tokens × tokens, channels × channels. A warpgroup
+owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators in registers from the first chunk to the
+last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. Warpgroups share
+nothing but the tiles that they read, so no barrier stands between them; the scores are computed by each of them.
+One more warpgroup issues the copies: boxes of 64 tokens × 64 channels straight out of (B, N, H, D), two or three chunks
+ahead. The copy engine fills tokens beyond N with zeros and does not store them.
+
+Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention-3 (arXiv:2407.08608) for warpgroups
+that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 64  # tokens of a chunk, and channels of a tile: one wgmma row block, one 128-byte swizzle of 16-bit numbers
+SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
+LOG2_E = math.log2(math.e)
+FLOOR = -128.0  # exp of a log decay below it is 0
+STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept: float16 would overflow
+
+
+class Job(NamedTuple):
+    """One output of a sweep; the names are those of the arrays that it reads and of what it writes.
+
+    Attributes:
+      row: array that meets the state, (B, N, H or G, inner).
+      column: array of the state's rows, (B, N, H or G, inner).
+      value: array of the state's columns, (B, N, H or G, outer).
+      out: (B, N, H, outer).
+      partner: array (B, N, H or G, outer) for the sums that the gradient of decays needs.
+    """
+
+    row: str
+    column: str
+    value: str
+    out: str
+    partner: str
+
+
+FORWARD = Job("q", "k", "v", "y", "dy")
+DQ = Job("dy", "v", "k", "dq", "q")
+DK = Job("v", "dy", "q", "dk", "k")
+DV = Job("k", "q", "dy", "dv", "v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static in one launch.
+
+    Attributes:
+      jobs: outputs to compute, of one inner and one outer size.
+      reverse: whether tokens are visited from the last to the first.
+      decay: None, "head" for (H,), "token" for cumulated log decays.
+      scaled: whether there is a scale.
+      outputs: whether outputs are wanted; otherwise the state alone.
+      initial: whether the sweep starts from given states.
+      final: whether the states at its end are wanted.
+      keep: chunks between two kept states, 0 to keep none.
+      sums: whether the first job also writes the sums that gradients of decays and scales need.
+      warpgroups: compute warpgroups of a CTA.
+      stages: chunks of tokens in shared memory.
+      interpret: parameters of Pallas' interpreter, None on a GPU. The interpreter knows no wgmma with operands in
+        registers and no `run_state`; there products are `jnp.dot`, and all else is the same kernel.
+    """
+
+    jobs: tuple[Job, ...]
+    reverse: bool = False
+    decay: str | None = None
+    scaled: bool = False
+    outputs: bool = True
+    initial: bool = False
+    final: bool = False
+    keep: int = 0
+    sums: bool = False
+    warpgroups: int = 1
+    stages: int = 2
+    interpret: Any = None
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the token arrays that the sweep reads."""
+        names: list[str] = []
+        for job in self.jobs:
+            names += (job.row,) * self.outputs + (job.column, job.value) + (job.partner,) * self.sums
+        return tuple(dict.fromkeys(names))
+
+    def whole(self, name: str) -> bool:
+        """Whether a warpgroup reads all channels of the array, not its own tile of them alone."""
+        wanted = {name for job in self.jobs for name in (job.row, job.column)}
+        if self.sums:  # scores between partner and value
+            wanted |= {self.jobs[0].partner, self.jobs[0].value}
+        return name in wanted
+
+
+def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
+    """Shared memory of a CTA, in bytes, without a kilobyte for barriers and alignment; 16-bit inputs."""
+    tile = TILE * TILE * 2
+    sizes = {}
+    for job in plan.jobs:
+        sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
+    loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.warpgroups for name in plan.arrays)
+    per_warpgroup = inner // TILE + 1 + int(plan.outputs)
+    vectors = TILE * 4 * (plan.stages * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
+    return tile * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
+
+
+def registers(plan: Plan, inner: int) -> int:
+    """Estimate of the 32-bit registers of a compute thread: states, scores, weights and one output, and 40 others."""
+    tile = TILE * TILE // 128
+    live = len(plan.jobs) * (inner // TILE) + (3 + plan.sums if plan.outputs else 1)
+    return tile * live + 40
+
+
+def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
+    """The plan with warpgroups and stages that fit in shared memory: two warpgroups and three stages if possible.
+
+    Raises:
+      ValueError: if nothing fits; the message says how much is missing.
+    """
+    tiles = outer // TILE
+    for warpgroups, stages in ((2, 3), (2, 2), (1, 3), (1, 2), (1, 1)):
+        chosen = dataclasses.replace(plan, warpgroups=warpgroups, stages=stages)
+        if tiles % warpgroups == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
+            return chosen
+    needed = smem_bytes(chosen, inner, outer) + 1024
+    raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")
+
+
+def sweep(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Runs one sweep; every array has B at axis 0.
+
+    Args:
+      plan: see `Plan`.
+      arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16 or f16;
+        "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
+        "scale": (1,) float32;
+        "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32.
+
+    Returns:
+      By name: each job's out (B, N, H, outer) in the dtype of the inputs;
+      "final <out>": (B, H, inner, outer) float32;
+      "kept <out>" of the first job: (B, H, ⌈T/keep⌉, inner, outer) bf16, the state at the border in front of chunk
+      keep·n; in reverse slot 0 is not written;
+      "sums" of the first job: (B, H, outer/64 + 1, T·64) float32. Row i is Σ_j P_ij (row_i·column_j)(partner_i·value_j);
+      the last place of axis 2 holds that over the other tokens j of the chunk, the places before it, to be summed, that
+      over the tokens before the chunk (behind it, in reverse). With a scale the reverse sums hold it, the others do not.
+    """
+    blocks = {name: arrays[name].shape[3] // TILE for name in plan.arrays}
+    first = plan.jobs[0]
+    batch, length = arrays[first.column].shape[:2]
+    heads = max(arrays[name].shape[2] for name in plan.arrays)
+    inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
+    chunks, dtype = -(-length // TILE), arrays[first.column].dtype
+    wgs = plan.warpgroups
+
+    out_types: dict[str, jax.ShapeDtypeStruct] = {}
+    for job in plan.jobs:
+        if plan.outputs:
+            # The interpreter drops what reaches beyond N; the copy engine stores what does not.
+            rows = length if plan.interpret is None else chunks * TILE
+            out_types[job.out] = jax.ShapeDtypeStruct((batch, rows, heads, outer), dtype)
+        if plan.final:
+            out_types[f"final {job.out}"] = jax.ShapeDtypeStruct((batch, heads, inner, outer), jnp.float32)
+    if plan.keep:
+        slots = -(-chunks // plan.keep)
+        out_types[f"kept {first.out}"] = jax.ShapeDtypeStruct((batch, heads, slots, inner, outer), STATE_DTYPE)
+    if plan.sums:
+        out_types["sums"] = jax.ShapeDtypeStruct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
+
+    names = list(plan.arrays)
+    names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
+    names += [f"initial {job.out}" for job in plan.jobs if plan.initial]
+
+    def tiles(*shape: int, dtype: jnp.dtype = dtype):
+        transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=transforms)
+
+    scratch = {name: tiles(plan.stages, blocks[name] if plan.whole(name) else wgs) for name in plan.arrays}
+    scratch["state"] = tiles(wgs, inner // TILE, dtype=STATE_DTYPE)
+    scratch["weighted"] = tiles(wgs)
+    if plan.outputs:
+        scratch["out"] = tiles(wgs)
+    if plan.decay == "token":
+        scratch["decay"] = plgpu.SMEM((plan.stages, TILE), jnp.float32)
+    if plan.sums:
+        scratch["sums"] = plgpu.SMEM((wgs, 2, TILE), jnp.float32)
+    copies = sum(blocks[name] if plan.whole(name) else wgs for name in plan.arrays) + (plan.decay == "token")
+    scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
+    scratch["free"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages)
+
+    def body(*refs):
+        gmem = dict(zip([*names, *out_types], refs, strict=False))
+        smem = dict(zip(scratch, refs[len(gmem) :], strict=True))
+        warpgroup = lax.axis_index("warpgroup")
+        place = _Place(
+            batch=lax.axis_index("batch"),
+            head=lax.axis_index("head"),
+            group=lax.axis_index("group"),
+            warpgroup=warpgroup,
+            tile=lax.axis_index("group") * wgs + warpgroup,
+            heads=heads,
+            chunks=chunks,
+            length=length,
+        )
+
+        @pl.when(warpgroup < wgs)
+        def _():
+            plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
+            _compute(plan, place, gmem, smem, inner // TILE)
+
+        @pl.when(warpgroup == wgs)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            _copy(plan, place, gmem, smem)
+
+    outputs = plgpu.kernel(
+        body,
+        out_type=list(out_types.values()),
+        scratch_types=list(scratch.values()),
+        grid=(outer // TILE // wgs, heads, batch),
+        grid_names=("group", "head", "batch"),
+        num_threads=wgs + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plan.interpret,
+    )(*(arrays[name] for name in names))
+    outputs = dict(zip(out_types, outputs, strict=True))
+    for job in plan.jobs:
+        if plan.outputs:
+            outputs[job.out] = outputs[job.out][:, :length]
+    return outputs
+
+
+class _Place(NamedTuple):
+    """Where a warpgroup stands in the grid, and the sizes that it must know."""
+
+    batch: jax.Array
+    head: jax.Array
+    group: jax.Array
+    warpgroup: jax.Array
+    tile: jax.Array
+    heads: int
+    chunks: int
+    length: int
+
+    def chunk(self, plan: Plan, step: jax.Array | int) -> jax.Array | int:
+        """The chunk visited at `step`."""
+        return self.chunks - 1 - step if plan.reverse else step
+
+
+# ---- the warpgroup that copies
+
+
+def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any]) -> None:
+    """Issues the copies of every chunk, as soon as its place in shared memory is free."""
+
+    @pl.loop(0, place.chunks)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(plan.stages))
+        tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
+
+        @pl.when(step >= plan.stages)
+        def _():
+            plgpu.barrier_wait(smem["free"].at[slot])
+
+        for name in plan.arrays:
+            head = lax.div(place.head, jnp.int32(place.heads // gmem[name].shape[2]))
+            for block in range(smem[name].shape[1]):
+                channel = block if plan.whole(name) else place.group * plan.warpgroups + block
+                source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot, block], smem["full"].at[slot])
+        if plan.decay == "token":
+            source = gmem["decay"].at[place.batch, place.head, tokens]
+            plgpu.copy_gmem_to_smem(source, smem["decay"].at[slot], smem["full"].at[slot])
+
+
+# ---- the warpgroups that compute
+
+
+def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any], blocks: int) -> None:
+    """Walks over the chunks with the states of all jobs in registers: (64, 64) tiles, `blocks` of them per job."""
+
+    def state_at(ref, block: int):
+        channels = pl.ds(place.tile * TILE, TILE)
+        return ref.at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
+
+    states = [_zeros(plan)] * (blocks * len(plan.jobs))
+    if plan.initial:
+        given = [(gmem[f"initial {job.out}"], block) for job in plan.jobs for block in range(blocks)]
+        states = [_load(plan, state_at(*where), optimized=False) for where in given]
+    scale = gmem["scale"][0] if plan.scaled else None
+
+    def chunk(step, states):
+        slot = lax.rem(step, jnp.int32(plan.stages))
+        plgpu.barrier_wait(smem["full"].at[slot])
+        weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step))
+        after: list[jax.Array] = []
+        for number, job in enumerate(plan.jobs):
+            own = states[number * blocks : (number + 1) * blocks]
+            after += _job(plan, place, gmem, smem, job, slot, step, weights, scale, own)
+
+        @pl.when(step + plan.stages < place.chunks)
+        def _():
+            plgpu.barrier_arrive(smem["free"].at[slot])
+
+        return tuple(after)
+
+    states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
+    if plan.final:
+        for number, job in enumerate(plan.jobs):
+            for block in range(blocks):
+                target = state_at(gmem[f"final {job.out}"], block)
+                target[...] = states[number * blocks + block]
+    plgpu.wait_smem_to_gmem(0)
+
+
+class _Weights(NamedTuple):
+    """Decays in a chunk; None where they are 1.
+
+    Attributes:
+      between: function that gives the (64, 64) between row i and column j. They are computed where they are used: kept
+        from one job to the next they would cost 32 registers.
+      border: (64,), between a token and the border of the chunk where S stands.
+      value: (64,), between a token and the border where S' stands.
+      whole: scalar, of the chunk.
+    """
+
+    between: Callable[[], jax.Array] | None = None
+    border: jax.Array | None = None
+    value: jax.Array | None = None
+    whole: jax.Array | None = None
+
+
+def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
+    """Every exponent is at most 0; a token's weight in itself, and the last one's up to the end, are exactly 1."""
+    if plan.decay is None:
+        return _Weights()
+    if plan.decay == "head":
+        g = jnp.maximum(gmem["decay"][place.head], FLOOR) * LOG2_E
+        valid = jnp.minimum(place.length - chunk * TILE, TILE)
+        token = _iota(plan, None)
+        since_start = jnp.exp2((token + 1).astype(jnp.float32) * g)
+        until_end = jnp.exp2(jnp.maximum(valid - 1 - token, 0).astype(jnp.float32) * g)
+        whole = jnp.exp2(valid.astype(jnp.float32) * g)
+
+        def between() -> jax.Array:
+            later, earlier = (_iota(plan, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
+            return jnp.exp2(jnp.maximum(later - earlier, 0).astype(jnp.float32) * g)
+
+    else:
+        total = smem["decay"].at[slot]
+        rows = _load(plan, total, layout=plgpu.Layout.WGMMA.reduce(1))
+        end = smem["decay"][slot, TILE - 1]
+        since_start = jnp.exp2(rows)
+        until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
+        whole = jnp.exp2(end)
+
+        def between() -> jax.Array:
+            columns = _load(plan, total, layout=plgpu.Layout.WGMMA.reduce(0))
+            difference = _across(rows) - lax.broadcast_in_dim(columns, (TILE, TILE), [1])
+            return jnp.exp2(jnp.minimum(-difference if plan.reverse else difference, 0.0))
+
+    if plan.reverse:
+        return _Weights(between, until_end, since_start, whole)
+    return _Weights(between, since_start, until_end, whole)
+
+
+def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states):
+    """One chunk of one job: writes its output, and returns the states (tuple of tiles) after it."""
+    own = place.warpgroup
+    blocks = range(len(states))
+    column = [smem[job.column].at[slot, block] for block in blocks]
+    value = smem[job.value].at[slot, place.tile if plan.whole(job.value) else own]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored still stands in the buffers below
+
+    if plan.outputs:
+        operand = smem["state"].at[own]
+        for block in blocks:
+            operand.at[block][...] = states[block].astype(STATE_DTYPE)
+        plgpu.commit_smem()
+        if plan.keep and job is plan.jobs[0]:
+            _keep(plan, place, gmem, operand, job, step, len(states))
+        row = [smem[job.row].at[slot, block] for block in blocks]
+        # With 16 bits but another format than the state's, rows go through registers.
+        left = row if row[0].dtype == STATE_DTYPE else [_load(plan, x).astype(STATE_DTYPE) for x in row]
+        inter, scores = _products(
+            plan,
+            (None, [(left[block], operand.at[block]) for block in blocks]),
+            (None, [(row[block], _Transposed(column[block])) for block in blocks]),
+        )
+        if weights.border is not None:
+            inter = inter * _across(weights.border)
+            scores = scores * weights.between()
+        if scale is not None and plan.reverse:  # S holds the scale already
+            scores = scores * scale
+        i, j = _iota(plan, 0), _iota(plan, 1)
+        scores = jnp.where(i <= j if plan.reverse else i >= j, scores, 0.0)
+        if plan.sums and job is plan.jobs[0]:
+            _sums(plan, place, gmem, smem, job, slot, step, inter, scores)
+        (out,) = _products(plan, (inter, [(scores.astype(value.dtype), value)]))
+        if scale is not None and not plan.reverse:
+            out = out * scale
+        smem["out"].at[own][...] = out.astype(value.dtype)
+        plgpu.commit_smem()
+        tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
+        target = gmem[job.out].at[place.batch, tokens, place.head, pl.ds(place.tile * TILE, TILE)]
+        plgpu.copy_smem_to_gmem(smem["out"].at[own], target)
+
+    weight = weights.value
+    if scale is not None and plan.reverse:
+        weight = scale if weight is None else weight * scale
+    if weight is not None:
+        weighted = _load(plan, value).astype(jnp.float32) * (weight if weight is scale else _across(weight))
+        smem["weighted"].at[own][...] = weighted.astype(value.dtype)
+        plgpu.commit_smem()
+        value = smem["weighted"].at[own]
+    if weights.whole is not None:
+        states = [state * weights.whole for state in states]
+    return _products(plan, *((states[block], [(_Transposed(column[block]), value)]) for block in blocks))
+
+
+def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int) -> None:
+    """Stores the state in front of the chunk (behind it, in reverse) if a block of `keep` chunks begins there."""
+    border = place.chunk(plan, step) + int(plan.reverse)
+    wanted = lax.rem(border, jnp.int32(plan.keep)) == 0
+
+    @pl.when(wanted & (border < place.chunks))
+    def _():
+        at = lax.div(border, jnp.int32(plan.keep))
+        for block in range(blocks):
+            target = gmem[f"kept {job.out}"].at[
+                place.batch, place.head, at, pl.ds(block * TILE, TILE), pl.ds(place.tile * TILE, TILE)
+            ]
+            plgpu.copy_smem_to_gmem(operand.at[block], target)
+
+
+def _sums(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, inter, scores) -> None:
+    """Sums of the weighted scores times partner_i·value_j: of this tile's channels before the chunk, and inside it.
+
+    Those inside the chunk do not depend on the tile; the first one's warpgroup writes them.
+    """
+    tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
+
+    def write(number: int, sums, where) -> None:
+        staged = smem["sums"].at[place.warpgroup, number]
+        staged[...] = sums
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, gmem["sums"].at[place.batch, place.head, where, tokens])
+
+    partner = _load(plan, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
+    write(0, jnp.sum(inter * partner, axis=1), place.tile)
+
+    @pl.when(place.tile == 0)
+    def _():
+        blocks = range(smem[job.partner].shape[1])
+        pairs = [(smem[job.partner].at[slot, b], _Transposed(smem[job.value].at[slot, b])) for b in blocks]
+        (other,) = _products(plan, (None, pairs))
+        others = _iota(plan, 0) != _iota(plan, 1)
+        write(1, jnp.sum(jnp.where(others, scores * other, 0.0), axis=1), gmem["sums"].shape[2] - 1)
+
+
+# ---- tiles
+
+
+class _Transposed(NamedTuple):
+    """A tile in shared memory, read as its transpose."""
+
+    tile: Any
+
+
+def _products(plan: Plan, *sums):
+    """Sums of products of (64, 64) tiles, float32: each of `sums` is (start or None, [(left, right), ...]).
+
+    A left operand may be an array in registers, a right one stands in shared memory. All are in flight together.
+    """
+    starts = [_zeros(plan) if start is None else start for start, _ in sums]
+    if plan.interpret is not None:
+        return [
+            start + sum(jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32) for a, b in terms)
+            for start, (_, terms) in zip(starts, sums, strict=True)
+        ]
+
+    def body(accumulators):
+        for accumulator, (_, terms) in zip(accumulators, sums, strict=True):
+            for left, right in terms:
+                plgpu.wgmma(accumulator, _operand(left), _operand(right))
+
+    return pl.run_state(body)(tuple(plgpu.ACC.init(start) for start in starts))
+
+
+def _operand(x):
+    return plgpu.transpose_ref(x.tile, (1, 0)) if isinstance(x, _Transposed) else x
+
+
+def _value(x):
+    if isinstance(x, _Transposed):
+        return x.tile[...].T
+    return x if isinstance(x, jax.Array) else x[...]
+
+
+def _zeros(plan: Plan) -> jax.Array:
+    return _laid_out(plan, jnp.zeros((TILE, TILE), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _laid_out(plan: Plan, x: jax.Array, layout) -> jax.Array:
+    return x if plan.interpret is not None else plgpu.layout_cast(x, layout)
+
+
+def _load(plan: Plan, ref, layout=plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
+    if plan.interpret is not None:
+        return ref[...]
+    return plgpu.load(ref, (), layout=layout, optimized=optimized)
+
+
+def _iota(plan: Plan, axis: int | None) -> jax.Array:
+    """Row (0) or column (1) numbers of a tile; None: row numbers as a vector."""
+    shape = (TILE,) if axis is None else (TILE, TILE)
+    if plan.interpret is not None:
+        return lax.broadcasted_iota(jnp.int32, shape, axis or 0)
+    layout = plgpu.Layout.WGMMA.reduce(1) if axis is None else plgpu.Layout.WGMMA
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis or 0, layout=layout)
+
+
+def _across(vector: jax.Array) -> jax.Array:
+    """One number per row, as a tile."""
+    return lax.broadcast_in_dim(vector, (TILE, TILE), [0])
