@@ -40,6 +40,7 @@ FeatureMaps = FeatureMap | tuple[FeatureMap, FeatureMap]
 dispatch.register(
     OP,
     [
+        dispatch.Implementation("tpu", "pallas_kernels.linear_attention.tpu", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.linear_attention.reference"),
     ],

@@ -1,0 +1,414 @@
+"""How the TPU kernels of linear attention cut their work: blocks, on-chip memory, bytes moved.
+
+Arrays stay as the caller's projections wrote them: (B, N, H, D) is read as (B, N, H·D), tokens in sublanes and heads
+side by side in lanes. A block is `tokens` tokens of `block_heads` heads; the grid is (B, H / block_heads,
+N / tokens), its last axis in order. Inside a block a loop runs over chunks, and over groups of `pack` heads whose
+lanes together fill a matrix unit: heads of 64 channels go in pairs (fours on 256-wide units), heads of 128 alone (in
+pairs on 256-wide units), heads of 256 alone.
+
+Everything here is arithmetic on shapes: nothing is traced, and tests and benchmarks can ask for it.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+LANES = 128
+SIZES = (16, 32, 64, 128, 256)  # head sizes that pack; others are padded to the next one
+BLOCK_TOKENS = 1024  # at most, per block; the state before every block is kept for the backward pass
+BLOCK_LANES = 512  # at most, unless fewer heads cannot be cut out of the lanes
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TensorCore.
+
+    Attributes:
+      name: generation.
+      vmem: on-chip memory in bytes.
+      mxu: width of its matrix units.
+      cores: how many of them share a device (megacore).
+    """
+
+    name: str
+    vmem: int
+    mxu: int
+    cores: int = 1
+
+    @property
+    def vmem_limit(self) -> int:
+        """Bytes that a kernel may use; the rest is left to the compiler."""
+        return self.vmem - self.vmem // 16
+
+
+UNKNOWN_CHIP = Chip("unknown", 16 * MIB, 128)  # the least able one
+CHIPS = {
+    kind: chip
+    for chip, kinds in (
+        (Chip("v4", 16 * MIB, 128, cores=2), ("TPU v4",)),
+        (Chip("v5e", 128 * MIB, 128), ("TPU v5e", "TPU v5 lite")),
+        (Chip("v5p", 64 * MIB, 128, cores=2), ("TPU v5p", "TPU v5")),
+        (Chip("v6e", 128 * MIB, 256), ("TPU v6e", "TPU v6 lite")),
+        (Chip("TPU7x", 64 * MIB, 256), ("TPU7x", "TPU7")),
+    )
+    for kind in kinds
+}
+
+
+def chip_of(device_kind: str | None) -> Chip:
+    """The chip of a device kind as JAX names it; the least able one where it is not known."""
+    return CHIPS.get(device_kind or "", UNKNOWN_CHIP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is static in a call, whatever its shapes.
+
+    Attributes:
+      chip: where it runs.
+      causal: as in `linear_attention`.
+      decay: None, "head", "token" or "channel".
+      normalize: as in `linear_attention`.
+      scaled: whether there is a scale.
+      initial: whether there is an initial state.
+      final: whether the last state is asked for.
+      chunk: tokens per chunk; None for `chunk_size(...)`.
+      block_tokens: at most so many tokens per block.
+    """
+
+    chip: Chip = UNKNOWN_CHIP
+    causal: bool = True
+    decay: str | None = None
+    normalize: bool = False
+    scaled: bool = False
+    initial: bool = False
+    final: bool = False
+    chunk: int | None = None
+    block_tokens: int = BLOCK_TOKENS
+
+
+class Operand(NamedTuple):
+    """An array of a kernel, and the block of it that a grid point (b, h, n) holds.
+
+    `block` is None for scalars in SMEM; in it, None is an axis of one element that the kernel does not see.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    block: tuple[int | None, ...] | None
+    index: Callable[[int, int, int], tuple[int, ...]] | None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, its last two axes filled up to whole tiles; 0 in SMEM."""
+        if self.block is None:
+            return 0
+        *rest, rows, lanes = (1 if size is None else size for size in self.block)
+        return math.prod(rest) * _up(rows, 8) * _up(lanes, LANES) * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One kernel's work.
+
+    Attributes:
+      config: what is asked for.
+      batch: B.
+      length: N.
+      heads: H.
+      repeats: heads of q per head of k and v, H / G.
+      key_size: D, one of `SIZES`.
+      value_size: E, one of `SIZES`.
+      dtype: of q, k, v, y and of the operands of products: bfloat16 or float32.
+      pack: heads per group.
+      block_heads: heads per block.
+      chunk: tokens per chunk.
+      tokens: tokens per block.
+    """
+
+    config: Config
+    batch: int
+    length: int
+    heads: int
+    repeats: int
+    key_size: int
+    value_size: int
+    dtype: jnp.dtype
+    pack: int
+    block_heads: int
+    chunk: int
+    tokens: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(B, blocks of heads, blocks of tokens)."""
+        return self.batch, self.heads // self.block_heads, self.blocks
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of tokens."""
+        return math.ceil(self.length / self.tokens)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a block."""
+        return self.tokens // self.chunk
+
+    @property
+    def tail(self) -> bool:
+        """Whether the last block reaches beyond N."""
+        return self.length % self.tokens != 0
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(first head, heads) of the groups of a block."""
+        starts = range(0, self.block_heads, self.pack)
+        return tuple((start, min(self.pack, self.block_heads - start)) for start in starts)
+
+    @property
+    def state_rows(self) -> int:
+        """Rows of a state: E, and with a denominator one for Σk, filled up to a tile."""
+        return self.value_size + 16 * self.config.normalize
+
+    @property
+    def key_lanes(self) -> int:
+        """Lanes of a block of q."""
+        return self.block_heads * self.key_size
+
+    @property
+    def value_lanes(self) -> int:
+        """Lanes of a block of y."""
+        return self.block_heads * self.value_size
+
+    @property
+    def decay_rows(self) -> int:
+        """Rows of decay per token that a block holds: wide inputs have two per head, see `tpu._cumulated`."""
+        return self.block_heads * (2 if self.dtype == jnp.float32 else 1)
+
+    def inputs(self, kind: str) -> tuple[Operand, ...]:
+        """Arrays that a kernel reads, in order; `kind` is a key of `KINDS`."""
+        return tuple(operand for name in KINDS[kind][0] if (operand := self._operand(name, kind)))
+
+    def outputs(self, kind: str) -> tuple[Operand, ...]:
+        """Arrays that a kernel writes, in order."""
+        return tuple(operand for name in KINDS[kind][1] if (operand := self._operand(name, kind)))
+
+    def scratch(self, kind: str) -> tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]:
+        """Names, shapes and dtypes of what a kernel keeps on chip between grid points."""
+        state = (self.state_rows, self.key_lanes)
+        if kind in ("forward", "keep", "outer", "read_backward"):
+            return (("state", state, jnp.float32),)
+        if kind == "backward":
+            states = ("states", (self.chunks, *state), self.dtype)
+            return (("state", state, jnp.float32), states, ("dstate", state, jnp.float32))
+        return ()
+
+    def vmem(self, kind: str) -> int:
+        """Bytes of on-chip memory: blocks twice, since copies overlap with work, scratch, and values of the body."""
+        blocks = 2 * sum(operand.block_bytes for operand in self.inputs(kind) + self.outputs(kind))
+        kept = sum(
+            math.prod(shape[:-1]) * _up(shape[-1], LANES) * jnp.dtype(dtype).itemsize
+            for _, shape, dtype in self.scratch(kind)
+        )
+        return blocks + kept + self._values(kind)
+
+    def _values(self, kind: str) -> int:
+        """Bytes of the intermediate values of one chunk, all groups at once, generously."""
+        wide, narrow = 4, jnp.dtype(self.dtype).itemsize
+        rows = self.chunk if self.config.causal else self.tokens
+        keys, values = (_up(self.pack * size, LANES) for size in (self.key_size, self.value_size))
+        pairs = rows * _up(self.pack * rows, LANES) if self.config.causal else 0
+        passes = 3 if narrow == 4 else 1  # products of float32 are cut into three parts
+        one = wide * (3 * pairs + 3 * rows * (keys + values) + 3 * self.pack * self.state_rows * keys)
+        one += narrow * passes * self.pack * rows * (keys + values) * (1 if self.config.causal else 0)
+        one += narrow * passes * (2 * pairs + rows * (keys + values))
+        if self.config.decay == "channel":
+            one += wide * rows * keys * (3 + math.ceil(math.log2(rows)))
+        return one * len(self.groups) * (2 if kind == "backward" else 1)
+
+    def bytes_moved(self, kind: str) -> int:
+        """Bytes between device memory and chip: those of each block whose index is not that of the step before."""
+        total = 0
+        for operand in self.inputs(kind) + self.outputs(kind):
+            if operand.block is None:
+                continue
+            points = (operand.index(*point) for point in itertools.product(*map(range, self.grid)))
+            total += operand.block_bytes * sum(1 for _ in itertools.groupby(points))
+        return total
+
+    def flops(self, kind: str) -> int:
+        """Operations of the products that a kernel needs."""
+        c, d, e = self.chunk, self.key_size, self.value_size
+        states, pairs = 2 * d * e, 2 * c * (d + e) // 2
+        per_token = {
+            "forward": 2 * states + pairs,
+            "keep": 2 * states + pairs,
+            "backward": 5 * states + 3 * pairs,
+            "outer_backward": 2 * states,
+            "read_backward": 2 * states,
+        }.get(kind, states)
+        return self.batch * self.length * self.heads * per_token
+
+    def exponentials(self, kind: str) -> int:
+        """How many exponentials a kernel takes."""
+        tokens = self.batch * self.length * self.heads
+        levels = self.key_size * self.chunk.bit_length()
+        return tokens * {None: 0, "head": 0, "token": self.chunk, "channel": levels}[self.config.decay]
+
+    def _operand(self, name: str, kind: str) -> Operand | None:
+        """The array `name` of a kernel, or None where the configuration has none."""
+        config, hb = self.config, self.block_heads
+        d, e, rows, last = self.key_size, self.value_size, self.state_rows, self.blocks - 1
+        back = kind == "backward"
+
+        def time(n):
+            return last - n if back else n
+
+        def of_tokens(size, dtype, repeats=1):
+            shape = (self.batch, self.length, self.heads // repeats * size)
+            block = (None, self.tokens, hb // repeats * size)
+            return Operand(name, shape, dtype, block, lambda b, h, n: (b, time(n), h))
+
+        def of_states():
+            shape = (self.batch, rows, self.heads * d)
+            return Operand(name, shape, jnp.float32, (None, rows, hb * d), lambda b, h, n: (b, 0, h))
+
+        match name:
+            case "q" | "dq":
+                return of_tokens(d, self.dtype)
+            case "k" | "dk":
+                return of_tokens(d, self.dtype, self.repeats)
+            case "v" | "dv":
+                return of_tokens(e, self.dtype, self.repeats)
+            case "y" | "dy":
+                return of_tokens(e, self.dtype)
+            case "decay" | "ddecay" if config.decay == "channel":
+                return of_tokens(d, jnp.float32)
+            case "decay" | "ddecay" if config.decay == "token":
+                lines = self.decay_rows if name == "decay" else hb
+                shape = (self.batch, self.heads // hb, self.blocks * self.chunks, lines, self.chunk)
+                block = (None, None, self.chunks, lines, self.chunk)
+                return Operand(name, shape, jnp.float32, block, lambda b, h, n: (b, h, time(n), 0, 0))
+            case "decay" if config.decay == "head":
+                return Operand(name, (self.heads,), jnp.float32, None, None)
+            case "scale" if config.scaled:
+                return Operand(name, (1,), jnp.float32, None, None)
+            case "initial" | "dinitial" if config.initial:
+                return of_states()
+            case "final" | "dfinal" if config.final:
+                return of_states()
+            case "total" | "dtotal":
+                return of_states()
+            case "kept":
+                shape, block = (self.batch, self.blocks, rows, self.heads * d), (None, None, rows, hb * d)
+                return Operand(name, shape, self.dtype, block, lambda b, h, n: (b, time(n), 0, h))
+            case "sums" if config.decay == "head" or (config.scaled and not config.normalize):
+                return Operand(
+                    name, (self.batch, 8, self.heads * d), jnp.float32, (None, 8, hb * d), lambda b, h, n: (b, 0, h)
+                )
+        return None
+
+
+# Kernels, with the names of their inputs and outputs. "keep" is "forward" that keeps states for "backward"; the last
+# four are those without causality: S = Σ k vᵀ, y = q S, and what both need backward.
+KINDS = {
+    "forward": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final")),
+    "keep": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final", "kept")),
+    "backward": (
+        ("q", "k", "v", "decay", "scale", "kept", "dy", "dfinal"),
+        ("dq", "dk", "dv", "ddecay", "sums", "dinitial"),
+    ),
+    "outer": (("k", "v"), ("total",)),
+    "outer_backward": (("k", "v", "dtotal"), ("dk", "dv")),
+    "read": (("q", "scale", "total"), ("y",)),
+    "read_backward": (("q", "scale", "total", "dy"), ("dq", "dtotal", "sums")),
+}
+
+
+def packed_size(size: int) -> int:
+    """The head size to which `size` is padded, 1 to 256."""
+    return next(allowed for allowed in SIZES if allowed >= size)
+
+
+def pack_of(chip: Chip, key_size: int, value_size: int, repeats: int) -> int:
+    """Heads per group: as many as fill whole lanes, and the matrix unit where heads do not share keys."""
+    pack = max(1, LANES // min(key_size, value_size))
+    while repeats == 1 and pack * max(key_size, value_size) < chip.mxu:
+        pack *= 2
+    return pack
+
+
+def chunk_size(chip: Chip, decay: str | None, key_size: int, value_size: int) -> int:
+    """Tokens per chunk.
+
+    128 tokens of a pair of heads fill a 256-wide matrix unit already, with half the elementwise work of 256 tokens;
+    only heads that fill it alone need 256. Decay per channel works in 64 tokens: its products grow with log₂ of them.
+    """
+    if decay == "channel":
+        return 64
+    return 256 if chip.mxu == 256 and min(key_size, value_size) == 256 else 128
+
+
+def chunk_sizes(decay: str | None) -> tuple[int, ...]:
+    """Chunk sizes that may be asked for."""
+    return (32, 64, 128) if decay == "channel" else (128, 256)
+
+
+def plan_for(
+    config: Config, batch: int, length: int, heads: int, kv_heads: int, key_size: int, value_size: int, dtype: jnp.dtype
+) -> Plan | None:
+    """The largest blocks that fit the chip: long ones first, for fewer kept states, then wide ones; None if none fit.
+
+    Args:
+      config: what is asked for.
+      batch: B.
+      length: N.
+      heads: H.
+      kv_heads: G.
+      key_size: D, one of `SIZES`.
+      value_size: E, one of `SIZES`.
+      dtype: bfloat16 or float32.
+    """
+    repeats = heads // kv_heads
+    pack = pack_of(config.chip, key_size, value_size, repeats)
+    chunk = config.chunk or chunk_size(config.chip, config.decay, key_size, value_size)
+    most = max(chunk, config.block_tokens // chunk * chunk)
+    lanes = max(key_size, value_size)
+    step = math.lcm(repeats, max(1, LANES // min(key_size, value_size)))
+    whole = [n for n in range(1, heads + 1) if heads % n == 0 and (n % step == 0 or n == heads)]
+    narrow = [n for n in whole if n * lanes <= BLOCK_LANES] or whole[:1]
+    # An even number of blocks of heads keeps both cores of a device at work.
+    shared = [n for n in narrow if batch * heads // n % config.chip.cores == 0] or narrow
+    while True:
+        tokens = _up(math.ceil(length / math.ceil(length / most)), chunk)
+        for block_heads in reversed(shared):
+            plan = Plan(
+                config,
+                batch,
+                length,
+                heads,
+                repeats,
+                key_size,
+                value_size,
+                jnp.dtype(dtype),
+                min(pack, block_heads),
+                block_heads,
+                chunk,
+                tokens,
+            )
+            kinds = ("keep", "backward") if config.causal else ("outer", "outer_backward", "read", "read_backward")
+            if max(map(plan.vmem, kinds)) <= config.chip.vmem_limit:
+                return plan
+        if most == chunk:
+            return None
+        most = max(chunk, most // 2 // chunk * chunk)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
