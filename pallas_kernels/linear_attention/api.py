@@ -41,6 +41,9 @@ dispatch.register(
     OP,
     [
         dispatch.Implementation("tpu", "pallas_kernels.linear_attention.tpu", platforms=("tpu",)),
+        dispatch.Implementation(
+            "triton", "pallas_kernels.linear_attention.triton", platforms=("gpu",), packages=("triton", "jax_triton")
+        ),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.linear_attention.reference"),
     ],
