@@ -1,13 +1,16 @@
 """The table of a benchmark, and tokens per second against length."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
 from attnlab import figures
+from attnlab.bench.problem import Problem
 from attnlab.bench.runner import Result
 
 COLUMNS = ("contender", "ms", "GB/s", "TFLOP/s", "of bound", "memory", "error", "time, first = 1")
@@ -49,6 +52,42 @@ def tables(results: Sequence[Result]) -> list[Any]:
         shown += [Text(f"{row.contender}: {row.reason}", "yellow") for row in rows if row.reason]
         shown.append(Text())
     return shown
+
+
+TPUS = ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x")
+
+
+def tpu_bytes(problems: Sequence[Problem]) -> Any | None:
+    """A table of what the TPU kernel of linear attention moves and holds, counted from its grid and its blocks.
+
+    Bytes per token and head, over the least possible, of a forward pass that will be differentiated and of the backward
+    pass, and the on-chip memory of the larger of the two. It needs no TPU. None if no problem is one of linear
+    attention.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from pallas_kernels import dispatch
+    from pallas_kernels.linear_attention import tpu
+    from pallas_kernels.linear_attention.arguments import Arguments
+
+    grid = Table(box=box.SIMPLE_HEAD, title="TPU kernel, by construction", title_justify="left", pad_edge=False)
+    columns = ("", "chip", "forward, bytes", "of least", "backward, bytes", "of least", "on chip, MiB", "of memory")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
+    chosen = [p for p in problems if p.op == "linear_attention" and p.mode != "decode"]
+    for problem in dict.fromkeys(dataclasses.replace(p, mode="gradient") for p in chosen):
+        inputs = problem.inputs().items()
+        args = Arguments(**{name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs})
+        for kind in TPUS:
+            with dispatch.target("tpu", kind):
+                plans, moved = tpu.plans(args), tpu.traffic(args)
+            held = max(plan.vmem(name) for plan in plans for name in ("keep", "backward"))
+            cells = [f"{problem.shape}, {problem.dtype}, {problem.decay}" if kind == TPUS[0] else "", kind]
+            for name in ("forward", "backward"):
+                cells += [f"{moved[name]:.0f}", f"{moved[name] / moved[f'{name}_minimum']:.2f}"]
+            grid.add_row(*cells, f"{held / 2**20:.1f}", f"{100 * held / plans[0].config.chip.vmem:.0f} %")
+    return grid if chosen else None
 
 
 def draw(results: Sequence[Result], folder: Path) -> dict[str, Path]:

@@ -103,6 +103,8 @@ def run(arguments: list[str]) -> int:
         results = runner.run(fixed, settings, note)
         results_by_length = runner.run(series, settings, note)
     console.print(*report.tables(results + results_by_length), sep="\n")
+    if (counted := report.tpu_bytes(fixed)) is not None:
+        console.print(counted)
     directory = Path(options.out_dir or f"runs/bench_{op}")
     command = shlex.join(["attnlab", "bench", *arguments])
     runner.save(results + results_by_length, directory / "results.json", command)

@@ -161,6 +161,17 @@ def test_accelerators_get_the_shapes_of_flash_linear_attention():
     assert jnp.dtype(fixed[0].dtype) == jnp.bfloat16
 
 
+def test_bytes_of_the_tpu_kernel_are_printed_for_every_chip():
+    shape = Shape(1, 4096, 8, 128, 128)
+    table = report.tpu_bytes([Problem("linear_attention", shape, mode=mode) for mode in ("forward", "decode")])
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["chip"] == list(report.TPUS)
+    forward, backward = ([float(x) for x in cells[name]] for name in ("forward, bytes", "backward, bytes"))
+    assert all(8 * 128 <= x <= 1.3 * 8 * 128 for x in forward)
+    assert all(14 * 128 <= x <= 1.3 * 14 * 128 for x in backward)
+    assert report.tpu_bytes([Problem("delta_rule_attention", shape)]) is None
+
+
 def test_the_table_compares_with_the_first_line():
     problem = Problem("linear_attention", SMALL)
     first = runner.Result(problem, "attnlab tpu", True, 1e-3, 1e-4, 0.5, 1.0)
