@@ -27,14 +27,11 @@ from pallas_kernels.linear_attention.arguments import (
     State,
     accumulator,
     apply_feature_map,
-    finish,
     normal_log_decay,
-    pack_state,
-    unpack_state,
-    with_ones,
 )
 
 OP = "linear_attention"
+OP_STEP = "linear_attention_step"
 FeatureMaps = FeatureMap | tuple[FeatureMap, FeatureMap]
 
 dispatch.register(
@@ -46,6 +43,13 @@ dispatch.register(
         ),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.linear_attention.reference"),
+    ],
+)
+dispatch.register(
+    OP_STEP,
+    [
+        dispatch.Implementation("tpu", "pallas_kernels.linear_attention.tpu_step", platforms=("tpu",)),
+        dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla_step"),
     ],
 )
 
@@ -139,35 +143,47 @@ def linear_attention_step(
     scale: ArrayLike | None = None,
     normalize: bool = False,
     feature_map: FeatureMaps | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, State]:
-    """One token of causal `linear_attention`: for decoding, in constant time and memory.
+    """One token, or a few, of causal `linear_attention`: for decoding, in constant time and memory.
+
+    Several tokens take one pass over the state: for speculative decoding, or to write text in pieces. Give the state
+    away, `jax.jit(step, donate_argnums=...)`, and the new one takes its place in memory.
 
     Args:
-      q_t: query of the token, (B, H, D).
-      k_t: its key, (B, G, D), in the dtype of q_t.
-      v_t: its value, (B, G, E), in the dtype of q_t.
+      q_t: query of the token, (B, H, D), or of T tokens in order, (B, T, H, D).
+      k_t: its key, (B, G, D) or (B, T, G, D), in the dtype of q_t.
+      v_t: its value, (B, G, E) or (B, T, G, E), in the dtype of q_t.
       state: state before the token, (B, H, D, E), or a `NormalizedState` when `normalize`; see `init_state`.
-      log_decay: None, (H,), (B, H) of this token, or (B, H, D) of this token and key channel.
+      log_decay: None, (H,), (B, H) of this token, or (B, H, D) of this token and key channel; of T tokens (H,),
+        (B, T, H) or (B, T, H, D).
       scale: as in `linear_attention`.
       normalize: as in `linear_attention`.
-      feature_map: as in `linear_attention`; it is given (B, 1, H, D).
+      feature_map: as in `linear_attention`; it is given (B, 1, H, D) or (B, T, H, D).
+      implementation: "tpu" or "xla"; None for the best one that supports these arguments here. A named implementation
+        runs or raises, it never falls back.
 
     Returns:
-      y_t (B, H, E) in the dtype of q_t, and the state after the token.
+      y_t (B, H, E) or (B, T, H, E) in the dtype of q_t, and the state after the last token.
 
     Raises:
       ValueError: for shapes or combinations that have no meaning; the message names the argument.
       TypeError: for dtypes that are not allowed.
+      dispatch.UnsupportedError: if the named implementation, or all of them, refuse these arguments.
     """
-    q_t, k_t, v_t = check_token(q_t, k_t, v_t, state)
-    if log_decay is not None and jnp.ndim(log_decay) not in (1, 2, 3):
-        raise ValueError(f"log_decay of a step must be (H,), (B, H) or (B, H, D), got shape {jnp.shape(log_decay)}")
-    if log_decay is not None and jnp.ndim(log_decay) > 1:
-        log_decay = jnp.asarray(log_decay)[:, None]
+    q_t, k_t, v_t = check_token(q_t, k_t, v_t, state, several=True)
+    one = q_t.ndim == 3
+    if log_decay is not None and jnp.ndim(log_decay) not in ((1, 2, 3) if one else (1, 3, 4)):
+        allowed = "(H,), (B, H) or (B, H, D)" if one else "(H,), (B, T, H) or (B, T, H, D)"
+        raise ValueError(f"log_decay of a step must be {allowed}, got shape {jnp.shape(log_decay)}")
+    if one:
+        q_t, k_t, v_t = (x[:, None] for x in (q_t, k_t, v_t))
+        if log_decay is not None and jnp.ndim(log_decay) > 1:
+            log_decay = jnp.asarray(log_decay)[:, None]
     args = normal_form(
-        q_t[:, None],
-        k_t[:, None],
-        v_t[:, None],
+        q_t,
+        k_t,
+        v_t,
         log_decay=log_decay,
         scale=scale,
         normalize=normalize,
@@ -175,18 +191,8 @@ def linear_attention_step(
         initial_state=state,
         return_state=True,
     )
-    dtype, group = args.accumulator, args.q.shape[2] // args.k.shape[2]
-    q, k, v = args.q[:, 0].astype(dtype), args.k[:, 0].astype(dtype), args.v[:, 0].astype(dtype)
-    v = with_ones(v) if normalize else v
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    packed = pack_state(args.initial_state)
-    if args.log_decay is not None:
-        g = args.log_decay if args.log_decay.ndim == 1 else args.log_decay[:, 0]
-        packed = packed * jnp.exp(g[..., None] if g.ndim == 3 else g[..., None, None])
-    packed = packed + k[..., :, None] * v[..., None, :]
-    # A product of one row is bound by reading the state: a sum keeps full float32 on every platform.
-    y = jnp.sum(q[..., :, None] * packed, axis=-2)
-    return finish(y, args.scale, normalize, args.q.dtype), unpack_state(packed, normalize)
+    y, state = dispatch.choose(OP_STEP, args, implementation).load().run(args)
+    return (y[:, 0] if one else y), state
 
 
 def init_state(
@@ -300,16 +306,21 @@ def normal_form(
     )
 
 
-def check_token(q_t: ArrayLike, k_t: ArrayLike, v_t: ArrayLike, state: State) -> tuple[jax.Array, ...]:
-    """q, k, v of one token as arrays; what is left to check, `normal_form` does.
+def check_token(
+    q_t: ArrayLike, k_t: ArrayLike, v_t: ArrayLike, state: State, *, several: bool = False
+) -> tuple[jax.Array, ...]:
+    """q, k, v of one token, or of `several` with an axis T, as arrays; what is left to check, `normal_form` does.
 
     Raises:
-      ValueError: if one of them has a token axis, or there is no state.
+      ValueError: if one of them has another number of axes, or there is no state.
     """
     q_t, k_t, v_t = (jnp.asarray(x) for x in (q_t, k_t, v_t))
-    for name, x, axes in (("q_t", q_t, "(B, H, D)"), ("k_t", k_t, "(B, G, D)"), ("v_t", v_t, "(B, G, E)")):
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be {axes}, got shape {x.shape}")
+    ranks = (3, 4) if several else (3,)
+    for name, x, axes in (("q_t", q_t, "H, D"), ("k_t", k_t, "G, D"), ("v_t", v_t, "G, E")):
+        if x.ndim not in ranks or x.ndim != q_t.ndim:
+            forms = {3: f"(B, {axes})", 4: f"(B, T, {axes})"}
+            wanted = " or ".join(forms[rank] for rank in ((q_t.ndim,) if q_t.ndim in ranks else ranks))
+            raise ValueError(f"{name} must be {wanted}, got shape {x.shape}")
     if state is None:
         raise ValueError("state must be given; init_state makes an empty one")
     return q_t, k_t, v_t

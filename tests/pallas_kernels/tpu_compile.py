@@ -51,7 +51,13 @@ def mesh(topology: str, **axes: int) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (jax.sharding.AxisType.Auto,) * len(axes), devices=chosen)
 
 
-def compile_for(topology: str, f: Callable[..., Any], *arguments: Any, mesh: jax.sharding.Mesh | None = None):
+def compile_for(
+    topology: str,
+    f: Callable[..., Any],
+    *arguments: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    donate_argnums: tuple[int, ...] = (),
+):
     """Compiles `f` for a TPU as `jax.jit` would there, with `dispatch` choosing implementations for it.
 
     Args:
@@ -60,6 +66,7 @@ def compile_for(topology: str, f: Callable[..., Any], *arguments: Any, mesh: jax
       *arguments: pytrees of `shape(...)` or of arrays, of which only shapes and dtypes are read. Those without a
         sharding stand on the first device, or whole on every device of `mesh`.
       mesh: a mesh over devices of the topology, when there is one.
+      donate_argnums: as in `jax.jit`.
 
     Returns:
       The compiled executable: `as_text()`, `memory_analysis()`, `cost_analysis()`.
@@ -76,7 +83,7 @@ def compile_for(topology: str, f: Callable[..., Any], *arguments: Any, mesh: jax
 
     placed = jax.tree.map(place, arguments)
     # A function of its own: JAX caches traces by function, and one that was chosen for another platform must not serve.
-    fresh = jax.jit(lambda *arguments: f(*arguments))
+    fresh = jax.jit(lambda *arguments: f(*arguments), donate_argnums=donate_argnums)
     with dispatch.target("tpu", device_kind(topology)):
         return fresh.trace(*placed).lower(lowering_platforms=("tpu",)).compile()
 

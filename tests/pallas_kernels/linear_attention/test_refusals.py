@@ -105,7 +105,7 @@ def test_refusal(name):
 
 def test_refusals_of_a_step():
     state = init_state(2, 4, 3, 3)
-    with pytest.raises(ValueError, match=r"q_t must be \(B, H, D\), got shape \(2, 6, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"k_t must be \(B, T, G, D\), got shape \(2, 2, 3\)"):
         linear_attention_step(Q, KV[:, 0], KV[:, 0], state)
     with pytest.raises(ValueError, match="state must be given"):
         linear_attention_step(Q[:, 0], KV[:, 0], KV[:, 0], None)
