@@ -7,8 +7,8 @@ or XLA copies it first. Between, the tokens t = 1 … T update it on chip, in fl
     S ← exp(g_t) S + k_t v_tᵀ,    y_t = q_t S        normalised:  z ← exp(g_t) z + k_t,   y_t = q_t S / (q_t · z)
 
 One grid point holds a block of heads of a batch element. XLA lays out an array with its last two axes exchanged where
-that needs fewer tiles of 8 x 128, and the kernel then holds Sᵀ, or the state would be transposed around it; sizes that 8
-does not divide are copied all the same. The gradient is that of `xla_step`, from the same inputs.
+that needs fewer tiles of 8 x 128, and the kernel then holds Sᵀ, or the state would be transposed around it; sizes that
+8 does not divide are copied all the same. The gradient is that of `xla_step`, from the same inputs.
 """
 
 import dataclasses
