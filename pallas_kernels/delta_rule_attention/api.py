@@ -32,6 +32,7 @@ OP = "delta_rule_attention"
 dispatch.register(
     OP,
     [
+        dispatch.Implementation("tpu", "pallas_kernels.delta_rule_attention.tpu", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.delta_rule_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.delta_rule_attention.reference"),
     ],

@@ -45,11 +45,14 @@ class _Chunk:
 
     Attributes:
       dtype: of the outputs.
-      precision: of the products.
     """
 
     dtype: jnp.dtype
-    precision: jax.lax.Precision
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        """Of products with a state, or what is written to it: with β up to 2 nothing forgets that it was rounded."""
+        return jax.lax.Precision.HIGH if jnp.dtype(self.dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
 
     def __call__(self, shared, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Outputs (B, c, H, E) of a chunk, and the state (B, G, R, D, E) after it; R = H / G.
@@ -59,6 +62,7 @@ class _Chunk:
         decay, scale = shared
         dtype, groups, size = state.dtype, tokens["k"].shape[2], tokens["k"].shape[1]
         product = functools.partial(jnp.einsum, precision=self.precision)
+        pairs = functools.partial(jnp.einsum, precision=_precision(self.dtype))
         q = jnp.transpose(_grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
         k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2)[:, :, None] for name in "kv")
         beta = _grouped(jnp.swapaxes(tokens["beta"], 1, 2), groups, axis=1)[..., None]
@@ -70,10 +74,10 @@ class _Chunk:
         until_end = 1 if decay.until_end is None else decay.until_end[..., None]
         whole = 1 if decay.whole is None else decay.whole[..., None, None]
 
-        overlap = product("bgrid,bgrjd->bgrij", k, k) * decay.between
+        overlap = pairs("bgrid,bgrjd->bgrij", k, k) * decay.between
         predicted = since_start * product("bgsjd,bgrde->bgrje", k, state)
         writes = _solve(self.precision, jnp.tril(beta * overlap, -1), beta * (v - predicted))
-        scores = product("bgrid,bgsjd->bgrij", q, k) * decay.between
+        scores = pairs("bgrid,bgsjd->bgrij", q, k) * decay.between
         y = product("bgrij,bgrje->bgrie", scores, writes) + since_start * product("bgrid,bgrde->bgrie", q, state)
         y = y if scale is None else scale * y
         k = jnp.broadcast_to(k * until_end, q.shape)
@@ -111,7 +115,7 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
     state = state if args.initial_state is None else state + _grouped(args.initial_state, groups, axis=1)
     tokens, constant, scale, state = same_manual_axes((tokens, constant, args.scale, state))
     shared = None if constant is None else _constant_decay(constant, size, groups), scale
-    plan = Plan(size, _Chunk(args.q.dtype, _precision(args.q.dtype)), _empty)
+    plan = Plan(size, _Chunk(args.q.dtype), _empty)
     y, state = sweep(plan, shared, tokens, state)
     return y[:, padding:], _merged(state, 1) if args.return_state else None
 
@@ -174,10 +178,11 @@ def _substitute(precision, lower: jax.Array, inverses: jax.Array, right: jax.Arr
 
 def _inverses(lower: jax.Array) -> jax.Array:
     """Inverses of the diagonal blocks of I + L, row by row: (..., c, c) -> (..., c / BLOCK, BLOCK, BLOCK)."""
-    count = lower.shape[-1] // BLOCK
-    blocks = lower.reshape(*lower.shape[:-2], count, BLOCK, count, BLOCK)
-    blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
-    inverse = jnp.broadcast_to(jnp.eye(BLOCK, dtype=lower.dtype), blocks.shape)
-    for column in range(BLOCK - 1):
-        inverse = inverse - blocks[..., column, None] * inverse[..., column, None, :]
-    return inverse
+    starts = range(0, lower.shape[-1], BLOCK)
+    blocks = jnp.stack([lower[..., start : start + BLOCK, start : start + BLOCK] for start in starts], axis=-3)
+
+    def clear(column, inverse):
+        below = jax.lax.dynamic_slice_in_dim(blocks, column, 1, axis=-1)
+        return inverse - below * jax.lax.dynamic_slice_in_dim(inverse, column, 1, axis=-2)
+
+    return jax.lax.fori_loop(0, BLOCK - 1, clear, jnp.zeros_like(blocks) + jnp.eye(BLOCK, dtype=blocks.dtype))

@@ -1,0 +1,370 @@
+"""Bodies of the TPU kernels of delta rule attention, and the call that runs one.
+
+A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `tpu_plan.KINDS`. Per head and
+chunk, with the state S before it, P the decays between tokens, p = exp(G), p' = exp(G_end - G) and β as columns:
+
+    O = k kᵀ ∘ P     A = q kᵀ ∘ P     L = β O below the diagonal
+    U = (I + L)⁻¹ β (v - p (k S))
+    y = scale (A U + p (q S))
+    S' = exp(G_end) S + kᵀ (p' U)
+
+(I + L)⁻¹ is never built. The triangles of `BLOCK` tokens on its diagonal are inverted row by row, all of a chunk at
+once; between them blocks are substituted. The identity part of an inverse multiplies nothing: it stays exact.
+
+Backward, with dS' at hand, from the last chunk to the first. The states of a block's chunks, their U and their
+inverses are first rebuilt on chip from the state kept before the block. With R the right-hand side, the inverse is
+differentiated through its solution: dR = (I + L)⁻ᵀ dU and dL = -dR Uᵀ (that is -Tᵀ dT Tᵀ, with dT = dU Rᵀ).
+
+    dU = (scale A)ᵀ dy + p' (k dS')           dR = (I + L)⁻ᵀ dU              m = p β dR
+    dA = scale (dy Uᵀ)    dQ = dA ∘ P         dL = -dR Uᵀ                    dK = β dL ∘ P
+    dq = dQ k + scale p (dy Sᵀ)               dv = β dR
+    dk = dQᵀ q + dK k + dKᵀ k - m Sᵀ + p' (U dS'ᵀ)
+    dβ = Σ_e dR ∘ (v - p (k S)) + Σ_j dL ∘ O
+    dS = exp(G_end) dS' + qᵀ (scale p dy) - kᵀ m
+    dg_t = Σ_{i≥t>j} (dA ∘ A + dL ∘ L)_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + exp(G_end) <S, dS'>
+           a = Σ_e (scale dy ∘ p (q S) - β dR ∘ p (k S))        b = Σ_e p' (k dS') ∘ U
+
+Every term of a decay's gradient carries that decay: none is a difference of sums without it.
+"""
+
+from types import SimpleNamespace as Refs
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.delta_rule_attention.tpu_plan import BLOCK, Plan
+from pallas_kernels.linear_attention.arguments import decay_floor
+from pallas_kernels.linear_attention.tpu_parts import WIDE, product, rows_and_lanes
+
+OPTIONAL = ("scale", "initial", "final", "kept", "dfinal", "dinitial")
+
+
+def call(plan: Plan, kind: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Runs a kernel.
+
+    Args:
+      plan: its work.
+      kind: a key of `tpu_plan.KINDS`.
+      arrays: what it reads, by name, in the shapes of `plan.inputs(kind)`; all vary over the same manual mesh axes.
+
+    Returns:
+      What it writes, by name, in the shapes of `plan.outputs(kind)`.
+    """
+    inputs, outputs, scratch = plan.inputs(kind), plan.outputs(kind), plan.scratch(kind)
+    names = [operand.name for operand in inputs + outputs] + [name for name, _, _ in scratch]
+    axes = jax.typeof(arrays[inputs[0].name]).manual_axis_type
+    run = _backward if kind == "backward" else _forward
+
+    def body(*refs):
+        run(plan, Refs(**dict.fromkeys(OPTIONAL) | dict(zip(names, refs, strict=True))))
+
+    def spec(operand):
+        if operand.block is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.BlockSpec(operand.block, operand.index)
+
+    result = pl.pallas_call(
+        body,
+        grid=plan.grid,
+        in_specs=[spec(operand) for operand in inputs],
+        out_specs=[spec(operand) for operand in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs],
+        scratch_shapes=[pltpu.VMEM(shape, dtype) for _, shape, dtype in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.config.chip.vmem_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=plan.flops(kind),
+            bytes_accessed=plan.bytes_moved(kind),
+            transcendentals=plan.exponentials(kind),
+        ),
+        name=f"delta_rule_attention_{kind}",
+    )(*(arrays[operand.name] for operand in inputs))
+    return {operand.name: x for operand, x in zip(outputs, result, strict=True)}
+
+
+def _precise(dtype: jnp.dtype, x: jax.Array, y: jax.Array, over: str) -> jax.Array:
+    """`product` without rounding what is float32: it is cut into two parts of bfloat16, and takes a pass for each.
+
+    What the next token writes depends on what this one wrote: with β up to 2 nothing forgets a rounded state, and
+    errors of single passes grow above the bound.
+    """
+    if dtype == WIDE:
+        return product(dtype, x, y, over)
+    xs, ys = _parts(dtype, x), _parts(dtype, y)
+    pairs = [(a, b) for i, a in enumerate(xs) for j, b in enumerate(ys) if i + j < 2]
+    return sum(product(dtype, a, b, over) for a, b in reversed(pairs))
+
+
+def _parts(dtype: jnp.dtype, x: jax.Array) -> list[jax.Array]:
+    high = x.astype(dtype)
+    return [high] if x.dtype == dtype else [high, (x - high.astype(WIDE)).astype(dtype)]
+
+
+# ---- one chunk of one head
+
+
+class _Chunk(NamedTuple):
+    """What forward and backward know of a chunk before they look at a state.
+
+    Attributes:
+      rows: its tokens in a block.
+      q: (c, D).
+      k: (c, D).
+      v: (c, E).
+      valid: (c, 1), where there is a token; None where there surely is.
+      beta: (c, 1).
+      between: P, zero above the diagonal, (c, c).
+      since_start: p, (c, 1), or 1.
+      until_end: p', (c, 1), or 1.
+      whole: exp(G_end), (1, 1), or 1.
+    """
+
+    rows: pl.Slice
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array | None
+    beta: jax.Array
+    between: jax.Array
+    since_start: jax.Array | float = 1.0
+    until_end: jax.Array | float = 1.0
+    whole: jax.Array | float = 1.0
+
+
+def _load(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: int) -> _Chunk:
+    c, d, e = plan.chunk, plan.key_size, plan.value_size
+    rows = pl.ds(pl.multiple_of(t * c, c), c)
+    shared = 0 if plan.repeats > 1 else head
+    valid = None
+    if plan.tail:  # what stands beyond the last token may be anything
+        valid = lax.broadcasted_iota(jnp.int32, (c, 1), 0) < plan.length - (n * plan.tokens + t * c)
+    q, k, v = (
+        _existing(valid, ref[rows, number * size : (number + 1) * size])
+        for ref, number, size in ((refs.q, head, d), (refs.k, shared, d), (refs.v, shared, e))
+    )
+    line = head * plan.lines
+    beta = _column(refs.rows[t, line : line + 1, :])
+    i, j = rows_and_lanes((c, c))
+    if plan.config.decay is None:
+        return _Chunk(rows, q, k, v, valid, beta, jnp.where(i >= j, 1.0, 0.0))
+    return _Chunk(rows, q, k, v, valid, beta, *_decays(refs.rows[t, line + 1 : line + 2, :]))
+
+
+def _existing(valid: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if valid is None else jnp.where(valid, x, jnp.zeros_like(x))
+
+
+def _decays(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """P, p, p' and exp(G_end) of log decays (1, c), cumulated in two parts as `xla._scalar_decay` does."""
+    c = g.shape[1]
+    i, j = rows_and_lanes((c, c))
+    g = jnp.maximum(g, -decay_floor(WIDE))
+    step = decay_floor(WIDE) * c * 2.0**-24  # sums of its multiples, down to -floor for every token, are exact
+    coarse = jnp.ceil(g / step) * step
+    exponent = since_start = until_end = 0.0
+    for part in (coarse, g - coarse):
+        by_row = jnp.sum(jnp.where(j <= i, part, 0), axis=1, keepdims=True)
+        by_lane = jnp.sum(jnp.where(i <= j, _column(part), 0), axis=0, keepdims=True)
+        exponent += by_row - by_lane
+        since_start += by_row
+        until_end += by_row[c - 1 :] - by_row
+    decayed = jnp.exp(jnp.minimum(exponent, 0))  # rounding may leave +1e-9
+    between = jnp.where(i > j, decayed, jnp.where(i == j, 1.0, 0.0))
+    since_start = jnp.exp(jnp.minimum(since_start, 0))
+    return between, since_start, jnp.exp(jnp.minimum(until_end, 0)), since_start[c - 1 :]
+
+
+def _forward_chunk(plan: Plan, x: _Chunk, state: jax.Array, inverse: jax.Array, overlap: jax.Array, read: jax.Array):
+    """U (c, E) and the state after the chunk; `read` is k S."""
+    lower = _below(x.beta * overlap)
+    writes = _solve(plan, lower, inverse, x.beta * (x.v.astype(WIDE) - x.since_start * read))
+    return writes, x.whole * state + _precise(plan.dtype, x.k, x.until_end * writes, "tn")
+
+
+def _below(x: jax.Array) -> jax.Array:
+    i, j = rows_and_lanes(x.shape)
+    return jnp.where(i > j, x, 0)
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """(1, c) to (c, 1)."""
+    i, j = rows_and_lanes((row.shape[1], row.shape[1]))
+    return jnp.sum(jnp.where(i == j, row, 0), axis=1, keepdims=True)
+
+
+def _row(column: jax.Array) -> jax.Array:
+    """(c, 1) to (1, c)."""
+    i, j = rows_and_lanes((column.shape[0], column.shape[0]))
+    return jnp.sum(jnp.where(i == j, column, 0), axis=0, keepdims=True)
+
+
+# ---- the triangle
+
+
+def _inverses(lower: jax.Array) -> jax.Array:
+    """(I + L)⁻¹ - I of the triangles of `BLOCK` tokens on the diagonal of L (c, c), side by side: (BLOCK, c).
+
+    Row by row: as soon as row r of an inverse is known, the rows below it subtract their part of it. All triangles of
+    the chunk go together, with L's column r spread over the lanes of its triangle.
+    """
+    c = lower.shape[0]
+    i, j = rows_and_lanes((c, c))
+    triangles = jnp.where((i | (BLOCK - 1)) == (j | (BLOCK - 1)), lower, 0)
+    triangles = jnp.sum(triangles.reshape(c // BLOCK, BLOCK, c), axis=0)
+    row, lane = rows_and_lanes((BLOCK, c))
+    place = lane & (BLOCK - 1)
+    identity = jnp.where(row == place, 1.0, 0.0)
+    inverse = identity
+    for r in range(BLOCK - 1):
+        column = jnp.take_along_axis(triangles, lane - place + r, axis=1)
+        inverse = inverse - column * inverse[r : r + 1, :]
+    return inverse - identity
+
+
+def _solve(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> jax.Array:
+    """(I + L)⁻¹ R, from the first triangle to the last."""
+    done = []
+    for start in range(0, plan.chunk, BLOCK):
+        end = start + BLOCK
+        rest = right[start:end]
+        if done:
+            rest = rest - _precise(plan.dtype, lower[start:end, :start], jnp.concatenate(done, axis=0), "nn")
+        done.append(rest + _precise(plan.dtype, inverse[:, start:end], rest, "nn"))
+    return jnp.concatenate(done, axis=0)
+
+
+def _solve_transposed(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> jax.Array:
+    """(I + L)⁻ᵀ R, from the last triangle to the first."""
+    done = []
+    for start in reversed(range(0, plan.chunk, BLOCK)):
+        end = start + BLOCK
+        rest = right[start:end]
+        if done:
+            rest = rest - _precise(plan.dtype, lower[end:, start:end], jnp.concatenate(done, axis=0), "tn")
+        done.insert(0, rest + _precise(plan.dtype, inverse[:, start:end], rest, "tn"))
+    return jnp.concatenate(done, axis=0)
+
+
+# ---- bodies
+
+
+def _forward(plan: Plan, refs: Refs) -> None:
+    n, e = pl.program_id(2), plan.value_size
+
+    @pl.when(n == 0)
+    def _():
+        refs.state[...] = jnp.zeros_like(refs.state) if refs.initial is None else refs.initial[...]
+
+    if refs.kept is not None:
+        refs.kept[...] = refs.state[...].astype(plan.dtype)
+
+    def chunk(t, _):
+        for head in range(plan.block_heads):
+            x, state = _load(plan, refs, n, t, head), refs.state[head]
+            both = jnp.concatenate([x.q, x.k], axis=0)
+            pairs = product(plan.dtype, both, x.k, "nt")
+            scores, overlap = pairs[: plan.chunk] * x.between, pairs[plan.chunk :] * x.between
+            reads = _precise(plan.dtype, both, state, "nn")
+            inverse = _inverses(_below(x.beta * overlap))
+            writes, refs.state[head] = _forward_chunk(plan, x, state, inverse, overlap, reads[plan.chunk :])
+            y = _precise(plan.dtype, scores, writes, "nn") + x.since_start * reads[: plan.chunk]
+            y = y if refs.scale is None else refs.scale[0] * y
+            refs.y[x.rows, head * e : (head + 1) * e] = y.astype(refs.y.dtype)
+
+    lax.fori_loop(0, plan.chunks, chunk, None)
+    if refs.final is not None:
+
+        @pl.when(n == plan.blocks - 1)
+        def _():
+            refs.final[...] = refs.state[...]
+
+
+def _backward(plan: Plan, refs: Refs) -> None:
+    n = plan.blocks - 1 - pl.program_id(2)
+
+    @pl.when(n == plan.blocks - 1)
+    def _():
+        refs.dstate[...] = jnp.zeros_like(refs.dstate) if refs.dfinal is None else refs.dfinal[...]
+
+    refs.state[...] = refs.kept[...].astype(WIDE)
+
+    def rebuild(t, _):
+        for head in range(plan.block_heads):
+            x, state = _load(plan, refs, n, t, head), refs.state[head]
+            refs.states[t, head] = state.astype(plan.dtype)
+            overlap = product(plan.dtype, x.k, x.k, "nt") * x.between
+            refs.inverses[t, head] = inverse = _inverses(_below(x.beta * overlap))
+            read = _precise(plan.dtype, x.k, state, "nn")
+            writes, refs.state[head] = _forward_chunk(plan, x, state, inverse, overlap, read)
+            refs.writes[head, x.rows, :] = writes.astype(plan.dtype)
+
+    def backward(step, _):
+        for head in range(plan.block_heads):
+            _backward_chunk(plan, refs, n, plan.chunks - 1 - step, head)
+
+    lax.fori_loop(0, plan.chunks, rebuild, None)
+    lax.fori_loop(0, plan.chunks, backward, None)
+    if refs.dinitial is not None:
+
+        @pl.when(n == 0)
+        def _():
+            refs.dinitial[...] = refs.dstate[...]
+
+
+def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: int) -> None:
+    """Writes the gradients of a chunk, and dS before it in place of dS after it; see the module's docstring."""
+    c, d, e, dtype = plan.chunk, plan.key_size, plan.value_size, plan.dtype
+    x, state, inverse = _load(plan, refs, n, t, head), refs.states[t, head], refs.inverses[t, head]
+    dy = _existing(x.valid, refs.dy[x.rows, head * e : (head + 1) * e])
+    dstate, writes, between = refs.dstate[head], refs.writes[head, x.rows, :], x.between
+    scale = 1.0 if refs.scale is None else refs.scale[0]
+    wide_dy = dy.astype(WIDE)
+
+    both = jnp.concatenate([x.q, x.k], axis=0)
+    pairs = product(dtype, both, x.k, "nt")
+    scores, overlap = pairs[:c] * between, pairs[c:] * between
+    lower = _below(x.beta * overlap)
+    reads = product(dtype, both, state, "nn")
+    q_read, k_read = x.since_start * reads[:c], x.since_start * reads[c:]
+    k_dstate = x.until_end * _precise(dtype, x.k, dstate, "nn")
+
+    dwrites = _precise(dtype, scale * scores, dy, "tn") + k_dstate
+    dright = _solve_transposed(plan, lower, inverse, dwrites)
+    dpairs = product(dtype, jnp.concatenate([dy, dright.astype(dtype)], axis=0), writes, "nt")
+    dscores, dlower = dpairs[:c], _below(-dpairs[c:])
+    dbetween = jnp.concatenate([scale * dscores * between, x.beta * dlower * between], axis=0)
+    dreads = jnp.concatenate([scale * x.since_start * wide_dy, -x.since_start * x.beta * dright], axis=0)
+
+    inner, outer = product(dtype, dbetween, x.k, "nn"), product(dtype, dreads, state, "nt")
+    dk = inner[c:] + outer[c:] + product(dtype, dbetween, both, "tn")
+    dk = dk + x.until_end * product(dtype, writes, dstate, "nt")
+    refs.dq[x.rows, head * d : (head + 1) * d] = (inner[:c] + outer[:c]).astype(refs.dq.dtype)
+    refs.dk[x.rows, head * d : (head + 1) * d] = dk.astype(refs.dk.dtype)
+    refs.dv[x.rows, head * e : (head + 1) * e] = (x.beta * dright).astype(refs.dv.dtype)
+    refs.dstate[head] = x.whole * dstate + _precise(dtype, both, dreads, "tn")
+
+    line = head * plan.gradient_lines
+    dbeta = _total(dright * (x.v.astype(WIDE) - k_read)) + _total(dlower * overlap)
+    refs.drows[t, line : line + 1, :] = _row(dbeta)
+    if plan.config.decay is not None:
+        i, j = rows_and_lanes((c, c))
+        earned = _below(scale * dscores * scores + dlower * lower)
+        earned = product(dtype, earned, jnp.where(i < j, 1.0, 0.0), "nn")  # row i, lane t: of all j < t
+        since = earned + _total(scale * wide_dy * q_read - x.beta * dright * k_read)
+        until = _total(k_dstate * writes.astype(WIDE))
+        whole = x.whole * _total(jnp.sum(state.astype(WIDE) * dstate, axis=0, keepdims=True))
+        ddecay = jnp.sum(jnp.where(i >= j, since, until), axis=0, keepdims=True) + whole
+        refs.drows[t, line + 1 : line + 2, :] = ddecay
+    if plan.config.scaled:  # of y before it is scaled: right for a scale of 0, too
+        dscale = jnp.sum(dscores * scores, axis=0, keepdims=True) + _row(_total(wide_dy * q_read))
+        refs.drows[t, line + plan.lines : line + plan.lines + 1, :] = dscale
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """Sums over lanes, (r, l) to (r, 1)."""
+    return jnp.sum(x, axis=1, keepdims=True)
