@@ -2,27 +2,28 @@
 
 One kernel, `mosaic_gpu_sweep.sweep`, does all of it; README.md derives the chunks, its docstring the tiles.
 
-**Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is cumulated
-inside chunks before, by XLA, in a (B, H, N) array.
+**Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
+cumulated inside chunks by XLA, in a (B, H, N) array.
 
 **Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy), one
 launch for both where D = E = 64. For larger heads two states do not fit into the registers of a warpgroup; there dk and
 dv are two launches. Nothing is kept from the forward pass but its inputs: each sweep builds the states that it needs.
 
-**Gradient of the decay.** With dL_ij = dy_iᵀ (∂y_i/∂L_ij) the gradient of the log of the weight between i and j,
+**Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
     dg_t = Σ_{i≥t>j} dL_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + X        i, j in the chunk of t
 
-where a_i belongs to pairs of i and tokens before the chunk, b_j to pairs of j and tokens behind it, and X to pairs on both
-sides. The sweeps of dq and dk write row and column sums of dL over *other* tokens, in float32: their difference is the
-first term exactly, and every number carries the decay. X of a chunk, exp(G_end) ⟨S, dS'⟩, needs the states of both sweeps.
-Both write theirs, in bf16, at the border of every `KEEP` chunks, where Y = ⟨S, dS⟩ is then known; in between
-Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by their distance.
-Where a chunk forgets (exp(G_end) < 3e-4) X is 0. Only a call that differentiates the decay pays for this.
+where a_i belongs to the pairs of i and the tokens before the chunk, b_j to those of j and the tokens behind it, and
+X = exp(G_end) ⟨S, dS'⟩ to the pairs on either side. The sweeps of dq and dk write row and column sums of dL over other
+tokens, in float32: their difference is the first term exactly, and every number carries its decay. X needs the states
+of both sweeps. A constant decay adds X up 64 times per chunk: both sweeps write their states at each chunk, in bf16.
+For a decay per token they do at every `KEEP`-th border alone, where Y = ⟨S, dS⟩ is then known; in between
+Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by distance.
+Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that differentiates the decay pays for this.
 
-**Few heads.** If B·H and the tiles of E leave half of the multiprocessors idle, the sequence is cut into splits, which
-join the batch: a light sweep gives each split's own state, a scan over splits in XLA gives the state before each, and the
-main sweep starts from it. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits.
+**Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
+join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
+main sweep starts from these. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits.
 
 Grouped heads are read by index; dk and dv are written per query head in the dtype of the inputs and summed in float32.
 """
@@ -55,7 +56,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_sweep import (
 SIZES = (64, 128, 192, 256)  # D and E
 DTYPES = ("bfloat16", "float16")
 HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
-KEEP = 4  # chunks between the borders where the gradient of a decay is exact
+KEEP = 4  # chunks between the borders where Y is known
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
 
@@ -217,9 +218,8 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
         own = common.sweep((DV,), arrays, reverse=True, outputs=False)["final dv"]
         given, ends = starts, common.states_before(own, dlast, reverse=True)
     decays = config.decay_gradient
-    sums = {"sums": decays or config.scale_gradient, "keep": KEEP * decays}
-    last = {"final": decays and ends is not None}
-    of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums, **last)
+    sums = {"sums": decays or config.scale_gradient, "keep": _borders(decay) if decays else 0}
+    of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums)
     first = {"final": state is not None or (decays and given is not None)}
     initial = {"dk": _swap(ends), "dv": ends}
     if q.shape[3] == v.shape[3] == TILE:
@@ -236,14 +236,14 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     if config.scale_gradient:
         dscale = jnp.sum(common.of_batch(of_q["sums"]), axis=(-1, -2)) + _own_scores(q, k, v, dy)
     if decays:
-        ddecay = _decay_gradient(
-            common,
-            of_q["sums"] if scale is None else of_q["sums"] * scale,
-            of_keys["sums"],
-            _inner(of_q["kept dq"], of_keys["kept dk"]),
-            None if given is None else _inner(given, starting),
-            None if ends is None else _inner(_swap(of_q["final dq"]), ends),
-        )
+        rows = of_q["sums"] if scale is None else of_q["sums"] * scale
+        kept = (of_q["kept dq"], of_keys["kept dk"])
+        if decay.ndim == 1:
+            crossing = _crossing(common, *kept, _swap(ends))
+        else:
+            first = None if given is None else _inner(given, starting)
+            crossing = _crossing_between(common, rows, of_keys["sums"], *kept, first, _swap(ends))
+        ddecay = _decay_gradient(common, rows, of_keys["sums"], crossing)
     return of_q["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
 
 
@@ -322,7 +322,7 @@ class _Common:
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
         sizes = (arrays[jobs[0].column].shape[3], arrays[jobs[0].value].shape[3])
-        outputs = sweep(with_blocks(plan, *sizes), given)
+        outputs = sweep(with_blocks(plan, *sizes), self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 whole = name in {job.out for job in jobs}
@@ -351,66 +351,110 @@ class _Common:
 # ---- the gradient of the decay
 
 
-def _decay_gradient(common: _Common, rows, columns, inner, first, last) -> jax.Array:
+def _borders(decay: jax.Array) -> int:
+    """Chunks between two states that the sweeps of the backward pass write."""
+    return 1 if decay.ndim == 1 else KEEP
+
+
+def _decay_gradient(common: _Common, rows, columns, crossing) -> jax.Array:
     """Gradient of the log decays, (B, N, H), or (B, H) for a constant decay; see the top of the file.
 
     Args:
       common: what the sweeps share.
       rows: sums of dL over earlier tokens, "sums" of the sweep of dq, (B·S, H, tiles + 1, T·64).
       columns: sums of dL over later tokens, "sums" of the sweep of dk.
-      inner: Y at the borders in front of chunks 0, KEEP, ...; the first one has no meaning; (B, H, borders) or with S.
-      first: Y at the first border, (B, H) or with S, None for 0.
-      last: Y at the last border, likewise.
+      crossing: X of each chunk, (B·S, H, T).
     """
-    chunks, heads = common.chunks, common.heads
-    blocks, missing = -(-chunks // KEEP), -chunks % KEEP
-
-    def parts(sums):
-        sums = sums.reshape(*sums.shape[:3], -1, TILE)
-        return jnp.sum(sums[:, :, :-1], axis=2), sums[:, :, -1]
-
-    (a, row_sums), (b, column_sums) = parts(rows), parts(columns)
-    batch = a.shape[0]
-    ends = [jnp.zeros((batch, heads)) if x is None else x.reshape(batch, heads) for x in (first, last)]
-    borders = inner.reshape(batch, heads, blocks)[:, :, 1:]
-    borders = jnp.concatenate([ends[0][..., None], borders, ends[1][..., None]], axis=2)
-
-    def in_blocks(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(batch, heads, blocks, KEEP)
-
-    loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
-    forgets = in_blocks(_log_of_chunks(common, batch) < FORGOTTEN)
-    ahead, back = [], []  # X of a chunk, from the border in front and from the border behind
-    before, after = borders[..., :-1], borders[..., 1:]
-    for c in range(KEEP):
-        ahead.append(jnp.where(forgets[..., c], 0, before - loss[..., c]))
-        before = ahead[-1] + gain[..., c]
-    for c in reversed(range(KEEP)):
-        back.insert(0, jnp.where(forgets[..., c], 0, after - gain[..., c]))
-        after = back[0] + loss[..., c]
-    # Errors add up chunk by chunk: the mean weighs them by the inverse of their variance.
-    weight = (2 * jnp.arange(KEEP) + 1) / (2 * KEEP)
-    crossing = jnp.stack(back, axis=-1) * weight + jnp.stack(ahead, axis=-1) * (1 - weight)
-    crossing = crossing.reshape(batch, heads, -1)[:, :, :chunks]
-
-    def from_here(x):
-        return jnp.flip(jnp.cumsum(jnp.flip(x, 3), axis=3), 3)
-
+    (a, row_sums), (b, column_sums) = _parts(rows), _parts(columns)
     # Row sums less column sums from t on: the pairs i ≥ t > j of the chunk, as all others cancel.
+    behind = jnp.flip(jnp.cumsum(jnp.flip(row_sums + a - column_sums, 3), axis=3), 3)
     # b of a token itself, which need not carry its decay, is left out before the sum, not subtracted after it.
-    earlier = jnp.pad(b[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
-    gradient = from_here(row_sums + a - column_sums) + jnp.cumsum(earlier, axis=3) + crossing[..., None]
-    gradient = gradient.reshape(batch, heads, -1)[:, :, : common.length // common.config.splits]
+    ahead = jnp.cumsum(jnp.pad(b[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=3)
+    gradient = (behind + ahead + crossing[..., None]).reshape(*crossing.shape[:2], -1)
+    gradient = gradient[:, :, : common.length // common.config.splits]
     if common.decay.ndim == 1:
         return common.of_batch(jnp.where(common.decay < FLOOR, 0, jnp.sum(gradient, axis=2)))
     return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
 
 
+def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens outside of the chunk and inside, (B·S, H, T, 64) each."""
+    sums = sums.reshape(*sums.shape[:3], -1, TILE)
+    return jnp.sum(sums[:, :, :-1], axis=2), sums[:, :, -1]
+
+
+def _crossing(common: _Common, kept, kept_cotangents, ends) -> jax.Array:
+    """X of each chunk, (B·S, H, T), from the states before all chunks and their cotangents.
+
+    Args:
+      common: what the sweeps share.
+      kept: (B, H, T, E, D), or with S after B.
+      kept_cotangents: likewise.
+      ends: cotangents behind the last chunk, without T; None for 0.
+    """
+    kept, kept_cotangents = (x.reshape(-1, *x.shape[-4:]) for x in (kept, kept_cotangents))
+    last = _last_crossing(kept, ends)
+    products = jnp.concatenate([_inner(kept[:, :, :-1], kept_cotangents[:, :, 1:]), last], axis=2)
+    return products * jnp.exp(_log_of_chunks(common, products.shape[0]))
+
+
+def _last_crossing(kept, ends) -> jax.Array:
+    """⟨S, dS'⟩ of the last chunk, (B·S, H, 1)."""
+    if ends is None:
+        return jnp.zeros((*kept.shape[:2], 1), jnp.float32)
+    return _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None])
+
+
+def _crossing_between(common: _Common, rows, columns, kept, kept_cotangents, first, ends) -> jax.Array:
+    """X of each chunk, (B·S, H, T), from Y at the borders in front of chunks 0, KEEP, ... and the sums between.
+
+    Args:
+      common: what the sweeps share.
+      rows: as in `_decay_gradient`.
+      columns: likewise.
+      kept: states before these chunks and before the last one, (B, H, borders + 1, E, D), or with S after B.
+      kept_cotangents: likewise; the first and the last place have no meaning.
+      first: Y at the first border, (B, H) or with S, None for 0.
+      ends: cotangents behind the last chunk, (B, H, E, D) or with S; None for 0.
+    """
+    chunks, heads = common.chunks, common.heads
+    blocks, missing = -(-chunks // KEEP), -chunks % KEEP
+    a, b = _parts(rows)[0], _parts(columns)[0]
+    batch = a.shape[0]
+    kept, kept_cotangents = (x.reshape(-1, *x.shape[-4:]) for x in (kept, kept_cotangents))
+    nothing = jnp.zeros((batch, heads, 1))
+    first = nothing if first is None else first.reshape(batch, heads, 1)
+    borders = jnp.concatenate([first, _inner(kept, kept_cotangents)[:, :, 1:-1], nothing], axis=2)
+
+    def in_blocks(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(batch, heads, blocks, KEEP)
+
+    loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
+    # X is known where the chunk forgets, and of the last chunk: Y behind it may be large and carry no decay.
+    weights = _log_of_chunks(common, batch)
+    last = _last_crossing(kept, ends) * jnp.exp(weights[..., -1:])
+    known = in_blocks((weights < FORGOTTEN).at[..., -1].set(True))
+    value = in_blocks(jnp.zeros_like(weights).at[..., -1:].set(last))
+    ahead, back = [], []  # from the border in front, and from the border behind
+    before, after = borders[..., :-1], borders[..., 1:]
+    for c in range(KEEP):
+        ahead.append(jnp.where(known[..., c], value[..., c], before - loss[..., c]))
+        before = ahead[-1] + gain[..., c]
+    for c in reversed(range(KEEP)):
+        back.insert(0, jnp.where(known[..., c], value[..., c], after - gain[..., c]))
+        after = back[0] + loss[..., c]
+    # Errors add up chunk by chunk: the mean weighs them by the inverse of their variance.
+    weight = (2 * jnp.arange(KEEP) + 1) / (2 * KEEP)
+    crossing = jnp.stack(back, axis=-1) * weight + jnp.stack(ahead, axis=-1) * (1 - weight)
+    return crossing.reshape(batch, heads, -1)[:, :, :chunks]
+
+
 def _log_of_chunks(common: _Common, batch: int) -> jax.Array:
     """Log decay of each chunk, (B·S, H, T), natural."""
-    if common.decay.ndim == 1:
-        return jnp.broadcast_to(common.decay[:, None] * TILE, (batch, common.heads, common.chunks))
-    return common.cumulated.reshape(batch, common.heads, -1, TILE)[..., -1] / LOG2_E
+    if common.decay.ndim > 1:
+        return common.cumulated.reshape(batch, common.heads, -1, TILE)[..., -1] / LOG2_E
+    tokens = jnp.full((common.chunks,), TILE).at[-1].add(-(-(common.length // common.config.splits) % TILE))
+    return jnp.broadcast_to(jnp.maximum(common.decay, FLOOR)[:, None] * tokens, (batch, common.heads, common.chunks))
 
 
 def _own_scores(q, k, v, dy) -> jax.Array:

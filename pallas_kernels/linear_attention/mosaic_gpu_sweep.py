@@ -34,7 +34,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE = 64  # tokens of a chunk, and channels of a tile: one wgmma row block, one 128-byte swizzle of 16-bit numbers
+from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
+    BY_COLUMN,
+    BY_ROW,
+    TILE,
+    Transposed,
+    by_column,
+    by_row,
+    iota,
+    load,
+    products,
+    shared,
+    tile_bytes,
+    tile_registers,
+    zeros,
+)
+
 SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
 LOG2_E = math.log2(math.e)
 FLOOR = -128.0  # exp of a log decay below it is 0
@@ -81,8 +96,7 @@ class Plan:
       sums: whether the first job also writes the sums that gradients of decays and scales need.
       warpgroups: compute warpgroups of a CTA.
       stages: chunks of tokens in shared memory.
-      interpret: parameters of Pallas' interpreter, None on a GPU. The interpreter knows no wgmma with operands in
-        registers and no `run_state`; there products are `jnp.dot`, and all else is the same kernel.
+      interpret: parameters of Pallas' interpreter, None on a GPU; see `mosaic_gpu_tiles`.
     """
 
     jobs: tuple[Job, ...]
@@ -97,6 +111,11 @@ class Plan:
     warpgroups: int = 1
     stages: int = 2
     interpret: Any = None
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the kernel is interpreted."""
+        return self.interpret is not None
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -116,21 +135,19 @@ class Plan:
 
 def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
     """Shared memory of a CTA, in bytes, without a kilobyte for barriers and alignment; 16-bit inputs."""
-    tile = TILE * TILE * 2
     sizes = {}
     for job in plan.jobs:
         sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
     loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.warpgroups for name in plan.arrays)
     per_warpgroup = inner // TILE + 1 + int(plan.outputs)
     vectors = TILE * 4 * (plan.stages * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
-    return tile * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
+    return tile_bytes() * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
 
 
 def registers(plan: Plan, inner: int) -> int:
     """Estimate of the 32-bit registers of a compute thread: states, scores, weights and one output, and 40 others."""
-    tile = TILE * TILE // 128
     live = len(plan.jobs) * (inner // TILE) + (3 + plan.sums if plan.outputs else 1)
-    return tile * live + 40
+    return tile_registers() * live + 40
 
 
 def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
@@ -148,11 +165,12 @@ def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
     raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")
 
 
-def sweep(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def sweep(plan: Plan, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Runs one sweep; every array has B at axis 0.
 
     Args:
       plan: see `Plan`.
+      heads: H.
       arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16 or f16;
         "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
         "scale": (1,) float32;
@@ -161,16 +179,16 @@ def sweep(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     Returns:
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
       "final <out>": (B, H, inner, outer) float32;
-      "kept <out>" of the first job: (B, H, ⌈T/keep⌉, inner, outer) bf16, the state at the border in front of chunk
-      keep·n; in reverse slot 0 is not written;
-      "sums" of the first job: (B, H, outer/64 + 1, T·64) float32. Row i is Σ_j P_ij (row_i·column_j)(partner_i·value_j);
-      the last place of axis 2 holds that over the other tokens j of the chunk, the places before it, to be summed, that
-      over the tokens before the chunk (behind it, in reverse). With a scale the reverse sums hold it, the others do not.
+      "kept <out>" of the first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0, keep,
+      2·keep, ... and, if keep > 1, at place X - 1 that in front of the last chunk. In reverse place 0 and, if keep > 1,
+      place X - 1 are not written;
+      "sums" of the first job: (B, H, outer/64 + 1, T·64) float32: Σ_j P_ij (row_i·column_j)(partner_i·value_j) of each
+      token i. The last place of axis 2 holds the sum over the other tokens j of the chunk, the places before it, to be
+      added up, that over the tokens before the chunk (behind it, in reverse). In reverse they hold the scale, too.
     """
     blocks = {name: arrays[name].shape[3] // TILE for name in plan.arrays}
     first = plan.jobs[0]
     batch, length = arrays[first.column].shape[:2]
-    heads = max(arrays[name].shape[2] for name in plan.arrays)
     inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
     chunks, dtype = -(-length // TILE), arrays[first.column].dtype
     wgs = plan.warpgroups
@@ -184,7 +202,7 @@ def sweep(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if plan.final:
             out_types[f"final {job.out}"] = jax.ShapeDtypeStruct((batch, heads, inner, outer), jnp.float32)
     if plan.keep:
-        slots = -(-chunks // plan.keep)
+        slots = _slots(plan, chunks)
         out_types[f"kept {first.out}"] = jax.ShapeDtypeStruct((batch, heads, slots, inner, outer), STATE_DTYPE)
     if plan.sums:
         out_types["sums"] = jax.ShapeDtypeStruct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
@@ -193,20 +211,17 @@ def sweep(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
     names += [f"initial {job.out}" for job in plan.jobs if plan.initial]
 
-    def tiles(*shape: int, dtype: jnp.dtype = dtype):
-        transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=transforms)
-
-    scratch = {name: tiles(plan.stages, blocks[name] if plan.whole(name) else wgs) for name in plan.arrays}
-    scratch["state"] = tiles(wgs, inner // TILE, dtype=STATE_DTYPE)
-    scratch["weighted"] = tiles(wgs)
+    loaded = {name: blocks[name] if plan.whole(name) else wgs for name in plan.arrays}
+    scratch = {name: shared(plan.stages, count, dtype=dtype) for name, count in loaded.items()}
+    scratch["state"] = shared(wgs, inner // TILE, dtype=STATE_DTYPE)
+    scratch["weighted"] = shared(wgs, dtype=dtype)
     if plan.outputs:
-        scratch["out"] = tiles(wgs)
+        scratch["out"] = shared(wgs, dtype=dtype)
     if plan.decay == "token":
         scratch["decay"] = plgpu.SMEM((plan.stages, TILE), jnp.float32)
     if plan.sums:
         scratch["sums"] = plgpu.SMEM((wgs, 2, TILE), jnp.float32)
-    copies = sum(blocks[name] if plan.whole(name) else wgs for name in plan.arrays) + (plan.decay == "token")
+    copies = sum(loaded.values()) + (plan.decay == "token")
     scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
     scratch["free"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages)
 
@@ -306,10 +321,10 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
         channels = pl.ds(place.tile * TILE, TILE)
         return ref.at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
 
-    states = [_zeros(plan)] * (blocks * len(plan.jobs))
+    states = [zeros(plan.interpreted)] * (blocks * len(plan.jobs))
     if plan.initial:
         given = [(gmem[f"initial {job.out}"], block) for job in plan.jobs for block in range(blocks)]
-        states = [_load(plan, state_at(*where), optimized=False) for where in given]
+        states = [load(plan.interpreted, state_at(*where), optimized=False) for where in given]
     scale = gmem["scale"][0] if plan.scaled else None
 
     def chunk(step, states):
@@ -360,26 +375,26 @@ def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
     if plan.decay == "head":
         g = jnp.maximum(gmem["decay"][place.head], FLOOR) * LOG2_E
         valid = jnp.minimum(place.length - chunk * TILE, TILE)
-        token = _iota(plan, None)
+        token = iota(plan.interpreted, None)
         since_start = jnp.exp2((token + 1).astype(jnp.float32) * g)
         until_end = jnp.exp2(jnp.maximum(valid - 1 - token, 0).astype(jnp.float32) * g)
         whole = jnp.exp2(valid.astype(jnp.float32) * g)
 
         def between() -> jax.Array:
-            later, earlier = (_iota(plan, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
+            later, earlier = (iota(plan.interpreted, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
             return jnp.exp2(jnp.maximum(later - earlier, 0).astype(jnp.float32) * g)
 
     else:
         total = smem["decay"].at[slot]
-        rows = _load(plan, total, layout=plgpu.Layout.WGMMA.reduce(1))
+        rows = load(plan.interpreted, total, layout=BY_ROW)
         end = smem["decay"][slot, TILE - 1]
         since_start = jnp.exp2(rows)
         until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
         whole = jnp.exp2(end)
 
         def between() -> jax.Array:
-            columns = _load(plan, total, layout=plgpu.Layout.WGMMA.reduce(0))
-            difference = _across(rows) - lax.broadcast_in_dim(columns, (TILE, TILE), [1])
+            columns = load(plan.interpreted, total, layout=BY_COLUMN)
+            difference = by_row(rows) - by_column(columns)
             return jnp.exp2(jnp.minimum(-difference if plan.reverse else difference, 0.0))
 
     if plan.reverse:
@@ -404,22 +419,22 @@ def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _
             _keep(plan, place, gmem, operand, job, step, len(states))
         row = [smem[job.row].at[slot, block] for block in blocks]
         # With 16 bits but another format than the state's, rows go through registers.
-        left = row if row[0].dtype == STATE_DTYPE else [_load(plan, x).astype(STATE_DTYPE) for x in row]
-        inter, scores = _products(
-            plan,
+        left = row if row[0].dtype == STATE_DTYPE else [load(plan.interpreted, x).astype(STATE_DTYPE) for x in row]
+        inter, scores = products(
+            plan.interpreted,
             (None, [(left[block], operand.at[block]) for block in blocks]),
-            (None, [(row[block], _Transposed(column[block])) for block in blocks]),
+            (None, [(row[block], Transposed(column[block])) for block in blocks]),
         )
         if weights.border is not None:
-            inter = inter * _across(weights.border)
+            inter = inter * by_row(weights.border)
             scores = scores * weights.between()
         if scale is not None and plan.reverse:  # S holds the scale already
             scores = scores * scale
-        i, j = _iota(plan, 0), _iota(plan, 1)
+        i, j = iota(plan.interpreted, 0), iota(plan.interpreted, 1)
         scores = jnp.where(i <= j if plan.reverse else i >= j, scores, 0.0)
         if plan.sums and job is plan.jobs[0]:
             _sums(plan, place, gmem, smem, job, slot, step, inter, scores)
-        (out,) = _products(plan, (inter, [(scores.astype(value.dtype), value)]))
+        (out,) = products(plan.interpreted, (inter, [(scores.astype(value.dtype), value)]))
         if scale is not None and not plan.reverse:
             out = out * scale
         smem["out"].at[own][...] = out.astype(value.dtype)
@@ -432,28 +447,40 @@ def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _
     if scale is not None and plan.reverse:
         weight = scale if weight is None else weight * scale
     if weight is not None:
-        weighted = _load(plan, value).astype(jnp.float32) * (weight if weight is scale else _across(weight))
+        weighted = load(plan.interpreted, value).astype(jnp.float32) * (weight if weight is scale else by_row(weight))
         smem["weighted"].at[own][...] = weighted.astype(value.dtype)
         plgpu.commit_smem()
         value = smem["weighted"].at[own]
     if weights.whole is not None:
         states = [state * weights.whole for state in states]
-    return _products(plan, *((states[block], [(_Transposed(column[block]), value)]) for block in blocks))
+    return products(plan.interpreted, *((states[block], [(Transposed(column[block]), value)]) for block in blocks))
+
+
+def _slots(plan: Plan, chunks: int) -> int:
+    """Number of kept states: one per `keep` chunks, and one in front of the last chunk unless that is among them."""
+    return -(-chunks // plan.keep) + int(plan.keep > 1)
 
 
 def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int) -> None:
-    """Stores the state in front of the chunk (behind it, in reverse) if a block of `keep` chunks begins there."""
+    """Stores the state in front of the chunk (behind it, in reverse) if it is one of those to keep."""
     border = place.chunk(plan, step) + int(plan.reverse)
-    wanted = lax.rem(border, jnp.int32(plan.keep)) == 0
 
-    @pl.when(wanted & (border < place.chunks))
-    def _():
-        at = lax.div(border, jnp.int32(plan.keep))
+    def store(at):
         for block in range(blocks):
             target = gmem[f"kept {job.out}"].at[
                 place.batch, place.head, at, pl.ds(block * TILE, TILE), pl.ds(place.tile * TILE, TILE)
             ]
             plgpu.copy_smem_to_gmem(operand.at[block], target)
+
+    @pl.when((lax.rem(border, jnp.int32(plan.keep)) == 0) & (border < place.chunks))
+    def _():
+        store(lax.div(border, jnp.int32(plan.keep)))
+
+    if plan.keep > 1 and not plan.reverse:
+
+        @pl.when(border == place.chunks - 1)
+        def _():
+            store(_slots(plan, place.chunks) - 1)
 
 
 def _sums(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, inter, scores) -> None:
@@ -469,80 +496,13 @@ def _sums(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, inter, sc
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, gmem["sums"].at[place.batch, place.head, where, tokens])
 
-    partner = _load(plan, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
+    partner = load(plan.interpreted, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
     write(0, jnp.sum(inter * partner, axis=1), place.tile)
 
     @pl.when(place.tile == 0)
     def _():
         blocks = range(smem[job.partner].shape[1])
-        pairs = [(smem[job.partner].at[slot, b], _Transposed(smem[job.value].at[slot, b])) for b in blocks]
-        (other,) = _products(plan, (None, pairs))
-        others = _iota(plan, 0) != _iota(plan, 1)
+        pairs = [(smem[job.partner].at[slot, b], Transposed(smem[job.value].at[slot, b])) for b in blocks]
+        (other,) = products(plan.interpreted, (None, pairs))
+        others = iota(plan.interpreted, 0) != iota(plan.interpreted, 1)
         write(1, jnp.sum(jnp.where(others, scores * other, 0.0), axis=1), gmem["sums"].shape[2] - 1)
-
-
-# ---- tiles
-
-
-class _Transposed(NamedTuple):
-    """A tile in shared memory, read as its transpose."""
-
-    tile: Any
-
-
-def _products(plan: Plan, *sums):
-    """Sums of products of (64, 64) tiles, float32: each of `sums` is (start or None, [(left, right), ...]).
-
-    A left operand may be an array in registers, a right one stands in shared memory. All are in flight together.
-    """
-    starts = [_zeros(plan) if start is None else start for start, _ in sums]
-    if plan.interpret is not None:
-        return [
-            start + sum(jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32) for a, b in terms)
-            for start, (_, terms) in zip(starts, sums, strict=True)
-        ]
-
-    def body(accumulators):
-        for accumulator, (_, terms) in zip(accumulators, sums, strict=True):
-            for left, right in terms:
-                plgpu.wgmma(accumulator, _operand(left), _operand(right))
-
-    return pl.run_state(body)(tuple(plgpu.ACC.init(start) for start in starts))
-
-
-def _operand(x):
-    return plgpu.transpose_ref(x.tile, (1, 0)) if isinstance(x, _Transposed) else x
-
-
-def _value(x):
-    if isinstance(x, _Transposed):
-        return x.tile[...].T
-    return x if isinstance(x, jax.Array) else x[...]
-
-
-def _zeros(plan: Plan) -> jax.Array:
-    return _laid_out(plan, jnp.zeros((TILE, TILE), jnp.float32), plgpu.Layout.WGMMA)
-
-
-def _laid_out(plan: Plan, x: jax.Array, layout) -> jax.Array:
-    return x if plan.interpret is not None else plgpu.layout_cast(x, layout)
-
-
-def _load(plan: Plan, ref, layout=plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
-    if plan.interpret is not None:
-        return ref[...]
-    return plgpu.load(ref, (), layout=layout, optimized=optimized)
-
-
-def _iota(plan: Plan, axis: int | None) -> jax.Array:
-    """Row (0) or column (1) numbers of a tile; None: row numbers as a vector."""
-    shape = (TILE,) if axis is None else (TILE, TILE)
-    if plan.interpret is not None:
-        return lax.broadcasted_iota(jnp.int32, shape, axis or 0)
-    layout = plgpu.Layout.WGMMA.reduce(1) if axis is None else plgpu.Layout.WGMMA
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis or 0, layout=layout)
-
-
-def _across(vector: jax.Array) -> jax.Array:
-    """One number per row, as a tile."""
-    return lax.broadcast_in_dim(vector, (TILE, TILE), [0])

@@ -1,0 +1,103 @@
+"""Tiles of 64×64 in registers and shared memory, for `mosaic_gpu_sweep`.
+
+On a GPU they have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10.2) knows no layouts, no wgmma with
+operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic. Everything
+else of a kernel, copies and barriers included, is interpreted as it is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 64  # tokens of a chunk, and channels of a tile: one wgmma row block, one 128-byte swizzle of 16-bit numbers
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # a vector with one number per row of a tile
+BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+class Transposed(NamedTuple):
+    """A tile in shared memory, read as its transpose."""
+
+    tile: Any
+
+
+def shared(*shape: int, dtype: jnp.dtype):
+    """Shared memory for (*shape, 64, 64) numbers of 16 bits, swizzled as wgmma wants them."""
+    transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=transforms)
+
+
+def products(interpret: bool, *sums) -> list[jax.Array]:
+    """Sums of products of tiles, float32; all are in flight together.
+
+    Args:
+      interpret: whether the kernel is interpreted.
+      *sums: (start or None, [(left, right), ...]) each. A left operand may be an array in registers, a right one stands
+        in shared memory.
+    """
+    starts = [zeros(interpret) if start is None else start for start, _ in sums]
+    if interpret:
+        return [
+            start + sum(jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32) for a, b in terms)
+            for start, (_, terms) in zip(starts, sums, strict=True)
+        ]
+
+    def body(accumulators):
+        for accumulator, (_, terms) in zip(accumulators, sums, strict=True):
+            for left, right in terms:
+                plgpu.wgmma(accumulator, _operand(left), _operand(right))
+
+    return list(pl.run_state(body)(tuple(plgpu.ACC.init(start) for start in starts)))
+
+
+def zeros(interpret: bool) -> jax.Array:
+    """A tile of float32 zeros."""
+    tile = jnp.zeros((TILE, TILE), jnp.float32)
+    return tile if interpret else plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
+
+
+def load(interpret: bool, ref, layout=plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
+    """A tile, or a vector `BY_ROW` or `BY_COLUMN`, from memory; `optimized` False from global memory."""
+    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=optimized)
+
+
+def iota(interpret: bool, axis: int | None) -> jax.Array:
+    """Row (0) or column (1) numbers of a tile; None: row numbers as a vector."""
+    shape = (TILE,) if axis is None else (TILE, TILE)
+    if interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, axis or 0)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis or 0, layout=BY_ROW if axis is None else plgpu.Layout.WGMMA)
+
+
+def by_row(vector: jax.Array) -> jax.Array:
+    """A tile with one number per row."""
+    return lax.broadcast_in_dim(vector, (TILE, TILE), [0])
+
+
+def by_column(vector: jax.Array) -> jax.Array:
+    """A tile with one number per column."""
+    return lax.broadcast_in_dim(vector, (TILE, TILE), [1])
+
+
+def tile_bytes() -> int:
+    """Bytes of a tile in shared memory."""
+    return TILE * TILE * 2
+
+
+def tile_registers() -> int:
+    """Registers that a float32 tile takes of each of the 128 threads of a warpgroup."""
+    return math.ceil(TILE * TILE / 128)
+
+
+def _operand(x):
+    return plgpu.transpose_ref(x.tile, (1, 0)) if isinstance(x, Transposed) else x
+
+
+def _value(x):
+    if isinstance(x, Transposed):
+        return x.tile[...].T
+    return x if isinstance(x, jax.Array) else x[...]
