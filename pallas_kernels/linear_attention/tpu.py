@@ -103,8 +103,8 @@ def traffic(args: Arguments) -> dict[str, float]:
 
     Returns:
       "forward" (of a call that will be differentiated) and "backward", with the least possible ones,
-      "forward_minimum" (q, k, v, y, once each, in their dtype) and "backward_minimum" (q, k, v, dy, dq, dk, dv).
-      Tokens are those of q; what XLA does before and after the kernels is not counted.
+      "forward_minimum" (q, k, v, log_decay, y, once each, in their dtype) and "backward_minimum" (q, k, v, log_decay
+      and their gradients, and dy). Tokens are those of q; what XLA does before and after the kernels is not counted.
     """
     found = plans(args)
     if found is None:
@@ -116,13 +116,14 @@ def traffic(args: Arguments) -> dict[str, float]:
         forward = keys.bytes_moved("outer") + queries.bytes_moved("read")
         backward = keys.bytes_moved("outer_backward") + queries.bytes_moved("read_backward")
     y = args.q.size // args.q.shape[-1] * args.v.shape[-1]
-    least = args.q.size + args.k.size + args.v.size + y
     count, itemsize = args.q.size // args.q.shape[-1], args.q.dtype.itemsize
+    decay = 0 if args.log_decay is None else 4 * args.log_decay.size
+    once, again = (args.q.size + args.k.size + args.v.size) * itemsize, y * itemsize
     return {
         "forward": forward / count,
-        "forward_minimum": least * itemsize / count,
+        "forward_minimum": (once + again + decay) / count,
         "backward": backward / count,
-        "backward_minimum": (2 * least - y) * itemsize / count,
+        "backward_minimum": (2 * once + again + 2 * decay) / count,
     }
 
 

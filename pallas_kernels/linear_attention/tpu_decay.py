@@ -139,7 +139,7 @@ class TokenDecay(NoDecay):
             since_start += spread(columns, tile.size)
             until_end += spread([x[-1:] - x for x in columns], tile.size)
         decayed = jnp.exp(jnp.minimum(exponent, 0))  # rounding may leave +1e-9
-        self.between = jnp.where(i > j, decayed, jnp.where(i == j, 1.0, 0.0))
+        self.between = jnp.where(i >= j, decayed, 0.0)
         self.since_start = jnp.exp(jnp.minimum(since_start, 0))
         self.until_end = jnp.exp(jnp.minimum(until_end, 0))
         self.whole = self.since_start[-1:]

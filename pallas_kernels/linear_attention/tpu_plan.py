@@ -3,8 +3,7 @@
 Arrays stay as the caller's projections wrote them: (B, N, H, D) is read as (B, N, H·D), tokens in sublanes and heads
 side by side in lanes. A block is `tokens` tokens of `block_heads` heads; the grid is (B, H / block_heads,
 N / tokens), its last axis in order. Inside a block a loop runs over chunks, and over groups of `pack` heads whose
-lanes together fill a matrix unit: heads of 64 channels go in pairs (fours on 256-wide units), heads of 128 alone (in
-pairs on 256-wide units), heads of 256 alone.
+lanes fill a tile of 128 together: heads of 16 channels go in eights, heads of 64 in pairs, heads of 128 and more alone.
 
 Everything here is arithmetic on shapes: nothing is traced, and tests and benchmarks can ask for it.
 """
@@ -219,18 +218,23 @@ class Plan:
         return blocks + kept + self._values(kind)
 
     def _values(self, kind: str) -> int:
-        """Bytes of the intermediate values of one chunk, all groups at once, generously."""
-        wide, narrow = 4, jnp.dtype(self.dtype).itemsize
-        rows = self.chunk if self.config.causal else self.tokens
-        keys, values = (_up(self.pack * size, LANES) for size in (self.key_size, self.value_size))
-        pairs = rows * _up(self.pack * rows, LANES) if self.config.causal else 0
+        """Bytes of the intermediate values of one chunk, all groups at once.
+
+        The compiler keeps a part of them in registers and lets others share their place: it was seen to need between a
+        tenth and nine tenths of this.
+        """
+        narrow = jnp.dtype(self.dtype).itemsize
         passes = 3 if narrow == 4 else 1  # products of float32 are cut into three parts
-        one = wide * (3 * pairs + 3 * rows * (keys + values) + 3 * self.pack * self.state_rows * keys)
-        one += narrow * passes * self.pack * rows * (keys + values) * (1 if self.config.causal else 0)
-        one += narrow * passes * (2 * pairs + rows * (keys + values))
+        keys, values = (_up(self.pack * size, LANES) for size in (self.key_size, self.value_size))
+        states = 4 * 3 * self.pack * self.state_rows * keys
+        if not self.config.causal:
+            return len(self.groups) * (4 * self.tokens * (keys + values) + states)
+        rows, pairs = self.chunk, self.chunk * _up(self.pack * self.chunk, LANES)
+        one = 4 * 3 * (pairs + rows * (keys + values)) + states
+        one += narrow * passes * (2 * pairs + (1 + self.pack) * rows * (keys + values))
         if self.config.decay == "channel":
-            one += wide * rows * keys * (3 + math.ceil(math.log2(rows)))
-        return one * len(self.groups) * (2 if kind == "backward" else 1)
+            one += 4 * 2 * rows * keys * (3 + rows.bit_length())
+        return len(self.groups) * one // (1 if kind == "backward" else 2)
 
     def bytes_moved(self, kind: str) -> int:
         """Bytes between device memory and chip: those of each block whose index is not that of the step before."""
@@ -336,23 +340,25 @@ def packed_size(size: int) -> int:
     return next(allowed for allowed in SIZES if allowed >= size)
 
 
-def pack_of(chip: Chip, key_size: int, value_size: int, repeats: int) -> int:
-    """Heads per group: as many as fill whole lanes, and the matrix unit where heads do not share keys."""
-    pack = max(1, LANES // min(key_size, value_size))
-    while repeats == 1 and pack * max(key_size, value_size) < chip.mxu:
-        pack *= 2
-    return pack
+def pack_of(key_size: int, value_size: int) -> int:
+    """Heads per group: as many as fill whole lanes.
+
+    No more on 256-wide matrix units, though a pair of heads of 128 channels would fill them with block-diagonal
+    operands: the blocks beside the diagonal cost as much to load and to sum up as they save. In the schedules of the
+    TPU compiler for v6e, pairs at D = 128 take 4 % (chunks of 256) to 10 % (128) longer than single heads.
+    """
+    return max(1, LANES // min(key_size, value_size))
 
 
 def chunk_size(chip: Chip, decay: str | None, key_size: int, value_size: int) -> int:
-    """Tokens per chunk.
+    """Tokens per chunk, the number with the shortest schedules.
 
-    128 tokens of a pair of heads fill a 256-wide matrix unit already, with half the elementwise work of 256 tokens;
-    only heads that fill it alone need 256. Decay per channel works in 64 tokens: its products grow with log₂ of them.
+    256 fill a 256-wide matrix unit where heads have whole lanes; packed heads fill it with 128 already. Decay per
+    channel works in 64: its products grow with log₂ of them.
     """
     if decay == "channel":
         return 64
-    return 256 if chip.mxu == 256 and min(key_size, value_size) == 256 else 128
+    return 256 if chip.mxu == 256 and min(key_size, value_size) >= LANES else 128
 
 
 def chunk_sizes(decay: str | None) -> tuple[int, ...]:
@@ -376,11 +382,11 @@ def plan_for(
       dtype: bfloat16 or float32.
     """
     repeats = heads // kv_heads
-    pack = pack_of(config.chip, key_size, value_size, repeats)
+    pack = pack_of(key_size, value_size)
     chunk = config.chunk or chunk_size(config.chip, config.decay, key_size, value_size)
     most = max(chunk, config.block_tokens // chunk * chunk)
     lanes = max(key_size, value_size)
-    step = math.lcm(repeats, max(1, LANES // min(key_size, value_size)))
+    step = math.lcm(repeats, pack)
     whole = [n for n in range(1, heads + 1) if heads % n == 0 and (n % step == 0 or n == heads)]
     narrow = [n for n in whole if n * lanes <= BLOCK_LANES] or whole[:1]
     # An even number of blocks of heads keeps both cores of a device at work.
