@@ -39,6 +39,9 @@ dispatch.register(
     [
         dispatch.Implementation("tpu", "pallas_kernels.linear_attention.tpu", platforms=("tpu",)),
         dispatch.Implementation(
+            "mosaic_gpu", "pallas_kernels.linear_attention.mosaic_gpu", platforms=("gpu",), packages=("absl",)
+        ),
+        dispatch.Implementation(
             "triton", "pallas_kernels.linear_attention.triton", platforms=("gpu",), packages=("triton", "jax_triton")
         ),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),

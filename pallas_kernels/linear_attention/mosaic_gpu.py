@@ -25,6 +25,7 @@ Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that differentiate
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
 main sweep starts from these. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits.
 
+Arrays whose N is no multiple of 8 are padded to one, a copy of q, k, v and dy; every other N is read in place.
 Grouped heads are read by index; dk and dv are written per query head in the dtype of the inputs and summed in float32.
 """
 
@@ -46,12 +47,13 @@ from pallas_kernels.linear_attention.mosaic_gpu_sweep import (
     FLOOR,
     FORWARD,
     LOG2_E,
-    TILE,
+    ROWS,
     Job,
     Plan,
     sweep,
     with_blocks,
 )
+from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
 SIZES = (64, 128, 192, 256)  # D and E
 DTYPES = ("bfloat16", "float16")
@@ -110,11 +112,16 @@ def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) ->
       args: what `supports` takes.
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
+
+    Raises:
+      ValueError: for splits that do not cut N into whole chunks.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
     if splits is None:
         processors = _processors(dispatch.current_device_kind()) or 132
         splits = split_count(processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
+    if splits > 1 and args.q.shape[1] % (TILE * splits):
+        raise ValueError(f"splits must cut N into whole chunks of {TILE} tokens, got {splits=} and N={args.q.shape[1]}")
     config = Config(return_state=args.return_state, splits=splits, interpret=interpret)
     return _attend(config, args.q, args.k, args.v, decay, args.scale, args.initial_state)
 
@@ -313,7 +320,10 @@ class _Common:
             interpret=self.config.interpret,
             **{"final": not options["outputs"]} | options,
         )
+        missing = -self.length % ROWS
         given = {name: self.fold(arrays[name]) for name in plan.arrays}
+        if missing:
+            given = {name: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for name, x in given.items()}
         if plan.decay is not None:
             given["decay"] = self.decay.astype(jnp.float32) if plan.decay == "head" else self.cumulated
         if plan.scaled:
@@ -322,7 +332,7 @@ class _Common:
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
         sizes = (arrays[jobs[0].column].shape[3], arrays[jobs[0].value].shape[3])
-        outputs = sweep(with_blocks(plan, *sizes), self.heads, given)
+        outputs = sweep(with_blocks(plan, *sizes), self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 whole = name in {job.out for job in jobs}

@@ -17,7 +17,8 @@ owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators 
 last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. Warpgroups share
 nothing but the tiles that they read, so no barrier stands between them; the scores are computed by each of them.
 One more warpgroup issues the copies: boxes of 64 tokens × 64 channels straight out of (B, N, H, D), two or three chunks
-ahead. The copy engine fills tokens beyond N with zeros and does not store them.
+ahead. The copy engine fills tokens beyond the arrays with zeros and does not store them; Mosaic's tiling of it wants
+arrays of a multiple of 8 tokens, `ROWS`.
 
 Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention-3 (arXiv:2407.08608) for warpgroups
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
@@ -50,6 +51,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     zeros,
 )
 
+ROWS = 8  # tokens of a row group of the swizzle: arrays have a multiple of it
 SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
 LOG2_E = math.log2(math.e)
 FLOOR = -128.0  # exp of a log decay below it is 0
@@ -165,11 +167,12 @@ def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
     raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")
 
 
-def sweep(plan: Plan, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Runs one sweep; every array has B at axis 0.
 
     Args:
       plan: see `Plan`.
+      length: N, at most that of the arrays, whose tokens from N on are zeros.
       heads: H.
       arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16 or f16;
         "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
@@ -188,7 +191,7 @@ def sweep(plan: Plan, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax
     """
     blocks = {name: arrays[name].shape[3] // TILE for name in plan.arrays}
     first = plan.jobs[0]
-    batch, length = arrays[first.column].shape[:2]
+    batch, rows = arrays[first.column].shape[:2]
     inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
     chunks, dtype = -(-length // TILE), arrays[first.column].dtype
     wgs = plan.warpgroups
@@ -196,8 +199,8 @@ def sweep(plan: Plan, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax
     out_types: dict[str, jax.ShapeDtypeStruct] = {}
     for job in plan.jobs:
         if plan.outputs:
-            # The interpreter drops what reaches beyond N; the copy engine stores what does not.
-            rows = length if plan.interpret is None else chunks * TILE
+            # Of a tile that reaches beyond an array the interpreter stores nothing, the copy engine what fits.
+            rows = chunks * TILE if plan.interpreted else rows
             out_types[job.out] = jax.ShapeDtypeStruct((batch, rows, heads, outer), dtype)
         if plan.final:
             out_types[f"final {job.out}"] = jax.ShapeDtypeStruct((batch, heads, inner, outer), jnp.float32)

@@ -1,0 +1,271 @@
+"""Mosaic GPU kernels without a GPU: run by Pallas' interpreter of GPUs, and lowered for CUDA.
+
+The interpreter of JAX 0.10.2 executes copies, barriers, warpgroups and shared memory; of a kernel it does not see the
+wgmma instructions and register layouts (see `mosaic_gpu_tiles`). Those are checked by lowering.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, linear_attention
+from pallas_kernels.linear_attention import api, reference
+from pallas_kernels.linear_attention import mosaic_gpu as implementation
+from pallas_kernels.linear_attention import mosaic_gpu_sweep as sweeps
+from pallas_kernels.linear_attention.cases import Case
+
+try:  # private: JAX 0.10.2 exports the interpreter of TPUs alone
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+except ImportError:
+    InterpretGPUParams = None
+
+interpreted = pytest.mark.skipif(
+    InterpretGPUParams is None, reason=f"JAX {jax.__version__} has no Pallas interpreter of GPUs where 0.10.2 has it"
+)
+BOUND = 4e-3
+H200 = "NVIDIA H200"
+
+
+@pytest.fixture
+def interpreter():
+    """Parameters by length: memory is NaN before it is written, and reads out of bounds raise.
+
+    Not so where the last chunk reaches beyond N: there the copy engine fills with zeros, which the interpreter knows
+    only as the value of all memory.
+    """
+
+    def parameters(length: int, **options):
+        if length % sweeps.TILE:
+            options |= {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
+        return InterpretGPUParams(**options)
+
+    yield parameters
+    reset_gpu_interpret_mode_state()
+
+
+def evaluate(arguments: dict, options: dict, run):
+    """Outputs and gradients of a random sum of them."""
+
+    def loss(arguments):
+        q, k, v = (arguments[name] for name in "qkv")
+        rest = {name: x for name, x in arguments.items() if name not in "qkv"}
+        outputs = jax.tree.leaves(run(api.normal_form(q, k, v, **rest, **options, return_state=True)))
+        rng = np.random.default_rng(0)
+        wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in outputs]
+        return sum(jnp.vdot(x, jnp.asarray(rng.standard_normal(x.shape), x.dtype)) for x in wide), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments)
+    return [np.asarray(x, np.float64) for x in outputs], {n: np.asarray(g, np.float64) for n, g in gradients.items()}
+
+
+def errors(arguments: dict, options: dict, run):
+    """Relative RMS errors of outputs and gradients against the float64 recurrence on the same numbers."""
+    outputs, gradients = evaluate(arguments, options, run)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arguments)
+        wanted, wanted_gradients = evaluate(exact, options, reference.run)
+    found = [rms(x, y) for x, y in zip(outputs, wanted, strict=True)]
+    return found, {name: rms(gradients[name], x) for name, x in wanted_gradients.items()}
+
+
+def rms(got: np.ndarray, want: np.ndarray) -> float:
+    scale = np.sqrt(np.mean(want**2))
+    return float(np.sqrt(np.mean((got - want) ** 2)) / (scale or 1.0))
+
+
+# ---- numbers
+
+CASES = {
+    "none, two batches, float16": (Case("none", 2, 70, heads=1, key_size=64), jnp.float16, None, 1),
+    "head, E=128": (Case("head", 1, 100, heads=2, key_size=64, value_size=128, decay="head"), jnp.bfloat16, 0.7, 1),
+    "head, whole chunks": (Case("head_128", 1, 128, 1, 64, decay="head", initial_state=True), jnp.bfloat16, None, 1),
+    "head, -20": (Case("h20", 1, 100, 1, 64, decay="head", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
+    "token, D=128, grouped": (
+        Case("token", 1, 100, 2, 128, 64, kv_heads=1, decay="token", initial_state=True),
+        jnp.bfloat16,
+        0.7,
+        1,
+    ),
+    "token, several borders": (Case("long", 1, 650, 1, 64, decay="token", strength=0.1), jnp.bfloat16, None, 1),
+    "token, -20": (Case("t20", 1, 130, 1, 64, decay="token", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
+    "token, one": (Case("one", 1, 1, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.0, 1),
+    "segments": (Case("packed", 1, 130, 1, 64, segments=3, decay="head", initial_state=True), jnp.bfloat16, None, 1),
+    "token, splits": (Case("splits", 1, 256, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.7, 2),
+    "head, splits": (Case("head_splits", 1, 128, 1, 64, decay="head"), jnp.bfloat16, None, 2),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, interpreter):
+    case, dtype, scale, splits = CASES[name]
+    arguments, options = case.arguments(dtype)
+    if scale is not None:
+        arguments["scale"] = jnp.float32(scale)
+    interpret = interpreter(case.length // splits)
+    found, gradients = errors(
+        arguments, options, lambda args: implementation.run(args, interpret=interpret, splits=splits)
+    )
+    assert max(found) <= BOUND, found
+    assert set(gradients) == set(arguments)
+    assert max(gradients.values()) <= 2 * BOUND, gradients
+
+
+@interpreted
+def test_barriers_order_all_accesses(interpreter):
+    arguments, options = Case("races", 1, 256, 1, 64, 128, decay="token").arguments(jnp.bfloat16)
+    args = api.normal_form(**arguments, **options)
+    y, _ = jax.jit(lambda args: implementation.run(args, interpret=interpreter(256, detect_races=True), splits=1))(args)
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    assert not get_races().races_found
+
+
+@interpreted
+def test_gradient_with_a_mask_of_what_is_differentiated(interpreter):
+    """Without a differentiated decay the backward pass writes no sums, and its other gradients stay the same."""
+    arguments, options = Case("fixed", 1, 128, 1, 64, decay="head").arguments(jnp.bfloat16)
+
+    def gradients(names):
+        def loss(some):
+            args = api.normal_form(**(arguments | some), **options)
+            return jnp.sum(implementation.run(args, interpret=interpreter(128), splits=1)[0].astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss))({name: arguments[name] for name in names})
+
+    fewer, all_of_them = gradients("qkv"), gradients(("q", "k", "v", "log_decay"))
+    for name in "qkv":
+        np.testing.assert_array_equal(np.asarray(fewer[name], np.float32), np.asarray(all_of_them[name], np.float32))
+
+
+# ---- lowering for CUDA
+
+
+def lowered(
+    sizes: tuple[int, int], decay: str | None, *, gradient: bool, dtype=jnp.bfloat16, length: int = 1000, **more
+):
+    """Text of the program for CUDA, of the call or of its gradient in all of its floating arguments."""
+    shape = {None: None, "head": (4,), "token": (2, length, 4)}[decay]
+    arrays = {name: jax.ShapeDtypeStruct((2, length, 4, sizes[name == "v"]), dtype) for name in "qkv"}
+    if shape is not None:
+        arrays["log_decay"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def call(arrays):
+        return linear_attention(**arrays, implementation="mosaic_gpu", **more)
+
+    def loss(arrays):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(call(arrays)))
+
+    with dispatch.target("gpu", device_kind=H200):
+        traced = jax.jit(jax.grad(loss) if gradient else call).trace(arrays)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(text: str) -> int:
+    return text.count("@mosaic_gpu")
+
+
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_lowers_for_cuda(size, decay):
+    assert launches(lowered((size, size), decay, gradient=False)) == 1
+    assert launches(lowered((size, size), decay, gradient=True)) == (2 if size == 64 else 3)  # no forward pass
+
+
+@pytest.mark.parametrize("sizes", [(64, 192), (256, 64), (192, 128)])
+def test_unequal_sizes_lower_for_cuda(sizes):
+    text = lowered(sizes, "token", gradient=True, dtype=jnp.float16, scale=0.5, return_state=True, length=77)
+    assert launches(text) == 3
+
+
+def test_constant_decay_is_one_launch_on_arrays_in_place():
+    text = lowered((128, 128), "head", gradient=False)
+    assert launches(text) == 1
+    assert not [line for line in text.splitlines() if "stablehlo.transpose" in line or "stablehlo.pad" in line]
+
+
+def test_splits_add_one_sweep():
+    text = lowered((64, 64), "head", gradient=False, length=8192)
+    assert launches(text) == 2
+
+
+# ---- sizes and choices
+
+
+@pytest.mark.parametrize("inner", implementation.SIZES)
+@pytest.mark.parametrize("outer", implementation.SIZES)
+def test_every_sweep_fits_in_shared_memory(inner, outer):
+    for job, reverse in ((sweeps.FORWARD, False), (sweeps.DQ, False), (sweeps.DK, True), (sweeps.DV, True)):
+        for sums in (False, True) if job in (sweeps.DQ, sweeps.DK) else (False,):
+            plan = sweeps.Plan((job,), reverse=reverse, decay="token", sums=sums, keep=4 * sums)
+            plan = sweeps.with_blocks(plan, inner, outer)
+            assert sweeps.smem_bytes(plan, inner, outer) + 1024 <= sweeps.SMEM_BYTES
+            assert outer // sweeps.TILE % plan.warpgroups == 0
+
+
+def test_budgets_of_the_forward_sweep():
+    plan = sweeps.with_blocks(sweeps.Plan((sweeps.FORWARD,), decay="head"), 128, 128)
+    assert (plan.warpgroups, plan.stages) == (2, 3)
+    # Three stages of q, k, v, and per warpgroup the state, the weighted values and the output.
+    assert sweeps.smem_bytes(plan, 128, 128) == 3 * 3 * 64 * 128 * 2 + 2 * (128 + 64 + 64) * 64 * 2
+    assert sweeps.registers(plan, 128) <= 240
+    with pytest.raises(ValueError, match=r"need \d+ bytes of shared memory"):
+        sweeps.with_blocks(sweeps.Plan((sweeps.FORWARD,)), 1024, 64)
+
+
+def test_splits_are_whole_chunks():
+    with pytest.raises(ValueError, match="splits must cut N into whole chunks of 64 tokens, got splits=2 and N=192"):
+        q = jnp.zeros((1, 192, 1, 64), jnp.bfloat16)
+        implementation.run(api.normal_form(q, q, q), splits=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "splits"),
+    [
+        ((1, 8192, 96, 128, 128), 1),  # 96 CTAs fill more than half
+        ((1, 8192, 4, 64, 64), 16),  # of 33 CTAs per head, those that divide 128 chunks into at least eight each
+        ((1, 1 << 20, 1, 64, 64), 64),
+        ((1, 8191, 4, 64, 64), 1),  # not whole chunks
+        ((1, 512, 4, 64, 64), 1),  # eight chunks in all
+    ],
+)
+def test_split_count(call, splits):
+    assert implementation.split_count(132, *call) == splits
+
+
+def arguments(dtype=jnp.bfloat16, d=64, e=64, decay=None, **options):
+    q, k, v = (jnp.zeros((1, 8, 2, size), dtype) for size in (d, d, e))
+    return api.normal_form(q, k, v, log_decay=decay, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "reason"),
+    [
+        (lambda: arguments(), "NVIDIA A100-SXM4-80GB", "needs a Hopper GPU .* got NVIDIA A100"),
+        (lambda: arguments(), "NVIDIA B200", "got NVIDIA B200"),
+        (lambda: arguments(), None, "got None"),
+        (lambda: arguments(jnp.float32), H200, "bfloat16 and float16, got float32: on float32 wgmma rounds to TF32"),
+        (lambda: arguments(causal=False), H200, "causal=True alone"),
+        (lambda: arguments(normalize=True), H200, "normalize=False alone"),
+        (lambda: arguments(decay=jnp.zeros((1, 8, 2, 64))), H200, r"\(H,\) or \(B, N, H\)"),
+        (lambda: arguments(d=96), H200, "head sizes 64, 128, 192, 256, got D=96"),
+        (lambda: arguments(e=32), H200, "got E=32"),
+        (lambda: arguments(chunk_size=128), H200, "chunk_size must be None or 64, got 128"),
+    ],
+)
+def test_refusals(args, kind, reason):
+    with dispatch.target("gpu", device_kind=kind):
+        answers = {answer.name: answer for answer in dispatch.explain(api.OP, args())}
+        with pytest.raises(dispatch.UnsupportedError, match=reason):
+            dispatch.choose(api.OP, args(), "mosaic_gpu")
+    assert not answers["mosaic_gpu"].ok
+
+
+def test_hopper_chooses_it():
+    with dispatch.target("gpu", device_kind=H200):
+        assert dispatch.choose(api.OP, arguments()).name == "mosaic_gpu"
+        assert dispatch.choose(api.OP, dataclasses.replace(arguments(), chunk_size=64)).name == "mosaic_gpu"
+        assert dispatch.choose(api.OP, arguments(jnp.float32)).name != "mosaic_gpu"
