@@ -6,16 +6,14 @@ per channel as in gated linear attention, arXiv:2312.06635). For a chunk, with G
     y  = ((q kᵀ) ∘ P) v + exp(G) (q S)           P_ij = exp(G_i - G_j), i ≥ j
     S' = exp(G_end) S + (exp(G_end - G) k)ᵀ v
 
-The backward pass (`_sweep_backward`) walks from the last chunk to the first with dS at hand. It keeps the inputs and
-about √T states of the T chunks, rebuilds the states between two kept ones when it gets there, and differentiates one
-chunk at a time.
+`chunks.sweep` walks, and back from the last chunk to the first with dS at hand: it keeps the inputs and about √T states
+of the T chunks, rebuilds the states between two kept ones when it gets there, and differentiates one chunk at a time.
 
 No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `_Decay`
 cumulates a coarse part, exact in the accumulator, and a small rest, so that one strong decay early in a chunk leaves
 the later ones accurate. Decay per channel halves the chunk again and again, see `_channel_scores`.
 """
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -24,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import chunks, dispatch, partition
 from pallas_kernels.linear_attention.arguments import (
     Arguments,
     State,
@@ -36,17 +35,11 @@ from pallas_kernels.linear_attention.arguments import (
     with_ones,
 )
 
-SCALAR_CHUNK = 128  # measured on CPU, see README.md
+# Tokens per chunk. A CPU is bound by operations, and small chunks have the fewest (measured, see README.md); elsewhere
+# every chunk is a few launches.
+CPU_CHUNK = 32
+SCALAR_CHUNK = 128
 CHANNEL_CHUNK = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is static in a sweep: tokens per chunk, dtype of the outputs, and precision of the products."""
-
-    size: int
-    out_dtype: jnp.dtype
-    precision: jax.lax.Precision
 
 
 class _Decay(NamedTuple):
@@ -72,17 +65,22 @@ def supports(args: Arguments) -> str | None:
     return None
 
 
-@jax.jit
 def run(args: Arguments) -> tuple[jax.Array, State | None]:
     """y (B, N, H, E) and, if asked for, the state."""
+    return _run(CPU_CHUNK if dispatch.current_platform() == "cpu" else SCALAR_CHUNK, args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(default_chunk: int, args: Arguments) -> tuple[jax.Array, State | None]:
+    causal = functools.partial(_causal, default_chunk, args)
     v = with_ones(args.v) if args.normalize else args.v
     initial = None if args.initial_state is None else pack_state(args.initial_state)
     if args.causal:
-        y, state = _causal(args, args.q, args.k, v, initial, args.query_ids)
+        y, state = causal(args.q, args.k, v, initial, args.query_ids)
     elif args.query_ids is None:
         y, state = _full(args, v, initial)
     else:
-        y = in_order_of_ids(lambda q, k, v, ids: _causal(args, q, k, v, None, ids)[0], args, v)
+        y = in_order_of_ids(lambda q, k, v, ids: causal(q, k, v, None, ids)[0], args, v)
         state = None
     y = finish(y, args.scale, args.normalize, args.q.dtype)
     return y, unpack_state(state, args.normalize) if args.return_state else None
@@ -119,165 +117,137 @@ def read(args: Arguments, state: jax.Array) -> jax.Array:
     return jnp.einsum("bihd,bhde->bihe", args.q.astype(state.dtype), state, precision=_precision(args.q.dtype))
 
 
-def _causal(args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
-    """Causal attention: chooses chunks and the form of the decay, pads N to whole chunks, and sweeps.
+def _causal(default_chunk: int, args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
+    """Causal attention: chooses chunks and the form of the decay, fills N up to whole chunks, and sweeps.
 
     The padding stands in front: empty tokens behind the last one would add and subtract the same undecayed numbers in
-    the gradient of a strong decay, and drown it in their rounding.
+    the gradient of a strong decay, and drown it in their rounding. Where it would decay an initial state, as its decay
+    is that of every token, the first tokens are a smaller chunk of their own instead.
     """
-    dtype, n, heads, decay = args.accumulator, q.shape[1], q.shape[2], args.log_decay
+    dtype, n, decay, groups = args.accumulator, q.shape[1], args.log_decay, k.shape[2]
     per_channel = decay is not None and decay.ndim == 4
-    size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else SCALAR_CHUNK)
-    padding = -n % size
+    size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else default_chunk)
     if ids is not None:
         decay = decay_of_segments(args, ids)
-    elif decay is not None and decay.ndim == 1 and padding and initial is not None:
-        decay = jnp.broadcast_to(decay, (1, n, heads))  # not the same for every token: padding must not decay the state
-    tokens = {"q": q, "k": k, "v": v}
-    shared = None
-    if decay is not None and decay.ndim == 1:
-        shared = decay
-    elif decay is not None:
-        tokens["g"] = decay
+    constant = decay is not None and decay.ndim == 1
+    tokens = {"q": q, "k": k, "v": v} | ({} if decay is None or constant else {"g": decay})
+    first, padding = (n % size, 0) if constant and initial is not None else (0, -n % size)
     if padding:
         tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
     # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
-    groups = k.shape[2]
     state = jnp.zeros_like(_grouped(q[:, 0], groups, axis=1)[..., None] * v[:, 0, :, None, None, :], dtype=dtype)
     state = state if initial is None else state + _grouped(initial, groups, axis=1)
-    tokens, shared, state = _same_manual_axes((tokens, shared, state))
-    shared = None if shared is None else _constant_decay(shared, size, groups)
-    plan = _Plan(size, dtype if args.normalize else q.dtype, _precision(q.dtype))
-    y, state = _sweep(plan, shared, tokens, state)
-    return y[:, padding:], _merged(state, 1)
+    tokens, decay, state = partition.same_manual_axes((tokens, decay if constant else None, state))
+
+    def shared(size: int):
+        if not constant:
+            return None
+        each = jnp.broadcast_to(decay.reshape(1, groups, -1), state.shape[:3])
+        return each, _constant_decay(decay, size, groups)
+
+    out_dtype = dtype if args.normalize else q.dtype
+    chunk = functools.partial(_chunk, _precision(q.dtype), out_dtype)
+    outputs = []
+    if first:
+        y, state = chunk(shared(first), {name: x[:, :first] for name, x in tokens.items()}, state)
+        outputs.append(y)
+        tokens = {name: x[:, first:] for name, x in tokens.items()}
+    plan = chunks.Plan(size, chunk, functools.partial(_empty, out_dtype))
+    y, state = chunks.sweep(plan, shared(size), tokens, state)
+    outputs.append(y[:, padding:])
+    return jnp.concatenate(outputs, axis=1) if first else outputs[0], _merged(state, 1)
 
 
-# ---- the sweep over chunks, and its hand-written derivative
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sweep(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], state: jax.Array):
-    """All chunks in order: outputs (B, N, H, E) and the last state (B, G, H / G, D, E)."""
-    y, state, _ = _walk(plan, shared, tokens, state, every=None)
-    return y, state
-
-
-def _sweep_forward(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], state: jax.Array):
-    every = math.ceil(math.sqrt(_count(plan, tokens)))
-    y, last, kept = _walk(plan, shared, tokens, state, every)
-    return (y, last), (shared, tokens, kept)
-
-
-def _sweep_backward(plan: _Plan, residuals, cotangents):
-    (shared, tokens, kept), (dy, dstate) = residuals, cotangents
-    count = _count(plan, tokens)
-    every = math.ceil(math.sqrt(count))
-    chunk = functools.partial(_chunk, plan)
-
-    def span(number, carry):  # the chunks between two kept states, the last span first
-        number = kept.shape[0] - 1 - number
-        first = number * every
-        last = jnp.minimum(first + every, count)
-
-        def rebuild(t, carry):
-            state, starts = carry
-            starts = jax.lax.dynamic_update_index_in_dim(starts, state, t - first, 0)
-            return chunk(shared, _slice(plan, tokens, t), state)[1], starts
-
-        def backward(step, carry):
-            dshared, dtokens, dstate = carry
-            t = last - 1 - step
-            _, pullback = jax.vjp(chunk, shared, _slice(plan, tokens, t), starts[t - first])
-            dshared_t, dtokens_t, dstate = pullback((_slice(plan, dy, t), dstate))
-            dshared = jax.tree.map(jnp.add, dshared, dshared_t)
-            return dshared, _write(plan, dtokens, dtokens_t, t), dstate
-
-        empty = jnp.zeros_like(jnp.broadcast_to(kept[:1], (every, *kept.shape[1:])))
-        _, starts = jax.lax.fori_loop(first, last, rebuild, (kept[number], empty))
-        return jax.lax.fori_loop(0, last - first, backward, carry)
-
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return jax.lax.fori_loop(0, kept.shape[0], span, (zeros(shared), zeros(tokens), dstate))
-
-
-_sweep.defvjp(_sweep_forward, _sweep_backward)
-
-
-def _walk(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], state: jax.Array, every: int | None):
-    """Outputs, last state, and the state before each `every`-th chunk (None when `every` is)."""
-    count = _count(plan, tokens)
+def _empty(dtype: jnp.dtype, tokens: dict[str, jax.Array]) -> jax.Array:
     q, v = tokens["q"], tokens["v"]
-    y = _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None], dtype=plan.out_dtype), 2)
-    spans = 0 if every is None else math.ceil(count / every)
-    kept = jnp.zeros_like(jnp.broadcast_to(state, (spans + 1, *state.shape))).at[0].set(state)
-
-    def body(t, carry):
-        state, y, kept = carry
-        y_chunk, state = _chunk(plan, shared, _slice(plan, tokens, t), state)
-        if every is not None:  # the last chunk of a span writes last
-            kept = jax.lax.dynamic_update_index_in_dim(kept, state, t // every + 1, 0)
-        return state, _write(plan, y, y_chunk, t), kept
-
-    state, y, kept = jax.lax.fori_loop(0, count, body, (state, y, kept))
-    return y, state, kept[:spans]
-
-
-def _count(plan: _Plan, tokens: dict[str, jax.Array]) -> int:
-    return tokens["q"].shape[1] // plan.size
-
-
-def _slice(plan: _Plan, tree, t):
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, t * plan.size, plan.size, 1), tree)
-
-
-def _write(plan: _Plan, tree, chunk, t):
-    return jax.tree.map(lambda x, c: jax.lax.dynamic_update_slice_in_dim(x, c, t * plan.size, 1), tree, chunk)
+    return _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None], dtype=dtype), 2)
 
 
 # ---- one chunk
 
 
-def _chunk(plan: _Plan, shared: _Decay | None, tokens: dict[str, jax.Array], state: jax.Array):
-    """Outputs (B, c, H, E) of one chunk in the plan's dtype, and the state (B, G, R, D, E) after it; R = H / G."""
+def _chunk(precision: jax.lax.Precision, out_dtype: jnp.dtype, shared, tokens: dict[str, jax.Array], state: jax.Array):
+    """One chunk of c tokens.
+
+    Args:
+      precision: of the products.
+      out_dtype: dtype of the outputs.
+      shared: None, or a decay per head: its logs (B, G, R), R = H / G, and their weights.
+      tokens: q, k, v and, for decay per token or channel, g.
+      state: the state before it, (B, G, R, D, E).
+
+    Returns:
+      Outputs (B, c, H, E), and the state after it.
+    """
     dtype, groups = state.dtype, tokens["k"].shape[2]
-    product = functools.partial(jnp.einsum, precision=plan.precision)
+    product = functools.partial(jnp.einsum, precision=precision)
     q = jnp.transpose(_grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
     k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2) for name in "kv")
     if "g" in tokens and tokens["g"].ndim == 4:
         g = jnp.transpose(_grouped(tokens["g"], groups), (0, 2, 3, 1, 4))
         scores, since_start, until_end = _channel_scores(product, q, k[:, :, None], g)
-        y = product("bgrij,bgje->bgrie", scores, v) + product("bgrid,bgrde->bgrie", q * since_start, state)
-        k = k[:, :, None] * until_end
+        inter = product("bgrid,bgrde->bgrie", q * since_start, state)
         state = state * since_start[..., -1, :, None]
+        keys, values = k[:, :, None] * until_end, v[:, :, None]
     else:
-        decay = shared
+        size = q.shape[3]
         if "g" in tokens:
             decay = _scalar_decay(_grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
-        elif shared is None:
-            decay = _Decay(jnp.tril(jnp.ones((plan.size, plan.size), dtype)))
+        elif shared is not None:
+            decay = _of_constant_decay(size, *shared)
+        else:
+            decay = _Decay(jnp.tril(jnp.ones((size, size), dtype)))
         scores = product("bgrid,bgjd->bgrij", q, k) * decay.between
         inter = product("bgrid,bgrde->bgrie", q, state)
+        keys, values = k[:, :, None], v[:, :, None]
         if decay.whole is not None:
             inter = inter * decay.since_start[..., None]
             state = state * decay.whole[..., None, None]
-        y = product("bgrij,bgje->bgrie", scores, v) + inter
-        k = k[:, :, None] if decay.until_end is None else k[:, :, None] * decay.until_end[..., None]
-    k = jnp.broadcast_to(k, q.shape)
-    state = state + product("bgrjd,bgje->bgrde", k, v)
-    return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(plan.out_dtype), state
+            values = values * decay.until_end[..., None]  # not the keys: their transpose then serves both products
+    y = product("bgrij,bgje->bgrie", scores, v) + inter
+    keys, values = (jnp.broadcast_to(x, (*q.shape[:4], x.shape[-1])) for x in (keys, values))
+    state = state + product("bgrjd,bgrje->bgrde", keys, values)
+    return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(out_dtype), state
 
 
 def _constant_decay(log_decay: jax.Array, size: int, groups: int) -> _Decay:
-    """Weights of a decay (H,) that is the same for every token, computed once for all chunks."""
-    g = log_decay.reshape(1, groups, -1, 1)
-    place = jnp.arange(size, dtype=g.dtype)
-    apart = jnp.maximum(place[:, None] - place[None, :], 0)
+    """Weights of a decay (H,) that is the same for every token, computed once for all chunks; not differentiated."""
+    g = jax.lax.stop_gradient(log_decay).reshape(1, groups, -1, 1)
+    apart, since_start, until_end = _distances(size, g.dtype)
     return _Decay(
         between=jnp.tril(jnp.exp(g[..., None] * apart)),
-        since_start=jnp.exp(g * (place + 1)),
-        until_end=jnp.exp(g * (size - 1 - place)),
+        since_start=jnp.exp(g * since_start),
+        until_end=jnp.exp(g * until_end),
         whole=jnp.exp(g[..., 0] * size),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_constant_decay(size: int, log_decay: jax.Array, weights: _Decay) -> _Decay:
+    """The weights, as a function of the log decays (B, G, R).
+
+    Through exp, a chunk would give the gradient of every weight, summed over the batch: (c, c) numbers per head to add
+    up, and to sum over devices that share out the batch. This way it gives one number per batch element and head.
+    """
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (log_decay.shape[0], *x.shape[1:])), weights)
+
+
+def _of_constant_decay_backward(size: int, weights: _Decay, dweights: _Decay):
+    times = *_distances(size, weights.between.dtype), size
+    parts = [jnp.sum(d * (w * t), axis=range(3, d.ndim)) for d, w, t in zip(dweights, weights, times, strict=True)]
+    return sum(parts), jax.tree.map(jnp.zeros_like, weights)
+
+
+_of_constant_decay.defvjp(
+    lambda size, log_decay, weights: (_of_constant_decay(size, log_decay, weights), weights),
+    _of_constant_decay_backward,
+)
+
+
+def _distances(size: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How often a token's decay acts in `_Decay.between` (c, c), `since_start` (c,) and `until_end` (c,)."""
+    place = jnp.arange(size, dtype=dtype)
+    return jnp.maximum(place[:, None] - place[None, :], 0), place + 1, size - 1 - place
 
 
 def _scalar_decay(g: jax.Array) -> _Decay:
@@ -381,14 +351,3 @@ def _merged(x: jax.Array, axis: int) -> jax.Array:
     if x.shape[axis + 1] == 1:
         return jnp.squeeze(x, axis + 1)
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-
-
-def _same_manual_axes(tree):
-    """Makes all arrays vary over the same manual mesh axes, so that a loop inside shard_map may carry any of them."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
