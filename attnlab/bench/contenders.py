@@ -53,7 +53,8 @@ class Measurement:
 def contenders(problem: Problem, arrays: Mapping[str, jax.Array]) -> tuple[list[Contender], dict[str, str]]:
     """What can solve a problem here, the best of our implementations first, and why others cannot, by name."""
     found, refused = [], {}
-    table = f"{problem.op}_step" if problem.mode == "decode" else problem.op
+    if problem.mode == "decode" and f"{problem.op}_step" not in dispatch.ops():
+        return [Contender("attnlab", problem.function(None), own=True)], refused
     for choice in _explain(problem, arrays):
         name = f"attnlab {choice.name}"
         if choice.name == "reference":  # a loop over tokens, and what the gate compares with
@@ -63,7 +64,7 @@ def contenders(problem: Problem, arrays: Mapping[str, jax.Array]) -> tuple[list[
         else:
             refused[name] = choice.reason
     if not found:
-        raise dispatch.UnsupportedError(f"{table}: nothing takes {problem}: {refused}")
+        raise dispatch.UnsupportedError(f"{problem.op}: nothing takes {problem}: {refused}")
     if problem.mode == "decode":
         return found, refused
     for peer in _peers(problem):

@@ -1,6 +1,7 @@
 """What is timed: an op at one shape, dtype and decay, in one mode."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -173,13 +174,15 @@ class Problem:
 
         if self.mode == "decode":
             step = getattr(pallas_kernels, f"{self.op}_step")
+            if implementation is not None:
+                step = functools.partial(step, implementation=implementation)
 
             def decode(arrays: dict[str, jax.Array]) -> Any:
                 rest = dict(arrays)
                 tokens = [rest.pop(name)[:, 0] for name in ("q", "k", "v", "beta") if name in rest]
                 if self.decay in ("token", "channel"):
                     rest["log_decay"] = rest["log_decay"][:, 0]
-                return step(*tokens, rest.pop("state"), **rest, implementation=implementation)
+                return step(*tokens, rest.pop("state"), **rest)
 
             return decode
         op = getattr(pallas_kernels, self.op)
