@@ -57,7 +57,6 @@ from pallas_kernels.linear_attention.arguments import (
 
 SIZES = (16, 256)  # least and greatest D and E
 DTYPES = ("bfloat16", "float16", "float32")
-CHUNKS = {"bfloat16": (16, 32, 64, 128), "float16": (16, 32, 64, 128), "float32": (16, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +65,18 @@ class Generation:
 
     Attributes:
       name: compute capability, "sm_90".
-      processors: multiprocessors of its largest member.
+      processors: multiprocessors.
       shared: bytes of shared memory that a program may use.
     """
 
     name: str
     processors: int
     shared: int
+
+    @property
+    def warpgroups(self) -> bool:
+        """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
+        return int(self.name[3:]) in range(90, 120)
 
 
 # The first whose key is in the device kind; what is not known is taken for the least able one.
@@ -119,7 +123,10 @@ class Config:
       decay_gradient: whether the backward pass computes the gradient of the decay.
       generation: of the GPU.
       chunk: tokens per chunk, None for the table's choice.
-      splits: parts into which the sequence is split, None to fill the GPU.
+      splits: parts into which the sequence is split, at most; None to fill the GPU.
+      block: tokens between kept states, a multiple of every chunk; None for `block_length`.
+      sweep: blocks of `sweep` and `read`, None for the table's; for tuning.
+      backward: blocks of `backward`, None for the table's; for tuning.
     """
 
     causal: bool = True
@@ -130,6 +137,9 @@ class Config:
     generation: Generation = LEAST_ABLE
     chunk: int | None = None
     splits: int | None = None
+    block: int | None = None
+    sweep: Blocks | None = None
+    backward: Blocks | None = None
 
 
 def supports(args: Arguments) -> str | None:
@@ -145,27 +155,28 @@ def supports(args: Arguments) -> str | None:
             "it takes log_decay of shape (H,) or (B, N, H), got one per channel: exp(G_i - G_j) then stays inside the"
             " sum over channels, and q·k is no single product of tensor cores"
         )
-    if args.chunk_size is not None and args.chunk_size not in CHUNKS[dtype]:
-        return f"chunk_size must be one of {CHUNKS[dtype]} for {dtype}, got {args.chunk_size}"
+    gpu = generation(dispatch.current_device_kind())
+    allowed = chunk_sizes(gpu, args.q.dtype, args.q.shape[3], args.v.shape[3])
+    if args.chunk_size is not None and args.chunk_size not in allowed:
+        return f"chunk_size must be one of {allowed} for these sizes and {dtype} on {gpu.name}, got {args.chunk_size}"
     if args.chunk_size is not None and not args.causal and args.query_ids is None:
         return f"without causality and segments it has no chunks, so chunk_size must be None, got {args.chunk_size}"
     return None
 
 
-def run(args: Arguments) -> tuple[jax.Array, State | None]:
-    """y (B, N, H, E) and, if asked for, the state."""
+def run(args: Arguments, **choices: Any) -> tuple[jax.Array, State | None]:
+    """y (B, N, H, E) and, if asked for, the state.
+
+    Args:
+      args: the arguments.
+      **choices: fields of `Config` that are otherwise left to the tables, for tuning and tests.
+    """
     config = Config(
         causal=args.causal,
         normalize=args.normalize,
         return_state=args.return_state,
-        generation=generation(dispatch.current_device_kind()),
-        chunk=args.chunk_size,
+        **({"generation": generation(dispatch.current_device_kind()), "chunk": args.chunk_size} | choices),
     )
-    return run_with(config, args)
-
-
-def run_with(config: Config, args: Arguments) -> tuple[jax.Array, State | None]:
-    """`run` with a configuration of the caller's; `config.splits` forces a number of splits."""
     if not args.causal and args.query_ids is not None:
         causal = dataclasses.replace(config, causal=True, return_state=False)
 
@@ -198,46 +209,52 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def chunk_sizes(gpu: Generation, dtype: jnp.dtype, key: int, value: int) -> tuple[int, ...]:
+    """Tokens per chunk that a caller may ask for."""
+    if _wide(dtype):
+        return (16, 32)
+    return (16, 32, 64) if gpu.warpgroups or max(padded(key), padded(value)) <= 128 else (16, 32)
+
+
 def sweep_blocks(gpu: Generation, dtype: jnp.dtype, inner: int, outer: int, chunk: int | None = None) -> Blocks:
-    """Blocks of `sweep` and `read` for states (inner, outer)."""
+    """Blocks of `sweep` and `read` for states (inner, outer): what compiles with few or no registers spilled."""
     inner, outer = padded(inner), padded(outer)
     if _wide(dtype):
-        return Blocks(chunk or 16, min(outer, max(16, 2048 // inner)), 4, 1)
-    large = gpu.shared >= 160 << 10
-    tile = min(outer, 64 if large or inner < 256 else 32)
-    chunk = chunk or (64 if large or inner < 256 else 32)
-    return Blocks(chunk, tile, 8 if inner * tile >= 128 * 128 else 4, 2 if large else 1)
+        return Blocks(chunk or 16, min(outer, 32 if inner <= 64 else 16), 4 if inner <= 64 else 8, 1)
+    if gpu.warpgroups:
+        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 128 else 4, 2)
+    if inner <= 128:
+        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 64 else 4, 2)
+    return Blocks(chunk or 32, min(outer, 32), 8, 2 if gpu.shared >= 160 << 10 else 1)
 
 
 def backward_blocks(gpu: Generation, dtype: jnp.dtype, key: int, value: int, chunk: int | None = None) -> Blocks:
-    """Blocks of `backward`: tile of D for a state (key, value)."""
+    """Blocks of `backward` for states (key, value)."""
     key, value = padded(key), padded(value)
     if _wide(dtype):
-        return Blocks(chunk or 16, min(key, max(16, 2048 // value)), 4, 1)
-    large = gpu.shared >= 160 << 10
-    tile = min(key, (128 * 128 if large else 64 * 128) // value)
-    chunk = chunk or (64 if large else 32)
-    return Blocks(chunk, tile, 8 if tile * value >= 128 * 64 else 4, 1)
+        return Blocks(chunk or 16, min(key, 32 if value <= 64 else 16), 4 if value <= 64 else 8, 1)
+    if gpu.warpgroups:
+        return Blocks(chunk or 64, min(key, 64), 8 if value > 128 else 4, 1)
+    return Blocks(chunk or 32, min(key, 64 if value <= 128 else 32), 8, 1)
 
 
-def every(chunks: int) -> int:
-    """Chunks of a block, before which the forward pass keeps the state: 8, fewer in short sequences."""
-    return min(8, max(2, chunks // 8))
+def block_length(tokens: int) -> int:
+    """Tokens between two kept states: 512, fewer in short sequences, a multiple of every chunk size."""
+    return 64 * min(8, max(2, math.ceil(tokens / 64) // 8))
 
 
-def split_count(gpu: Generation, programs: int, chunks: int) -> int:
+def split_count(gpu: Generation, programs: int, tokens: int) -> int:
     """Splits of a sequence: none while programs fill half of the processors, else enough to fill all."""
     if 2 * programs > gpu.processors:
         return 1
-    return max(1, min(math.ceil(gpu.processors / programs), chunks // (2 * every(chunks))))
+    return max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
 
 
-def _split(config: Config, programs: int, chunks: int) -> tuple[int, int]:
-    """Chunks of a split, a multiple of the chunks of a block, and the number of splits."""
-    wanted = config.splits or split_count(config.generation, programs, chunks)
-    blocks = math.ceil(chunks / every(chunks))
-    size = math.ceil(blocks / min(wanted, blocks)) * every(chunks)
-    return size, math.ceil(chunks / size)
+def _lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
+    """Tokens of a block and of a split, which is whole blocks."""
+    block = config.block or block_length(tokens)
+    wanted = config.splits or split_count(config.generation, programs, tokens)
+    return block, math.ceil(tokens / (block * wanted)) * block
 
 
 # ---- the op and its derivative
@@ -290,13 +307,11 @@ def _forward(config: Config, q, k, v, decay, scale, state, sums) -> tuple[jax.Ar
       denominators BNH, kept states BHXDE (X blocks) and kept sums BHXD.
     """
     (b, _, h, d), m, e = q.shape, k.shape[1], v.shape[3]
-    blocks = sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
-    programs, chunks = b * h * math.ceil(e / blocks.tile), math.ceil(m / blocks.chunk)
-    common = _Common(config, blocks, h, decay, scale)
-    split, splits = _split(config, programs, chunks)
-    norm = config.normalize
+    blocks = config.sweep or sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
+    block, split = _lengths(config, b * h * math.ceil(e / blocks.tile), m)
+    common, norm = _Common(config, blocks, h, block, split, decay, scale), config.normalize
     if not config.causal:
-        _, _, _, _, parts, part_sums = _sweep(common, None, k, v, None, None, split=split, last=True)
+        *_, parts, part_sums = _sweep(common, None, k, v, None, None, last=True)
         total, total_sums = jnp.sum(parts, axis=2), jnp.sum(part_sums, axis=2) if norm else None
         if state is not None:
             total, total_sums = total + state, total_sums + sums if norm else None
@@ -304,9 +319,9 @@ def _forward(config: Config, q, k, v, decay, scale, state, sums) -> tuple[jax.Ar
         last = (total, total_sums) if config.return_state else (None, None)
         kept = (den, total[:, :, None], total_sums[:, :, None] if norm else None) if config.residuals else (None,) * 3
         return (y, *last, *kept)
-    first, first_sums = _before_splits(common, (None, k, v), split, splits, state, sums)
+    first, first_sums = _before_splits(common, k, v, state, sums)
     y, den, kept, kept_sums, last, last_sums = _sweep(
-        common, q, k, v, first, first_sums, split=split, keep=config.residuals, last=config.return_state
+        common, q, k, v, first, first_sums, keep=config.residuals, last=config.return_state
     )
     last, last_sums = (None if x is None else x[:, :, -1] for x in (last, last_sums))
     return y, last, last_sums, den, kept, kept_sums
@@ -340,14 +355,14 @@ def _backward(
         if (dlast is None) != (dlast_sums is None):
             dlast = jnp.zeros((b, h, d, e), jnp.float32) if dlast is None else dlast
             dlast_sums = zeros if dlast_sums is None else dlast_sums
-    blocks = sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
-    common = _Common(config, blocks, h, decay, scale)
-    programs, chunks = b * h * math.ceil(e / blocks.tile), math.ceil(n / blocks.chunk)
-    split, splits = _split(config, programs, chunks)
+    blocks = config.sweep or sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
+    own = config.backward or backward_blocks(config.generation, q.dtype, d, e, config.chunk)
+    block, split = _lengths(config, b * h * math.ceil(d / own.tile), n)
+    common = _Common(config, blocks, h, block, split, decay, scale)
+    cotangents = {"inverse": inverse, "dden": dden, "reverse": True}
     if not config.causal:
         bare = dataclasses.replace(common, scale=None)
-        cotangents = {"inverse": inverse, "dden": dden, "reverse": True}
-        _, _, _, _, parts, part_sums = _sweep(bare, None, q, dy, None, None, split=split, last=True, **cotangents)
+        *_, parts, part_sums = _sweep(bare, None, q, dy, None, None, last=True, **cotangents)
         dstate, dsums = jnp.sum(parts, axis=2), jnp.sum(part_sums, axis=2) if norm else None
         total, total_sums = kept[:, :, 0], kept_sums[:, :, 0] if norm else None
         dscale = None
@@ -362,17 +377,12 @@ def _backward(
         dk, _ = _read(of_keys, v, _swap(shared), shared_sums, dtype=k.dtype)
         dv, _ = _read(of_keys, k, shared, None, dtype=v.dtype)
         return dq, dk, dv, None, dscale, dstate, dsums
-    after, after_sums = _before_splits(
-        common, (None, q, dy), split, splits, dlast, dlast_sums, inverse=inverse, dden=dden, reverse=True
-    )
-    own = backward_blocks(config.generation, q.dtype, d, e, config.chunk)
+    after, after_sums = _before_splits(common, q, dy, dlast, dlast_sums, **cotangents)
     dq, dk, dv, ddecay, dscale, dstate, dsums = _main_backward(
-        dataclasses.replace(common, blocks=own), q, k, v, dy, inverse, dden, kept, kept_sums, after, after_sums, split
+        dataclasses.replace(common, blocks=own), q, k, v, dy, inverse, dden, kept, kept_sums, after, after_sums
     )
     if dv is None:
-        dv, *_ = _sweep(
-            common, k, q, dy, after, after_sums, split=split, inverse=inverse, dden=dden, reverse=True, dtype=dk.dtype
-        )
+        dv, *_ = _sweep(common, k, q, dy, after, after_sums, dtype=dk.dtype, **cotangents)
     dk, dv = (_per_key_head(x, groups, 2).astype(q.dtype) for x in (dk, dv))
     return dq, dk, dv, ddecay, dscale, dstate, dsums
 
@@ -382,11 +392,23 @@ def _backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Common:
-    """What the calls of one pass share; `decay` is (H,), (B, N, H) or None, `scale` a scalar or None."""
+    """What the calls of one pass share.
+
+    Attributes:
+      config: what is static in the op.
+      blocks: of the kernel.
+      heads: H.
+      block: tokens between kept states.
+      split: tokens of a split.
+      decay: (H,), (B, N, H) or None.
+      scale: scalar or None.
+    """
 
     config: Config
     blocks: Blocks
     heads: int
+    block: int
+    split: int
     decay: jax.Array | None
     scale: jax.Array | None
 
@@ -413,7 +435,6 @@ def _sweep(
     first: jax.Array | None,
     first_sums: jax.Array | None,
     *,
-    split: int,
     keep: bool = False,
     last: bool = False,
     inverse: jax.Array | None = None,
@@ -424,9 +445,9 @@ def _sweep(
     """The kernel `sweep`: y, den, kept, kept_z, last, last_z, None for those not asked for; no y without `a`."""
     batch, tokens, _, inner = b.shape
     heads, outer, blocks, norm = common.heads, c.shape[3], common.blocks, common.config.normalize
-    chunks, tiles = math.ceil(tokens / blocks.chunk), math.ceil(outer / blocks.tile)
-    splits, span = math.ceil(chunks / split), every(chunks)
-    kept = math.ceil(chunks / span)
+    tiles, splits, kept = (
+        math.ceil(x / y) for x, y in ((outer, blocks.tile), (tokens, common.split), (tokens, common.block))
+    )
     f32 = jnp.float32
     outputs = [
         None if a is None else _Out((batch, tokens, heads, outer), dtype or b.dtype),
@@ -451,8 +472,8 @@ def _sweep(
         OUT=outer,
         BLOCK_IN=padded(inner),
         TILE=blocks.tile,
-        SPLIT=split,
-        EVERY=span,
+        SPLIT=common.split // blocks.chunk,
+        EVERY=common.block // blocks.chunk,
         REVERSE=reverse,
         SCALE=common.scale is not None,
         NORMALIZE=norm,
@@ -465,14 +486,15 @@ def _sweep(
     )
 
 
-def _main_backward(common: _Common, q, k, v, dy, inverse, dden, kept, kept_sums, after, after_sums, split):
-    """The kernel `backward`: dq, dk, dv (None where D is tiled), ddecay, dscale, dstate, dsums."""
+def _main_backward(common: _Common, q, k, v, dy, inverse, dden, kept, kept_sums, after, after_sums):
+    """The kernel `backward`: dq, dk, dv (None for a sweep of its own), ddecay, dscale, dstate, dsums."""
     (batch, tokens, heads, key), groups, value = q.shape, k.shape[2], v.shape[3]
     blocks, norm, kind = common.blocks, common.config.normalize, common.decay_kind
     chunks, tiles = math.ceil(tokens / blocks.chunk), math.ceil(key / blocks.tile)
-    splits, span = math.ceil(chunks / split), every(chunks)
+    splits, span = math.ceil(tokens / common.split), common.block // blocks.chunk
     programs = batch * heads * splits * tiles
-    whole, f32 = tiles == 1, jnp.float32
+    f32 = jnp.float32
+    whole = tiles == 1 and padded(value) <= 128  # a wider dv does not fit into registers beside the rest
     dtype = q.dtype if groups == heads else f32
     gradient = common.config.decay_gradient and kind > 0
     shape = (tiles, batch, heads, chunks) if kind == 1 else (tiles, batch, tokens, heads)
@@ -500,8 +522,8 @@ def _main_backward(common: _Common, q, k, v, dy, inverse, dden, kept, kept_sums,
         E=value,
         TILE=blocks.tile,
         BLOCK_E=padded(value),
-        SPLIT=split,
-        EVERY=span,
+        SPLIT=common.split // blocks.chunk,
+        EVERY=common.block // blocks.chunk,
         SCALE=common.scale is not None,
         NORMALIZE=norm,
         FIRST=after is not None,
@@ -532,7 +554,8 @@ def _read(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The kernel `read`: y, and den when `divide`. A `z` that is not the divisor's is added to each row."""
     (batch, tokens, a_heads, inner), outer, heads = a.shape, state.shape[3], common.heads
-    blocks = sweep_blocks(common.config.generation, a.dtype, inner, outer, common.config.chunk)
+    config = common.config
+    blocks = config.sweep or sweep_blocks(config.generation, a.dtype, inner, outer, config.chunk)
     chunks, tiles = math.ceil(tokens / blocks.chunk), math.ceil(outer / blocks.tile)
     return _call(
         kernels.read,
@@ -562,9 +585,8 @@ def _read(
 
 def _before_splits(
     common: _Common,
-    tokens: tuple[None, jax.Array, jax.Array],
-    split: int,
-    splits: int,
+    b: jax.Array,
+    c: jax.Array,
     state: jax.Array | None,
     sums: jax.Array | None,
     *,
@@ -576,9 +598,10 @@ def _before_splits(
     It is the sum over the splits before it of their own states and the initial one, each times the decay of the whole
     splits that lie between: the exponents are plain sums of log decays.
     """
+    splits = math.ceil(b.shape[1] / common.split)
     if splits == 1:
         return tuple(None if x is None else x[:, :, None] for x in (state, sums))
-    *_, own, own_sums = _sweep(common, *tokens, None, None, split=split, last=True, reverse=reverse, **cotangents)
+    *_, own, own_sums = _sweep(common, None, b, c, None, None, last=True, reverse=reverse, **cotangents)
     place = np.arange(splits)
     origin = place if state is None else np.append(place, splits if reverse else -1)
     here, there, between = place[:, None, None], origin[None, :, None], place[None, None, :]
@@ -586,7 +609,7 @@ def _before_splits(
         comes, lies = there > here, (here < between) & (between < there)
     else:
         comes, lies = there < here, (there < between) & (between < here)
-    exponents = jnp.sum(_split_decays(common, tokens[1].shape[1], split, splits)[:, :, None, None] * lies, axis=-1)
+    exponents = jnp.sum(_split_decays(common, b.shape[1], splits)[:, :, None, None] * lies, axis=-1)
     weights = jnp.where(comes[..., 0], jnp.exp(exponents), 0)  # (B or 1, H or 1, splits, origins)
     weights = jnp.broadcast_to(weights, (*own.shape[:2], *weights.shape[2:]))
 
@@ -599,11 +622,11 @@ def _before_splits(
     return arrive(own, state), arrive(own_sums, sums)
 
 
-def _split_decays(common: _Common, tokens: int, split: int, splits: int) -> jax.Array:
+def _split_decays(common: _Common, tokens: int, splits: int) -> jax.Array:
     """Log decay over each whole split, (B or 1, H or 1, splits)."""
     if common.decay is None:
         return jnp.zeros((1, 1, splits), jnp.float32)
-    size = split * common.blocks.chunk
+    size = common.split
     decay = jnp.maximum(common.decay, kernels.LEAST)
     if decay.ndim == 1:
         lengths = np.minimum(size, tokens - size * np.arange(splits))

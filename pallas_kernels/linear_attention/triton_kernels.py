@@ -259,7 +259,6 @@ def backward(
     keys = tile * TILE + tl.arange(0, TILE)
     values = tl.arange(0, BLOCK_E)
     row = tl.arange(0, CHUNK)
-    late = row[:, None] >= row[None, :]
 
     kv_head = head // (HEADS // KV_HEADS)
     q += (batch * tokens * HEADS + head) * D
@@ -325,49 +324,42 @@ def backward(
             start = (chunk * CHUNK).to(tl.int64)
             size = tl.minimum(tokens - chunk * CHUNK, CHUNK)
             between, since, until, whole = _weights(g + start * g_stride, HEADS, size, DECAY, STEP, CHUNK)
+            before = tl.load(scratch + t * TILE * BLOCK_E + spot)  # (tile, E), the state before the chunk
+            if DECAY_GRADIENT:
+                through = tl.sum(tl.sum(before.to(tl.float32) * dstate, 1), 0)
             q_tile = _rows(q + start * HEADS * D, HEADS * D, size, keys, D, CHUNK, DOT)  # (c, tile)
             k_tile = _rows(k + start * KV_HEADS * D, KV_HEADS * D, size, keys, D, CHUNK, DOT)  # (c, tile)
             v_tile = _rows(v + start * KV_HEADS * E, KV_HEADS * E, size, values, E, CHUNK, DOT)  # (c, E)
             dy_tile = _rows(dy + start * HEADS * E, HEADS * E, size, values, E, CHUNK, DOT)  # (c, E)
-            before = tl.load(scratch + t * TILE * BLOCK_E + spot)  # (tile, E), the state before the chunk
             inverse = tl.full((CHUNK,), 1.0, tl.float32)
             if NORMALIZE:
                 inverse = _scalars(inv + per_token + start * HEADS, HEADS, size, CHUNK)
                 ones = _scalars(dden + per_token + start * HEADS, HEADS, size, CHUNK)
                 before_z = tl.load(scratch_z + t * TILE + tl.arange(0, TILE))
+                if DECAY_GRADIENT:
+                    through += tl.sum(before_z * dz, 0)
 
-            # dq_i = scale (Σ_j P_ij dA_ij k_j + exp(G_i) S dy_i), dA_ij = dy_i·v_j
-            dscores = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)  # (c, c)
+            if VALUES or DECAY_GRADIENT:
+                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (c, c), a part when D is tiled
+            dscores = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)  # (c, c), dA_ij = dy_i·v_j
             dscores = dscores * inverse[:, None]
             if NORMALIZE:
                 dscores += ones[:, None]
             dscores = dscores * between
             rounded = dscores.to(DOT)
-            inter = tl.dot(dy_tile, tl.trans(before), input_precision=PRECISION) * (since * inverse)[:, None]
-            if NORMALIZE:
-                inter += (since * ones)[:, None] * before_z[None, :]
             if DECAY_GRADIENT:
-                from_state = tl.sum(q_tile.to(tl.float32) * inter, 1) * factor  # a_i of the derivation
-            dq_tile = tl.dot(rounded, k_tile, acc=inter, input_precision=PRECISION)  # (c, tile), before scaling
-            if SCALE:
-                dscales += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
-            mask = (row < size)[:, None] & (keys < D)[None, :]
-            target = start * HEADS * D + row[:, None] * (HEADS * D) + keys[None, :]
-            tl.store(dq + target, (dq_tile * factor).to(dq.dtype.element_ty), mask=mask)
+                pairs = scores * dscores * factor  # L_ij of the derivation
+                if DECAY == 1:
+                    apart = tl.maximum(row[:, None] - row[None, :], 0).to(tl.float32)
+                    part = tl.sum(pairs * apart, 1)
+                else:
+                    below = row[:, None] > row[None, :]
+                    after = tl.where(row[:, None] < row[None, :], 1.0, 0.0).to(DOT)  # row t sums the rows i > t
+                    pairs = tl.where(below, pairs, 0.0)
+                    sums = tl.dot(after, pairs.to(DOT), acc=pairs, input_precision=PRECISION)  # and row t itself
+                    part = tl.sum(tl.where(below, sums, 0.0), 1)
 
-            # dk_j = Σ_i P_ij dA_ij scale q_i + exp(G_end - G_j) dS v_j
             old = dstate.to(DOT)
-            inter = tl.dot(v_tile, tl.trans(old), input_precision=PRECISION)  # (c, tile)
-            if NORMALIZE:
-                inter += dz[None, :]
-            inter = inter * until[:, None]
-            if DECAY_GRADIENT:
-                to_state = tl.sum(k_tile.to(tl.float32) * inter, 1)  # b_j of the derivation
-            dk_tile = inter + factor * tl.dot(tl.trans(rounded), q_tile, input_precision=PRECISION)
-            tl.store(dk + target, dk_tile.to(dk.dtype.element_ty), mask=mask)
-
-            if VALUES or DECAY_GRADIENT:
-                scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (c, c), a part when D is tiled
             if VALUES:
                 # dv_j = Σ_i P_ij (scale q_i·k_j) dy_i + exp(G_end - G_j) dSᵀ k_j
                 weighted = (scores * between * (factor * inverse)[:, None]).to(DOT)
@@ -377,27 +369,42 @@ def backward(
                 target = start * HEADS * E + row[:, None] * (HEADS * E) + values[None, :]
                 tl.store(dv + target, dv_tile.to(dv.dtype.element_ty), mask=mask)
 
+            # dk_j = Σ_i P_ij dA_ij scale q_i + exp(G_end - G_j) dS v_j
+            mask = (row < size)[:, None] & (keys < D)[None, :]
+            target = start * HEADS * D + row[:, None] * (HEADS * D) + keys[None, :]
+            inter = tl.dot(v_tile, tl.trans(old), input_precision=PRECISION)  # (c, tile)
+            if NORMALIZE:
+                inter += dz[None, :]
+            inter = inter * until[:, None]
             if DECAY_GRADIENT:
-                # L_ij = A_ij dA_ij; dg_t = Σ_{i≥t>j} L_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + exp(G_end) <S, dS>
-                through = tl.sum(tl.sum(before.to(tl.float32) * dstate, 1), 0)
-                if NORMALIZE:
-                    through += tl.sum(before_z * dz, 0)
-                through = through * whole
-                pairs = scores * dscores * factor
+                to_state = tl.sum(k_tile.to(tl.float32) * inter, 1)  # b_j of the derivation
+            scaled = rounded
+            if SCALE:
+                scaled = (dscores * factor).to(DOT)
+            dk_tile = tl.dot(tl.trans(scaled), q_tile, acc=inter, input_precision=PRECISION)
+            tl.store(dk + target, dk_tile.to(dk.dtype.element_ty), mask=mask)
+
+            # dq_i = scale (Σ_j P_ij dA_ij k_j + exp(G_i) S dy_i)
+            inter = tl.dot(dy_tile, tl.trans(before), input_precision=PRECISION) * (since * inverse)[:, None]
+            if NORMALIZE:
+                inter += (since * ones)[:, None] * before_z[None, :]
+            if DECAY_GRADIENT:
+                from_state = tl.sum(q_tile.to(tl.float32) * inter, 1) * factor  # a_i of the derivation
+            dq_tile = tl.dot(rounded, k_tile, acc=inter, input_precision=PRECISION)  # (c, tile), before scaling
+            if SCALE:
+                dscales += tl.sum(q_tile.to(tl.float32) * dq_tile, 1)
+            tl.store(dq + target, (dq_tile * factor).to(dq.dtype.element_ty), mask=mask)
+
+            if DECAY_GRADIENT:
+                # dg_t = Σ_{i≥t>j} L_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + exp(G_end) <S, dS>
                 if DECAY == 1:
-                    apart = tl.maximum(row[:, None] - row[None, :], 0).to(tl.float32)
-                    sums = tl.sum(pairs * apart, 1)
-                    sums += from_state * (row + 1).to(tl.float32)
-                    sums += to_state * tl.maximum(size - 1 - row, 0).to(tl.float32)
-                    total = tl.sum(sums, 0) + through * size
+                    part += from_state * (row + 1).to(tl.float32)
+                    part += to_state * tl.maximum(size - 1 - row, 0).to(tl.float32)
                     streams = tl.num_programs(0) // (tiles * splits)
-                    tl.store(dg + (tile * streams + owner) * chunks + chunk, total)
+                    target = dg + (tile * streams + owner) * chunks + chunk
+                    tl.store(target, tl.sum(part, 0) + through * whole * size)
                 else:
-                    after = tl.where(late, 0.0, 1.0).to(DOT)  # row t sums the pairs of rows i > t
-                    own = tl.where(row[:, None] > row[None, :], pairs, 0.0)
-                    sums = tl.dot(after, own.to(DOT), acc=own, input_precision=PRECISION)  # and of its own
-                    sums = tl.where(row[:, None] > row[None, :], sums + to_state[None, :], from_state[None, :])
-                    part = tl.sum(sums, 1) + through
+                    part += tl.sum(tl.where(below, to_state[None, :], from_state[None, :]), 1) + through * whole
                     streams = tl.num_programs(0) // (tiles * splits * HEADS)
                     target = dg + (tile * streams + batch) * tokens * HEADS + head
                     tl.store(target + (start + row) * HEADS, part, mask=row < size)

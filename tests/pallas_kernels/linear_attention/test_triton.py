@@ -7,6 +7,8 @@ writes out of bounds is looked for.
 
 import contextlib
 import dataclasses
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,9 @@ from pallas_kernels.linear_attention.cases import SMALL, Case
 
 tl = pytest.importorskip("triton.language")
 
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import interpreter, jit  # noqa: E402
 
 from pallas_kernels.linear_attention import triton as implementation  # noqa: E402
@@ -63,10 +68,19 @@ class Memory:
 
 
 class Interpreter:
-    """Runs kernels on the CPU in place of `triton._launch`, and remembers which."""
+    """Runs kernels on the CPU in place of `triton._launch`, and remembers which.
+
+    Attributes:
+      launched: name, grid and constants of each kernel.
+      choices: fields of `Config` that a test sets.
+    """
 
     def __init__(self):
         self.launched = []
+        self.choices = {}
+
+    def names(self):
+        return [name for name, *_ in self.launched]
 
     def launch(self, kernel, arrays, tokens, shapes, *, grid, warps, stages, **constants):
         self.launched.append((kernel.fn.__name__, grid, constants))
@@ -124,7 +138,9 @@ def patched_interpreter():
 def interpreted(monkeypatch):
     """The public API on a GPU that is Triton's interpreter; jax-triton need not be installed."""
     runner = Interpreter()
+    run = implementation.run
     monkeypatch.setattr(implementation, "_launch", runner.launch)
+    monkeypatch.setattr(implementation, "run", lambda args: run(args, **runner.choices))
     table = [dataclasses.replace(x, packages=()) if x.name == "triton" else x for x in dispatch.implementations(api.OP)]
     monkeypatch.setitem(dispatch._tables, api.OP, tuple(table))
     with dispatch.target("gpu", "NVIDIA H200"):
@@ -135,14 +151,23 @@ BOUND = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 4e-3}
 MINE = [
     case for case in SMALL if case.decay != "channel" and min(case.key_size, case.value_size or case.key_size) >= 16
 ]
-OTHER = (
+OTHER = [
     Case("narrow_and_wide", 1, 70, 2, 24, 80, decay="token", initial_state=True),
     Case("wide_and_narrow", 1, 70, 2, 80, 24, kv_heads=1, decay="head", initial_state=True),
     Case("wide_normalized", 1, 40, 1, 144, 48, decay="token", normalize=True),
     Case("full_normalized_state", 1, 50, 2, 24, 40, kv_heads=1, kv_length=70, causal=False, normalize=True),
     Case("minus_20_head", 1, 63, 1, 32, decay="head", strength=20.0, uniform=True),
     Case("minus_20_token", 1, 63, 1, 32, decay="token", strength=20.0, uniform=True),
-)
+]
+CASES = {case.name: case for case in MINE + OTHER}
+SPLIT = [
+    Case("split_plain", 1, 200, 1, 32, initial_state=True),
+    Case("split_head", 1, 200, 2, 80, 16, kv_heads=1, decay="head", initial_state=True),
+    Case("split_token", 1, 200, 1, 32, 48, decay="token", initial_state=True),
+    Case("split_packed_normalized", 1, 200, 1, segments=6, decay="token", normalize=True),
+    Case("split_full_normalized", 1, 200, 1, causal=False, normalize=True),
+]
+H200, A100 = (implementation.generation(kind) for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
 
 
 def assert_accurate(found, dtype):
@@ -151,10 +176,241 @@ def assert_accurate(found, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [*MINE, *OTHER], ids=lambda case: case.name)
-def test_outputs_and_gradients(case, dtype, errors, interpreted):
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, dtype, errors, interpreted):
+    case = CASES[name]
+    if dtype == "float32":
+        interpreted.choices["chunk"] = 32  # the interpreter's time is per chunk
     found = errors(case, jnp.dtype(dtype), "triton")
-    assert {"sweep", "backward" if case.causal or case.segments else "read"} <= {
-        name for name, *_ in interpreted.launched
-    }
+    assert {"sweep", "backward" if case.causal or case.segments else "read"} <= set(interpreted.names())
+    assert ("['log_decay']" in found.gradients) == (case.decay is not None)
     assert_accurate(found, dtype)
+
+
+@pytest.mark.parametrize("name", ["token_300", "normalized", "full"])
+def test_float16(name, errors, interpreted):
+    assert_accurate(errors(CASES[name], jnp.dtype("float16"), "triton"), "float16")
+
+
+@pytest.mark.parametrize(("splits", "gpu"), [(2, A100), (4, H200)], ids=["2", "4"])
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.name)
+def test_a_split_sequence_is_exact(case, splits, gpu, errors, interpreted):
+    dtype = "float32" if splits == 4 else "bfloat16"  # on an A100 the chunks of forward and backward differ
+    interpreted.choices |= {"splits": splits, "block": 64, "generation": gpu}
+    if dtype == "float32":
+        interpreted.choices["chunk"] = 32
+    assert_accurate(errors(case, jnp.dtype(dtype), "triton"), dtype)
+    heads = case.batch * case.heads
+    states = [(grid, constants) for name, grid, constants in interpreted.launched if not constants.get("OUTPUT", True)]
+    assert len(states) == 2  # of the forward and of the backward pass
+    for grid, constants in states:
+        tiles = -(-constants["OUT"] // constants["TILE"])
+        assert grid == heads * tiles * splits
+
+
+def test_splits_fill_the_gpu_only_where_heads_do_not():
+    assert implementation.split_count(H200, programs=96, tokens=1 << 20) == 1
+    assert implementation.split_count(H200, programs=16, tokens=1 << 20) == 9
+    assert implementation.split_count(H200, programs=1, tokens=1 << 20) == 132
+    assert implementation.split_count(H200, programs=1, tokens=4096) == 4  # two blocks of 512 at least
+    assert implementation.split_count(H200, programs=1, tokens=63) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_scale_and_its_gradient(value, interpreted):
+    arguments, options = Case("scaled", 1, 40, 1).arguments()
+
+    def evaluate(name):
+        def loss(scale):
+            y = api.linear_attention(**arguments, **options, scale=scale, implementation=name)
+            return jnp.sum(y**2 + y)
+
+        return jax.value_and_grad(loss)(jnp.float32(value))
+
+    np.testing.assert_allclose(evaluate("triton"), evaluate("reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scale_of_a_normalised_call(causal, interpreted):
+    arguments, options = Case("scaled_normalized", 1, 40, 1, normalize=True, causal=causal).arguments()
+
+    def loss(name):
+        def of(arguments, scale):
+            y = api.linear_attention(**arguments, **options, scale=scale, implementation=name)
+            return jnp.sum(jnp.sin(y * jnp.arange(y.shape[-1])))
+
+        return jax.value_and_grad(of, argnums=(0, 1))(arguments, jnp.float32(0.7))
+
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-4), loss("triton"), loss("reference"))
+
+
+@pytest.mark.parametrize(("causal", "decay"), [(True, "token"), (False, None)])
+def test_nothing_is_read_or_written_beyond_the_last_token_or_channel(causal, decay, errors, interpreted):
+    """By the NaN around every array; here for sizes that no tile divides."""
+    case = Case("odd", 2, 37, 2, 17, 19, kv_heads=1, decay=decay, causal=causal)
+    assert_accurate(errors(case, jnp.dtype("bfloat16"), "triton"), "bfloat16")
+
+
+def test_a_row_that_reads_nothing_is_zero_and_has_zero_gradients(interpreted):
+    q, k, v = (jnp.ones((1, 20, 1, 16)) for _ in "qkv")
+    q = q.at[:, 7].set(0)
+
+    def loss(q, k, v):
+        y = api.linear_attention(q, k, v, normalize=True, implementation="triton")
+        return jnp.sum(y * jnp.arange(20.0)[:, None, None]), y
+
+    gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    assert np.all(np.asarray(y[:, 7]) == 0) and np.allclose(y[:, 8], 1)
+    assert np.all(np.asarray(gradients[0][:, 7]) == 0)
+    assert all(np.all(np.isfinite(x)) for x in gradients)
+
+
+def test_large_float16_sums_do_not_overflow(interpreted):
+    q = jnp.full((1, 100, 1, 16), 30, jnp.float16)
+    y = api.linear_attention(q, q, jnp.full_like(q, 100) * 0 + 4, normalize=True, implementation="triton")
+    np.testing.assert_allclose(y, 4, rtol=1e-2)  # the scores are 14400, their sums 1440000
+
+
+def test_the_gradient_of_a_decay_is_computed_only_where_it_is_wanted(interpreted):
+    arguments, _ = Case("constant", 1, 40, 1, decay="head").arguments()
+    decay = arguments.pop("log_decay")
+
+    def loss(arguments, decay):
+        return jnp.sum(api.linear_attention(**arguments, log_decay=decay, implementation="triton"))
+
+    for argument, wanted in ((0, False), (1, True)):
+        jax.eval_shape(jax.grad(loss, argnums=argument), arguments, decay)
+        name, _, constants = interpreted.launched[-1]
+        assert (name, constants["DECAY_GRADIENT"]) == ("backward", wanted)
+
+
+REFUSED = {
+    "float64": ({"dtype": jnp.float64}, {}, "takes bfloat16, float16, float32, got float64"),
+    "small heads": ({"key_size": 8}, {}, "head sizes of 16 to 256, got D=8"),
+    "large values": ({"value_size": 257}, {}, "head sizes of 16 to 256, got E=257"),
+    "decay per channel": ({"decay": "channel"}, {}, "log_decay of shape .H,. or .B, N, H., got one per channel"),
+    "chunk": ({}, {"chunk_size": 48}, r"chunk_size must be one of \(16, 32\) for .* float32 on sm_90, got 48"),
+    "large chunk": (
+        {"dtype": jnp.bfloat16, "key_size": 256},
+        {"chunk_size": 128},
+        r"chunk_size must be one of \(16, 32, 64\) for .* bfloat16 on sm_90, got 128",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name, interpreted):
+    sizes, options, message = REFUSED[name]
+    sizes = dict(sizes)
+    with jax.enable_x64("dtype" in sizes):
+        arguments, _ = Case("refused", 1, 20, 1, **{k: x for k, x in sizes.items() if k != "dtype"}).arguments(
+            sizes.get("dtype", jnp.float32)
+        )
+        with pytest.raises(dispatch.UnsupportedError, match=f"implementation='triton' refuses: .*{message}"):
+            api.linear_attention(**arguments, **options, implementation="triton")
+    assert not interpreted.launched
+
+
+def test_generations():
+    assert implementation.generation("NVIDIA H100 80GB HBM3").name == "sm_90"
+    assert implementation.generation("NVIDIA A100-SXM4-40GB").name == "sm_80"
+    assert implementation.generation("NVIDIA H20").processors == 78
+    assert implementation.generation("NVIDIA GeForce RTX 4090") == implementation.LEAST_ABLE
+    assert implementation.generation(None) == implementation.LEAST_ABLE
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 4097, 1 << 20])
+@pytest.mark.parametrize("size", [16, 64, 100, 128, 256])
+@pytest.mark.parametrize("gpu", [H200, A100, implementation.LEAST_ABLE], ids=lambda gpu: gpu.name)
+def test_blocks_hold_whole_chunks_and_kept_states_are_few(gpu, size, tokens):
+    length = implementation.block_length(tokens)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for asked in (None, *implementation.chunk_sizes(gpu, dtype, size, size)):
+            for table in (implementation.sweep_blocks, implementation.backward_blocks):
+                blocks = table(gpu, dtype, size, size, asked)
+                assert length % blocks.chunk == 0 and blocks.chunk in (asked, blocks.chunk)
+                assert blocks.tile >= 16 and blocks.tile <= implementation.padded(size)
+    if tokens >= 4096:  # of 8 arrays of D numbers per token, those that the op takes and gives
+        assert -(-tokens // length) * size * size <= 0.13 * 8 * tokens * size
+
+
+# ---- compilation
+
+
+def launches(monkeypatch, gpu, dtype, size, decay, causal=True, normalize=False, tokens=256):
+    """The kernels that a call and its gradient launch, not run: (kernel, arguments, warps, stages, constants)."""
+    found = []
+
+    def launch(kernel, arrays, tokens, shapes, *, grid, warps, stages, **constants):
+        found.append((kernel, [*arrays, tokens, *shapes], warps, stages, constants))
+        return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+
+    monkeypatch.setattr(implementation, "_launch", launch)
+    case = Case("compiled", 1, tokens, 1, size, decay=decay, causal=causal, normalize=normalize, initial_state=True)
+
+    def loss(arguments):
+        args = api.normal_form(**arguments, causal=causal, normalize=normalize, scale=0.5, return_state=True)
+        y, state = implementation.run(args, generation=gpu)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves((y, state)))
+
+    jax.eval_shape(jax.grad(loss), case.arguments(dtype)[0])
+    return found
+
+
+def compile_to_ptx(gpu, kernel, values, warps, stages, constants):
+    """The kernel, compiled as jax-triton does: arrays are aligned to 16 bytes, a number 1 is a constant."""
+    signature, attributes, constants = {}, {}, dict(constants)
+    assert len(values) + len(constants) == len(kernel.arg_names)
+    for i, (name, x) in enumerate(zip(kernel.arg_names, values, strict=False)):
+        if isinstance(x, int):
+            signature[name] = "constexpr" if x == 1 else "i32"
+            constants |= {name: 1} if x == 1 else {}
+        else:
+            signature[name] = f"*{TYPES[x.dtype.name]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    assert list(signature)[: len(values)] == kernel.arg_names[: len(values)]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(gpu.name[3:]), 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+COMPILED = [
+    (jnp.bfloat16, size, *rest)
+    for size in (64, 128, 256)
+    for rest in (("head", True, False, 256), ("token", True, True, 256), (None, False, True, 256))
+] + [(jnp.float32, 64, "token", True, False, 256), (jnp.float16, 128, "token", True, False, 1)]
+
+
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("dtype", "size", "decay", "causal", "normalize", "tokens"), COMPILED)
+def test_kernels_compile(gpu, dtype, size, decay, causal, normalize, tokens, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *args: b"")  # PTX says what there is to know here
+    found = launches(monkeypatch, gpu, dtype, size, decay, causal, normalize, tokens)
+    names = [kernel.fn.__name__ for kernel, *_ in found]
+    assert set(names) == ({"sweep", "backward"} if causal else {"sweep", "read"})
+    for launch in found:
+        compiled = compile_to_ptx(gpu, *launch)
+        assert f".target {gpu.name}" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= gpu.shared
+        if dtype != jnp.float32:
+            tensor_cores = "wgmma.mma_async" if gpu is H200 else "mma.sync"
+            assert tensor_cores in compiled.asm["ptx"]
+
+
+def test_launch_gives_jax_triton_what_the_kernel_names(monkeypatch):
+    calls = []
+
+    def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constants):
+        calls.append(kernel.fn.__name__)
+        assert len(args) + len(out_shape) + len(constants) == len(kernel.arg_names)
+        assert set(constants) == set(kernel.arg_names[len(args) + len(out_shape) :])
+        assert [isinstance(x, int) for x in args].count(True) == 1 and kernel.arg_names[len(args) - 1] == "tokens"
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
+    arguments, _ = Case("launched", 1, 40, 1, decay="token").arguments()
+    args = api.normal_form(**arguments)
+    jax.grad(lambda v: jnp.sum(implementation.run(dataclasses.replace(args, v=v))[0]))(args.v)
+    assert calls == ["sweep", "backward"]
