@@ -51,7 +51,7 @@ def test_refusals():
 
 # Every exchange of 64 shards: one state from 1, 1, 2, 4, 8, 16 and 32 shards before, and its decay.
 @needs_tpu_compiler
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_a_pod_exchanges_states_alone(implementation):
     pod = mesh("v5p:4x4x4", seq=64)
     cut = NamedSharding(pod, P(None, "seq"))
