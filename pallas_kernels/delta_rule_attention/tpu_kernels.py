@@ -39,6 +39,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.delta_rule_attention.tpu_plan import BLOCK, Plan
 from pallas_kernels.linear_attention.arguments import decay_floor
 from pallas_kernels.linear_attention.tpu_parts import WIDE, product, rows_and_lanes
+from pallas_kernels.linear_attention.tpu_plan import LANES
 
 OPTIONAL = ("scale", "initial", "final", "kept", "dfinal", "dinitial")
 
@@ -179,11 +180,17 @@ def _decays(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return between, since_start, jnp.exp(jnp.minimum(until_end, 0)), since_start[c - 1 :]
 
 
-def _forward_chunk(plan: Plan, x: _Chunk, state: jax.Array, inverse: jax.Array, overlap: jax.Array, read: jax.Array):
-    """U (c, E) and the state after the chunk; `read` is k S."""
-    lower = _below(x.beta * overlap)
-    writes = _solve(plan, lower, inverse, x.beta * (x.v.astype(WIDE) - x.since_start * read))
-    return writes, x.whole * state + _precise(plan.dtype, x.k, x.until_end * writes, "tn")
+def _write(plan: Plan, xs: list[_Chunk], overlaps: list, reads: list, states: list, inverses: list | None = None):
+    """U (c, E) of each head, the states after the chunk, and the inverses; `reads` are k S."""
+    lowers = [_below(x.beta * overlap) for x, overlap in zip(xs, overlaps, strict=True)]
+    inverses = inverses or _inverses(lowers)
+    rights = [x.beta * (x.v.astype(WIDE) - x.since_start * read) for x, read in zip(xs, reads, strict=True)]
+    writes = _solve(plan, lowers, inverses, rights)
+    states = [
+        x.whole * state + _precise(plan.dtype, x.k, x.until_end * u, "tn")
+        for x, state, u in zip(xs, states, writes, strict=True)
+    ]
+    return writes, states, inverses
 
 
 def _below(x: jax.Array) -> jax.Array:
@@ -206,55 +213,71 @@ def _row(column: jax.Array) -> jax.Array:
 # ---- the triangle
 
 
-def _inverses(lower: jax.Array) -> jax.Array:
-    """(I + L)⁻¹ - I of the triangles of `BLOCK` tokens on the diagonal of L (c, c), side by side: (BLOCK, c).
+def _inverses(lowers: list[jax.Array]) -> list[jax.Array]:
+    """(I + L)⁻¹ - I of the triangles of `BLOCK` tokens on the diagonal of each L (c, c), side by side: (BLOCK, c).
 
-    Row by row: as soon as row r of an inverse is known, the rows below it subtract their part of it. All triangles of
-    the chunk go together, with L's column r spread over the lanes of its triangle.
+    Row by row: as soon as row r of an inverse is known, the rows below it subtract their part of it. All triangles go
+    together, those of the other heads too, with L's column r spread over the lanes of its triangle.
     """
-    c = lower.shape[0]
+    c = lowers[0].shape[0]
     i, j = rows_and_lanes((c, c))
-    triangles = jnp.where((i | (BLOCK - 1)) == (j | (BLOCK - 1)), lower, 0)
-    triangles = jnp.sum(triangles.reshape(c // BLOCK, BLOCK, c), axis=0)
-    row, lane = rows_and_lanes((BLOCK, c))
+    inside = (i | (BLOCK - 1)) == (j | (BLOCK - 1))
+    triangles = [jnp.sum(jnp.where(inside, x, 0).reshape(c // BLOCK, BLOCK, c), axis=0) for x in lowers]
+    together = max(1, LANES // c)  # lanes are gathered within tiles
+    tiles = [jnp.concatenate(triangles[i : i + together], axis=1) for i in range(0, len(triangles), together)]
+    row, lane = rows_and_lanes((BLOCK, max(c, LANES)))
     place = lane & (BLOCK - 1)
     identity = jnp.where(row == place, 1.0, 0.0)
-    inverse = identity
+    identities = [identity[:, : tile.shape[1]] for tile in tiles]
+    sources = [(lane - place)[:, : tile.shape[1]] for tile in tiles]
+    inverses = identities
     for r in range(BLOCK - 1):
-        column = jnp.take_along_axis(triangles, lane - place + r, axis=1)
-        inverse = inverse - column * inverse[r : r + 1, :]
-    return inverse - identity
+        columns = [jnp.take_along_axis(x, source + r, axis=1) for x, source in zip(tiles, sources, strict=True)]
+        inverses = [x - column * x[r : r + 1, :] for x, column in zip(inverses, columns, strict=True)]
+    inverses = [x - identity for x, identity in zip(inverses, identities, strict=True)]
+    return [x[:, start : start + c] for x in inverses for start in range(0, x.shape[1], c)]
 
 
-def _solve(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """(I + L)⁻¹ R, from the first triangle to the last."""
-    done = []
+def _solve(plan: Plan, lowers: list, inverses: list, rights: list) -> list[jax.Array]:
+    """(I + L)⁻¹ R of each head, from the first triangle to the last."""
+    done = [[] for _ in lowers]
     for start in range(0, plan.chunk, BLOCK):
         end = start + BLOCK
-        rest = right[start:end]
-        if done:
-            rest = rest - _precise(plan.dtype, lower[start:end, :start], jnp.concatenate(done, axis=0), "nn")
-        done.append(rest + _precise(plan.dtype, inverse[:, start:end], rest, "nn"))
-    return jnp.concatenate(done, axis=0)
+        rest = [right[start:end] for right in rights]
+        if start:
+            before = [jnp.concatenate(x, axis=0) for x in done]
+            rest = [
+                r - _precise(plan.dtype, lower[start:end, :start], x, "nn")
+                for r, lower, x in zip(rest, lowers, before, strict=True)
+            ]
+        for x, inverse, r in zip(done, inverses, rest, strict=True):
+            x.append(r + _precise(plan.dtype, inverse[:, start:end], r, "nn"))
+    return [jnp.concatenate(x, axis=0) for x in done]
 
 
-def _solve_transposed(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """(I + L)⁻ᵀ R, from the last triangle to the first."""
-    done = []
+def _solve_transposed(plan: Plan, lowers: list, inverses: list, rights: list) -> list[jax.Array]:
+    """(I + L)⁻ᵀ R of each head, from the last triangle to the first."""
+    done = [[] for _ in lowers]
     for start in reversed(range(0, plan.chunk, BLOCK)):
         end = start + BLOCK
-        rest = right[start:end]
-        if done:
-            rest = rest - _precise(plan.dtype, lower[end:, start:end], jnp.concatenate(done, axis=0), "tn")
-        done.insert(0, rest + _precise(plan.dtype, inverse[:, start:end], rest, "tn"))
-    return jnp.concatenate(done, axis=0)
+        rest = [right[start:end] for right in rights]
+        if end < plan.chunk:
+            after = [jnp.concatenate(x, axis=0) for x in done]
+            rest = [
+                r - _precise(plan.dtype, lower[end:, start:end], x, "tn")
+                for r, lower, x in zip(rest, lowers, after, strict=True)
+            ]
+        for x, inverse, r in zip(done, inverses, rest, strict=True):
+            x.insert(0, r + _precise(plan.dtype, inverse[:, start:end], r, "tn"))
+    return [jnp.concatenate(x, axis=0) for x in done]
 
 
 # ---- bodies
 
 
 def _forward(plan: Plan, refs: Refs) -> None:
-    n, e = pl.program_id(2), plan.value_size
+    n, e, heads = pl.program_id(2), plan.value_size, range(plan.block_heads)
+    halves = slice(0, plan.chunk), slice(plan.chunk, None)
 
     @pl.when(n == 0)
     def _():
@@ -264,17 +287,18 @@ def _forward(plan: Plan, refs: Refs) -> None:
         refs.kept[...] = refs.state[...].astype(plan.dtype)
 
     def chunk(t, _):
-        for head in range(plan.block_heads):
-            x, state = _load(plan, refs, n, t, head), refs.state[head]
-            both = jnp.concatenate([x.q, x.k], axis=0)
-            pairs = product(plan.dtype, both, x.k, "nt")
-            scores, overlap = pairs[: plan.chunk] * x.between, pairs[plan.chunk :] * x.between
-            reads = _precise(plan.dtype, both, state, "nn")
-            inverse = _inverses(_below(x.beta * overlap))
-            writes, refs.state[head] = _forward_chunk(plan, x, state, inverse, overlap, reads[plan.chunk :])
-            y = _precise(plan.dtype, scores, writes, "nn") + x.since_start * reads[: plan.chunk]
+        xs = [_load(plan, refs, n, t, head) for head in heads]
+        states = [refs.state[head] for head in heads]
+        both = [jnp.concatenate([x.q, x.k], axis=0) for x in xs]
+        pairs = [product(plan.dtype, qk, x.k, "nt") for qk, x in zip(both, xs, strict=True)]
+        scores, overlaps = ([pair[half] * x.between for pair, x in zip(pairs, xs, strict=True)] for half in halves)
+        reads = [_precise(plan.dtype, qk, state, "nn") for qk, state in zip(both, states, strict=True)]
+        writes, states, _ = _write(plan, xs, overlaps, [read[halves[1]] for read in reads], states)
+        for head, x in enumerate(xs):
+            y = _precise(plan.dtype, scores[head], writes[head], "nn") + x.since_start * reads[head][halves[0]]
             y = y if refs.scale is None else refs.scale[0] * y
             refs.y[x.rows, head * e : (head + 1) * e] = y.astype(refs.y.dtype)
+            refs.state[head] = states[head]
 
     lax.fori_loop(0, plan.chunks, chunk, None)
     if refs.final is not None:
@@ -285,7 +309,7 @@ def _forward(plan: Plan, refs: Refs) -> None:
 
 
 def _backward(plan: Plan, refs: Refs) -> None:
-    n = plan.blocks - 1 - pl.program_id(2)
+    n, heads = plan.blocks - 1 - pl.program_id(2), range(plan.block_heads)
 
     @pl.when(n == plan.blocks - 1)
     def _():
@@ -294,14 +318,16 @@ def _backward(plan: Plan, refs: Refs) -> None:
     refs.state[...] = refs.kept[...].astype(WIDE)
 
     def rebuild(t, _):
-        for head in range(plan.block_heads):
-            x, state = _load(plan, refs, n, t, head), refs.state[head]
-            refs.states[t, head] = state.astype(plan.dtype)
-            overlap = product(plan.dtype, x.k, x.k, "nt") * x.between
-            refs.inverses[t, head] = inverse = _inverses(_below(x.beta * overlap))
-            read = _precise(plan.dtype, x.k, state, "nn")
-            writes, refs.state[head] = _forward_chunk(plan, x, state, inverse, overlap, read)
-            refs.writes[head, x.rows, :] = writes.astype(plan.dtype)
+        xs = [_load(plan, refs, n, t, head) for head in heads]
+        states = [refs.state[head] for head in heads]
+        overlaps = [product(plan.dtype, x.k, x.k, "nt") * x.between for x in xs]
+        reads = [_precise(plan.dtype, x.k, state, "nn") for x, state in zip(xs, states, strict=True)]
+        writes, after, inverses = _write(plan, xs, overlaps, reads, states)
+        for head, x in enumerate(xs):
+            refs.states[t, head] = states[head].astype(plan.dtype)
+            refs.writes[head, x.rows, :] = writes[head].astype(plan.dtype)
+            refs.inverses[t, head] = inverses[head]
+            refs.state[head] = after[head]
 
     def backward(step, _):
         for head in range(plan.block_heads):
@@ -334,7 +360,7 @@ def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: in
     k_dstate = x.until_end * _precise(dtype, x.k, dstate, "nn")
 
     dwrites = _precise(dtype, scale * scores, dy, "tn") + k_dstate
-    dright = _solve_transposed(plan, lower, inverse, dwrites)
+    (dright,) = _solve_transposed(plan, [lower], [inverse], [dwrites])
     dpairs = product(dtype, jnp.concatenate([dy, dright.astype(dtype)], axis=0), writes, "nt")
     dscores, dlower = dpairs[:c], _below(-dpairs[c:])
     dbetween = jnp.concatenate([scale * dscores * between, x.beta * dlower * between], axis=0)

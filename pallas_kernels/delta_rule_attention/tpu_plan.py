@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention import tpu_plan as linear
 from pallas_kernels.linear_attention.tpu_plan import LANES, Operand
 
-CHUNK = 64
-CHUNKS = (32, 64, 128)
+CHUNKS = (32, 64, 128)  # the largest has the shortest schedules; smaller ones serve short sequences
 BLOCK = 32  # tokens whose triangle is inverted row by row
-BLOCK_CHUNKS = 8  # at most, per block of tokens; the state before every block is kept for the backward pass
+BLOCK_TOKENS = 512  # at most, per block; the state before every block is kept for the backward pass
 LARGEST = 256  # of D and E
 
 # Kernels, with the names of their inputs and outputs. "keep" is "forward" that keeps states for "backward".
@@ -163,7 +162,8 @@ def plan_for(
       value_size: E, 1 to `LARGEST`.
       dtype: bfloat16 or float32.
     """
-    chunk, dtype = config.chunk or CHUNK, jnp.dtype(dtype)
+    chunk = config.chunk or next((size for size in CHUNKS if size >= length), CHUNKS[-1])
+    dtype = jnp.dtype(dtype)
     d, e = padded_sizes(heads, key_size, value_size)
     repeats = heads // kv_heads
     # Two heads keep the matrix units busy: what one head writes waits for what it read, the other one's does not.
@@ -175,7 +175,7 @@ def plan_for(
         plan, key_size=max(d, LANES), value_size=max(e, LANES), block_heads=2 if max(d, e) <= LANES else 1
     )
     chunks = math.ceil(length / chunk)
-    most = min(BLOCK_CHUNKS, chunks)
+    most = min(BLOCK_TOKENS // chunk, chunks)
     while most:
         tokens = chunk * math.ceil(chunks / math.ceil(chunks / most))
         fits = dataclasses.replace(widest, tokens=tokens)

@@ -30,6 +30,7 @@ from pallas_kernels.linear_attention.xla import (
     _Decay,
     _grouped,
     _merged,
+    _of_constant_decay,
     _precision,
     _scalar_decay,
 )
@@ -57,7 +58,7 @@ class _Chunk:
     def __call__(self, shared, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Outputs (B, c, H, E) of a chunk, and the state (B, G, R, D, E) after it; R = H / G.
 
-        `shared` is a pair: weights of the decay that all chunks have, or None; and the scale, or None.
+        `shared` is a pair: a decay per head, its logs (B, G, R) and their weights, or None; and the scale, or None.
         """
         decay, scale = shared
         dtype, groups, size = state.dtype, tokens["k"].shape[2], tokens["k"].shape[1]
@@ -68,7 +69,9 @@ class _Chunk:
         beta = _grouped(jnp.swapaxes(tokens["beta"], 1, 2), groups, axis=1)[..., None]
         if "g" in tokens:
             decay = _scalar_decay(_grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
-        elif decay is None:
+        elif decay is not None:
+            decay = _of_constant_decay(size, *decay)
+        else:
             decay = _Decay(jnp.tril(jnp.ones((size, size), dtype)))
         since_start = 1 if decay.since_start is None else decay.since_start[..., None]
         until_end = 1 if decay.until_end is None else decay.until_end[..., None]
@@ -114,9 +117,11 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
     state = jnp.zeros_like(first, dtype=dtype)
     state = state if args.initial_state is None else state + _grouped(args.initial_state, groups, axis=1)
     tokens, constant, scale, state = same_manual_axes((tokens, constant, args.scale, state))
-    shared = None if constant is None else _constant_decay(constant, size, groups), scale
+    if constant is not None:
+        each = jnp.broadcast_to(constant.reshape(1, groups, -1), state.shape[:3])
+        constant = each, _constant_decay(constant, size, groups)
     plan = Plan(size, _Chunk(args.q.dtype), _empty)
-    y, state = sweep(plan, shared, tokens, state)
+    y, state = sweep(plan, (constant, scale), tokens, state)
     return y[:, padding:], _merged(state, 1) if args.return_state else None
 
 
