@@ -40,19 +40,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import (
-    DK,
-    DQ,
-    DV,
-    FLOOR,
-    FORWARD,
-    LOG2_E,
-    ROWS,
-    Job,
-    Plan,
-    sweep,
-    with_blocks,
-)
+from pallas_kernels.linear_attention.mosaic_gpu_plan import DK, DQ, DV, FORWARD, Job, Plan, with_blocks
+from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
 SIZES = (64, 128, 192, 256)  # D and E

@@ -1,14 +1,8 @@
 """One sweep of chunked linear attention over the tokens, as a Pallas Mosaic GPU kernel for Hopper.
 
-Forward and backward pass of causal linear attention are four sweeps of one shape (`Job`). With P_ij the decay between
-tokens i and j, a sweep reads three arrays and computes, for tokens in order or in reverse,
-
-    out_i = Σ_j P_ij (row_i · column_j) value_j          j ≤ i, or j ≥ i in reverse
-
-    y  = sweep(q, k, v)         dq = sweep(dy, v, k)
-    dk = reverse(v, dy, q)      dv = reverse(k, q, dy)
-
-with the state S = Σ_j P_j column_jᵀ value_j, (inner, outer), before each chunk of 64 tokens:
+Forward and backward pass of causal linear attention are four sweeps of one form, see `mosaic_gpu_plan`. A sweep reads
+three arrays, row, column and value, and holds the state S = Σ_j P_j column_jᵀ value_j, (inner, outer); for each chunk
+of 64 tokens
 
     out = ((row columnᵀ) ∘ P) value + (weight to the chunk's border) row S          S' = whole · S + columnᵀ (w value)
 
@@ -24,7 +18,6 @@ Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.linear_attention.mosaic_gpu_plan import Job, Plan
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -46,125 +40,13 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     load,
     products,
     shared,
-    tile_bytes,
-    tile_registers,
     zeros,
 )
 
 ROWS = 8  # tokens of a row group of the swizzle: arrays have a multiple of it
-SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
 LOG2_E = math.log2(math.e)
 FLOOR = -128.0  # exp of a log decay below it is 0
 STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept: float16 would overflow
-
-
-class Job(NamedTuple):
-    """One output of a sweep; the names are those of the arrays that it reads and of what it writes.
-
-    Attributes:
-      row: array that meets the state, (B, N, H or G, inner).
-      column: array of the state's rows, (B, N, H or G, inner).
-      value: array of the state's columns, (B, N, H or G, outer).
-      out: (B, N, H, outer).
-      partner: array (B, N, H or G, outer) for the sums that the gradient of decays needs.
-    """
-
-    row: str
-    column: str
-    value: str
-    out: str
-    partner: str
-
-
-FORWARD = Job("q", "k", "v", "y", "dy")
-DQ = Job("dy", "v", "k", "dq", "q")
-DK = Job("v", "dy", "q", "dk", "k")
-DV = Job("k", "q", "dy", "dv", "v")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static in one launch.
-
-    Attributes:
-      jobs: outputs to compute, of one inner and one outer size.
-      reverse: whether tokens are visited from the last to the first.
-      decay: None, "head" for (H,), "token" for cumulated log decays.
-      scaled: whether there is a scale.
-      outputs: whether outputs are wanted; otherwise the state alone.
-      initial: whether the sweep starts from given states.
-      final: whether the states at its end are wanted.
-      keep: chunks between two kept states, 0 to keep none.
-      sums: whether the first job also writes the sums that gradients of decays and scales need.
-      warpgroups: compute warpgroups of a CTA.
-      stages: chunks of tokens in shared memory.
-      interpret: parameters of Pallas' interpreter, None on a GPU; see `mosaic_gpu_tiles`.
-    """
-
-    jobs: tuple[Job, ...]
-    reverse: bool = False
-    decay: str | None = None
-    scaled: bool = False
-    outputs: bool = True
-    initial: bool = False
-    final: bool = False
-    keep: int = 0
-    sums: bool = False
-    warpgroups: int = 1
-    stages: int = 2
-    interpret: Any = None
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether the kernel is interpreted."""
-        return self.interpret is not None
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """Names of the token arrays that the sweep reads."""
-        names: list[str] = []
-        for job in self.jobs:
-            names += (job.row,) * self.outputs + (job.column, job.value) + (job.partner,) * self.sums
-        return tuple(dict.fromkeys(names))
-
-    def whole(self, name: str) -> bool:
-        """Whether a warpgroup reads all channels of the array, not its own tile of them alone."""
-        wanted = {name for job in self.jobs for name in (job.row, job.column)}
-        if self.sums:  # scores between partner and value
-            wanted |= {self.jobs[0].partner, self.jobs[0].value}
-        return name in wanted
-
-
-def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
-    """Shared memory of a CTA, in bytes, without a kilobyte for barriers and alignment; 16-bit inputs."""
-    sizes = {}
-    for job in plan.jobs:
-        sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
-    loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.warpgroups for name in plan.arrays)
-    per_warpgroup = inner // TILE + 1 + int(plan.outputs)
-    vectors = TILE * 4 * (plan.stages * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
-    return tile_bytes() * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
-
-
-def registers(plan: Plan, inner: int) -> int:
-    """Estimate of the 32-bit registers of a compute thread: states, scores, weights and one output, and 40 others."""
-    live = len(plan.jobs) * (inner // TILE) + (3 + plan.sums if plan.outputs else 1)
-    return tile_registers() * live + 40
-
-
-def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
-    """The plan with warpgroups and stages that fit in shared memory: two warpgroups and three stages if possible.
-
-    Raises:
-      ValueError: if nothing fits; the message says how much is missing.
-    """
-    tiles = outer // TILE
-    for warpgroups, stages in ((2, 3), (2, 2), (1, 3), (1, 2), (1, 1)):
-        chosen = dataclasses.replace(plan, warpgroups=warpgroups, stages=stages)
-        if tiles % warpgroups == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
-            return chosen
-    needed = smem_bytes(chosen, inner, outer) + 1024
-    raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")
 
 
 def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -423,20 +305,25 @@ def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _
         row = [smem[job.row].at[slot, block] for block in blocks]
         # With 16 bits but another format than the state's, rows go through registers.
         left = row if row[0].dtype == STATE_DTYPE else [load(plan.interpreted, x).astype(STATE_DTYPE) for x in row]
-        inter, scores = products(
+        scores, inter = products(
             plan.interpreted,
-            (None, [(left[block], operand.at[block]) for block in blocks]),
             (None, [(row[block], Transposed(column[block])) for block in blocks]),
+            (None, [(left[block], operand.at[block]) for block in blocks]),
         )
-        if weights.border is not None:
-            inter = inter * by_row(weights.border)
+        if weights.between is not None:
             scores = scores * weights.between()
         if scale is not None and plan.reverse:  # S holds the scale already
             scores = scores * scale
         i, j = iota(plan.interpreted, 0), iota(plan.interpreted, 1)
         scores = jnp.where(i <= j if plan.reverse else i >= j, scores, 0.0)
-        if plan.sums and job is plan.jobs[0]:
-            _sums(plan, place, gmem, smem, job, slot, step, inter, scores)
+        summed = plan.sums and job is plan.jobs[0]
+        if summed:
+            _sum_inside(plan, place, gmem, smem, job, slot, step, scores)
+        if weights.border is not None:
+            inter = inter * by_row(weights.border)
+        if summed:
+            partner = load(plan.interpreted, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
+            _write_sums(plan, place, gmem, smem, 0, place.tile, step, jnp.sum(inter * partner, axis=1))
         (out,) = products(plan.interpreted, (inter, [(scores.astype(value.dtype), value)]))
         if scale is not None and not plan.reverse:
             out = out * scale
@@ -486,21 +373,8 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int)
             store(_slots(plan, place.chunks) - 1)
 
 
-def _sums(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, inter, scores) -> None:
-    """Sums of the weighted scores times partner_i·value_j: of this tile's channels before the chunk, and inside it.
-
-    Those inside the chunk do not depend on the tile; the first one's warpgroup writes them.
-    """
-    tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
-
-    def write(number: int, sums, where) -> None:
-        staged = smem["sums"].at[place.warpgroup, number]
-        staged[...] = sums
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, gmem["sums"].at[place.batch, place.head, where, tokens])
-
-    partner = load(plan.interpreted, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
-    write(0, jnp.sum(inter * partner, axis=1), place.tile)
+def _sum_inside(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, scores) -> None:
+    """Sums of the weighted scores times partner_i·value_j in a chunk; the warpgroup of the first tile writes them."""
 
     @pl.when(place.tile == 0)
     def _():
@@ -508,4 +382,14 @@ def _sums(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, inter, sc
         pairs = [(smem[job.partner].at[slot, b], Transposed(smem[job.value].at[slot, b])) for b in blocks]
         (other,) = products(plan.interpreted, (None, pairs))
         others = iota(plan.interpreted, 0) != iota(plan.interpreted, 1)
-        write(1, jnp.sum(jnp.where(others, scores * other, 0.0), axis=1), gmem["sums"].shape[2] - 1)
+        sums = jnp.sum(jnp.where(others, scores * other, 0.0), axis=1)
+        _write_sums(plan, place, gmem, smem, 1, gmem["sums"].shape[2] - 1, step, sums)
+
+
+def _write_sums(plan: Plan, place: _Place, gmem, smem, buffer: int, where, step, sums) -> None:
+    """Stores one number per token of the chunk at place `where` of "sums"."""
+    staged = smem["sums"].at[place.warpgroup, buffer]
+    staged[...] = sums
+    plgpu.commit_smem()
+    tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
+    plgpu.copy_smem_to_gmem(staged, gmem["sums"].at[place.batch, place.head, where, tokens])

@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels import dispatch, linear_attention
 from pallas_kernels.linear_attention import api, reference
 from pallas_kernels.linear_attention import mosaic_gpu as implementation
-from pallas_kernels.linear_attention import mosaic_gpu_sweep as sweeps
+from pallas_kernels.linear_attention import mosaic_gpu_plan as plans
 from pallas_kernels.linear_attention.cases import Case
 
 try:  # private: JAX 0.10.2 exports the interpreter of TPUs alone
@@ -39,7 +39,7 @@ def interpreter():
     """
 
     def parameters(length: int, **options):
-        if length % sweeps.TILE:
+        if length % plans.TILE:
             options |= {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
         return InterpretGPUParams(**options)
 
@@ -81,11 +81,11 @@ def rms(got: np.ndarray, want: np.ndarray) -> float:
 
 CASES = {
     "none, two batches, float16": (Case("none", 2, 70, heads=1, key_size=64), jnp.float16, None, 1),
-    "head, E=128": (Case("head", 1, 100, heads=2, key_size=64, value_size=128, decay="head"), jnp.bfloat16, 0.7, 1),
+    "head, E=128": (Case("head", 1, 70, heads=2, key_size=64, value_size=128, decay="head"), jnp.bfloat16, 0.7, 1),
     "head, whole chunks": (Case("head_128", 1, 128, 1, 64, decay="head", initial_state=True), jnp.bfloat16, None, 1),
     "head, -20": (Case("h20", 1, 100, 1, 64, decay="head", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
     "token, D=128, grouped": (
-        Case("token", 1, 100, 2, 128, 64, kv_heads=1, decay="token", initial_state=True),
+        Case("token", 1, 70, 2, 128, 64, kv_heads=1, decay="token", initial_state=True),
         jnp.bfloat16,
         0.7,
         1,
@@ -95,7 +95,7 @@ CASES = {
     "token, one": (Case("one", 1, 1, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.0, 1),
     "segments": (Case("packed", 1, 130, 1, 64, segments=3, decay="head", initial_state=True), jnp.bfloat16, None, 1),
     "token, splits": (Case("splits", 1, 256, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.7, 2),
-    "head, splits": (Case("head_splits", 1, 128, 1, 64, decay="head"), jnp.bfloat16, None, 2),
+    "head, splits": (Case("head_in_splits", 1, 128, 2, 64, decay="head", strength=0.05), jnp.bfloat16, None, 2),
 }
 
 
@@ -198,22 +198,22 @@ def test_splits_add_one_sweep():
 @pytest.mark.parametrize("inner", implementation.SIZES)
 @pytest.mark.parametrize("outer", implementation.SIZES)
 def test_every_sweep_fits_in_shared_memory(inner, outer):
-    for job, reverse in ((sweeps.FORWARD, False), (sweeps.DQ, False), (sweeps.DK, True), (sweeps.DV, True)):
-        for sums in (False, True) if job in (sweeps.DQ, sweeps.DK) else (False,):
-            plan = sweeps.Plan((job,), reverse=reverse, decay="token", sums=sums, keep=4 * sums)
-            plan = sweeps.with_blocks(plan, inner, outer)
-            assert sweeps.smem_bytes(plan, inner, outer) + 1024 <= sweeps.SMEM_BYTES
-            assert outer // sweeps.TILE % plan.warpgroups == 0
+    for job, reverse in ((plans.FORWARD, False), (plans.DQ, False), (plans.DK, True), (plans.DV, True)):
+        for sums in (False, True) if job in (plans.DQ, plans.DK) else (False,):
+            plan = plans.Plan((job,), reverse=reverse, decay="token", sums=sums, keep=4 * sums)
+            plan = plans.with_blocks(plan, inner, outer)
+            assert plans.smem_bytes(plan, inner, outer) + 1024 <= plans.SMEM_BYTES
+            assert outer // plans.TILE % plan.warpgroups == 0
 
 
 def test_budgets_of_the_forward_sweep():
-    plan = sweeps.with_blocks(sweeps.Plan((sweeps.FORWARD,), decay="head"), 128, 128)
+    plan = plans.with_blocks(plans.Plan((plans.FORWARD,), decay="head"), 128, 128)
     assert (plan.warpgroups, plan.stages) == (2, 3)
     # Three stages of q, k, v, and per warpgroup the state, the weighted values and the output.
-    assert sweeps.smem_bytes(plan, 128, 128) == 3 * 3 * 64 * 128 * 2 + 2 * (128 + 64 + 64) * 64 * 2
-    assert sweeps.registers(plan, 128) <= 240
+    assert plans.smem_bytes(plan, 128, 128) == 3 * 3 * 64 * 128 * 2 + 2 * (128 + 64 + 64) * 64 * 2
+    assert plans.registers(plan, 128) <= 240
     with pytest.raises(ValueError, match=r"need \d+ bytes of shared memory"):
-        sweeps.with_blocks(sweeps.Plan((sweeps.FORWARD,)), 1024, 64)
+        plans.with_blocks(plans.Plan((plans.FORWARD,)), 1024, 64)
 
 
 def test_splits_are_whole_chunks():
