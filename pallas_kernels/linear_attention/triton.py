@@ -74,9 +74,14 @@ class Generation:
     shared: int
 
     @property
+    def capability(self) -> int:
+        """Compute capability times ten: 90."""
+        return int(self.name[3:])
+
+    @property
     def warpgroups(self) -> bool:
         """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
-        return int(self.name[3:]) in range(90, 120)
+        return 90 <= self.capability < 120
 
 
 # The first whose key is in the device kind; what is not known is taken for the least able one.
@@ -462,6 +467,7 @@ def _sweep(
         [a, b, c, common.decay, common.scale, inverse, dden, first, first_sums if norm else None],
         tokens,
         outputs,
+        gpu=common.config.generation,
         grid=batch * heads * splits * tiles,
         blocks=blocks,
         HEADS=heads,
@@ -514,6 +520,7 @@ def _main_backward(common: _Common, q, k, v, dy, inverse, dden, kept, kept_sums,
         [q, k, v, dy, common.decay, common.scale, inverse, dden, kept, kept_sums, after, after_sums if norm else None],
         tokens,
         outputs,
+        gpu=common.config.generation,
         grid=programs,
         blocks=blocks,
         HEADS=heads,
@@ -565,6 +572,7 @@ def _read(
             _Out((batch, tokens, heads, outer), dtype),
             _Out((batch, tokens, heads), jnp.float32) if divide else None,
         ],
+        gpu=config.generation,
         grid=batch * heads * chunks * tiles,
         blocks=blocks,
         HEADS=heads,
@@ -678,6 +686,7 @@ def _call(
     tokens: int,
     outputs: Sequence[_Out | None],
     *,
+    gpu: Generation,
     grid: int,
     blocks: Blocks,
     **constants: Any,
@@ -686,7 +695,8 @@ def _call(
     stand_in = next(x for x in inputs if x is not None)
     arrays = [stand_in if x is None else x.reshape(1) if x.ndim == 0 else x for x in inputs]
     shapes = [jax.ShapeDtypeStruct(*(out or ((1,), jnp.float32))) for out in outputs]
-    results = _launch(kernel, arrays, tokens, shapes, grid=grid, warps=blocks.warps, stages=blocks.stages, **constants)
+    capability = None if gpu == LEAST_ABLE else gpu.capability
+    results = _launch(kernel, arrays, tokens, shapes, capability, grid, blocks.warps, blocks.stages, constants)
     return [x if out is not None else None for x, out in zip(results, outputs, strict=True)]
 
 
@@ -695,13 +705,13 @@ def _launch(
     arrays: Sequence[jax.Array],
     tokens: int,
     shapes: Sequence[jax.ShapeDtypeStruct],
-    *,
+    capability: int | None,
     grid: int,
     warps: int,
     stages: int,
-    **constants: Any,
+    constants: dict[str, Any],
 ) -> Sequence[jax.Array]:
-    """Runs `kernel(*arrays, tokens, *outputs, **constants)` on the GPU."""
+    """Runs `kernel(*arrays, tokens, *outputs, **constants)`; without a `capability` it is that of the first GPU."""
     import jax_triton  # raises where jaxlib has no CUDA
 
     return jax_triton.triton_call(
@@ -712,5 +722,6 @@ def _launch(
         grid=(grid,),
         num_warps=warps,
         num_stages=stages,
+        compute_capability=capability,
         **constants,
     )
