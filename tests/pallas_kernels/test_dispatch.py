@@ -81,7 +81,7 @@ def test_import_is_light():
 
 def test_the_op_is_registered():
     assert "linear_attention" in dispatch.ops()
-    assert [choice.name for choice in dispatch.explain("linear_attention")] == ["xla", "reference"]
+    assert [choice.name for choice in dispatch.explain("linear_attention")][-2:] == ["xla", "reference"]
 
 
 def test_a_target_stands_for_the_machine(op):
