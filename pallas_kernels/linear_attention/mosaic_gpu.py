@@ -32,13 +32,14 @@ Grouped heads are read by index; dk and dv are written per query head in the dty
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.mosaic_gpu_plan import DK, DQ, DV, FORWARD, Job, Plan, with_blocks
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
@@ -91,7 +92,7 @@ def supports(args: Arguments) -> str | None:
             return f"it takes head sizes {', '.join(map(str, SIZES))}, got {name}={size}"
     if args.chunk_size not in (None, TILE):
         return f"chunk_size must be None or {TILE}, got {args.chunk_size}"
-    return None
+    return partition.refusal()
 
 
 def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) -> tuple[jax.Array, State | None]:
@@ -112,7 +113,7 @@ def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) ->
     if splits > 1 and args.q.shape[1] % (TILE * splits):
         raise ValueError(f"splits must cut N into whole chunks of {TILE} tokens, got {splits=} and N={args.q.shape[1]}")
     config = Config(return_state=args.return_state, splits=splits, interpret=interpret)
-    return _attend(config, args.q, args.k, args.v, decay, args.scale, args.initial_state)
+    return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
 
 def split_count(processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int) -> int:
@@ -140,13 +141,13 @@ def _processors(kind: str | None) -> int | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config: Config, q, k, v, decay, scale, state):
     """y, and the last state or None."""
-    return _forward(config, q, k, v, decay, scale, state)[:2]
+    return _partitioned_forward(config, q, k, v, decay, scale, state)[:2]
 
 
 def _attend_forward(config: Config, *arrays):
     perturbed = [x is not None and x.perturbed for x in arrays]
     arrays = [None if x is None else x.value for x in arrays]
-    y, last, starts = _forward(config, *arrays)
+    y, last, starts = _partitioned_forward(config, *arrays)
     # What is static travels in the structure of the residuals.
     marks = {name: () for name, mark in zip(("decay", "scale"), perturbed[3:5], strict=True) if mark}
     return (y, last), (marks, *arrays, starts)
@@ -158,13 +159,40 @@ def _attend_backward(config: Config, residuals, cotangents):
     dy, dlast = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
     config = dataclasses.replace(config, decay_gradient="decay" in marks, scale_gradient="scale" in marks)
-    *gradients, ddecay, dscale, dstate = _backward(config, *arrays, dy, dlast)
+    *gradients, ddecay, dscale, dstate = _partitioned_backward(config, *arrays, dy, dlast)
     if ddecay is not None and decay.ndim == 1:
         ddecay = jnp.sum(ddecay, axis=0)
     return *gradients, ddecay, None if dscale is None else jnp.sum(dscale), dstate
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _axes(decay: jax.Array | None) -> tuple[str, ...]:
+    """Axes of q, k, v, decay, scale and state, as `partition.batched_and_partitioned` wants them."""
+    return "BNHD", "BNGD", "BNGE", "H" if decay is None or decay.ndim == 1 else "BNH", "", "BHDE"
+
+
+def _partitioned_forward(config: Config, *arrays) -> tuple[jax.Array | None, ...]:
+    outputs = "BNHE", "BHDE" if config.return_state else None, "BSHDE" if config.splits > 1 else None
+    return _partitioned(_forward, config, _axes(arrays[3]), outputs)(*arrays)
+
+
+def _partitioned_backward(config: Config, *arrays) -> tuple[jax.Array | None, ...]:
+    decay, state = arrays[3], arrays[5]
+    outputs = (
+        *_axes(decay)[:3],
+        ("BH" if decay.ndim == 1 else "BNH") if config.decay_gradient else None,
+        "BH" if config.scale_gradient else None,
+        None if state is None else "BHDE",
+    )
+    return _partitioned(_backward, config, (*_axes(decay), "BSHDE", "BNHE", "BHDE"), outputs)(*arrays)
+
+
+def _partitioned(fn, config: Config, inputs, outputs) -> Callable[..., tuple[jax.Array | None, ...]]:
+    fn = functools.partial(fn, config)
+    # The interpreter's callbacks are effects, which a partitioned call may not have.
+    return fn if config.interpret is not None else partition.batched_and_partitioned(fn, inputs, outputs)
 
 
 def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | None, ...]:

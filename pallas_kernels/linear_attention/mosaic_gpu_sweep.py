@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import partition
 from pallas_kernels.linear_attention.mosaic_gpu_plan import Job, Plan
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
@@ -78,23 +79,26 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     chunks, dtype = -(-length // TILE), arrays[first.column].dtype
     wgs = plan.warpgroups
 
+    names = list(plan.arrays)
+    names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
+    names += [f"initial {job.out}" for job in plan.jobs if plan.initial]
+
+    def struct(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return partition.struct(shape, dtype, *(arrays[name] for name in names))
+
     out_types: dict[str, jax.ShapeDtypeStruct] = {}
     for job in plan.jobs:
         if plan.outputs:
             # Of a tile that reaches beyond an array the interpreter stores nothing, the copy engine what fits.
             rows = chunks * TILE if plan.interpreted else rows
-            out_types[job.out] = jax.ShapeDtypeStruct((batch, rows, heads, outer), dtype)
+            out_types[job.out] = struct((batch, rows, heads, outer), dtype)
         if plan.final:
-            out_types[f"final {job.out}"] = jax.ShapeDtypeStruct((batch, heads, inner, outer), jnp.float32)
+            out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
     if plan.keep:
         slots = _slots(plan, chunks)
-        out_types[f"kept {first.out}"] = jax.ShapeDtypeStruct((batch, heads, slots, inner, outer), STATE_DTYPE)
+        out_types[f"kept {first.out}"] = struct((batch, heads, slots, inner, outer), STATE_DTYPE)
     if plan.sums:
-        out_types["sums"] = jax.ShapeDtypeStruct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
-
-    names = list(plan.arrays)
-    names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
-    names += [f"initial {job.out}" for job in plan.jobs if plan.initial]
+        out_types["sums"] = struct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
 
     loaded = {name: blocks[name] if plan.whole(name) else wgs for name in plan.arrays}
     scratch = {name: shared(plan.stages, count, dtype=dtype) for name, count in loaded.items()}
@@ -209,7 +213,9 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
     states = [zeros(plan.interpreted)] * (blocks * len(plan.jobs))
     if plan.initial:
         given = [(gmem[f"initial {job.out}"], block) for job in plan.jobs for block in range(blocks)]
-        states = [load(plan.interpreted, state_at(*where), optimized=False) for where in given]
+        # The sum, because inside shard_map a loaded value alone has mesh axes in its type, which the loop would lose.
+        zero = zeros(plan.interpreted)
+        states = [zero + load(plan.interpreted, state_at(*where), optimized=False) for where in given]
     scale = gmem["scale"][0] if plan.scaled else None
 
     def chunk(step, states):

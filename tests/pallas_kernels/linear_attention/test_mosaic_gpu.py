@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, linear_attention
 from pallas_kernels.linear_attention import api, reference
@@ -185,6 +186,36 @@ def test_constant_decay_is_one_launch_on_arrays_in_place():
     text = lowered((128, 128), "head", gradient=False)
     assert launches(text) == 1
     assert not [line for line in text.splitlines() if "stablehlo.transpose" in line or "stablehlo.pad" in line]
+
+
+def test_vmapped_axis_joins_the_batch():
+    with dispatch.target("gpu", device_kind=H200):
+        call = jax.vmap(lambda q, g: linear_attention(q, q, q, log_decay=g, implementation="mosaic_gpu"))
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 2, 80, 4, 64), (3, 2, 80, 4))]
+        text = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert launches(text) == 1
+    assert "-> tensor<6x80x4x64xbf16>" in text
+
+
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+def test_gradient_lowers_inside_shard_map(decay):
+    """With types that say over which axes a value varies."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = {name: jax.ShapeDtypeStruct((2, 80, 4, 64), jnp.bfloat16) for name in "qkv"}
+    arrays["initial_state"] = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.float32)
+    specs = dict.fromkeys(arrays, P("x"))
+    if decay is not None:
+        arrays["log_decay"] = jax.ShapeDtypeStruct((4,) if decay == "head" else (2, 80, 4), jnp.float32)
+        specs["log_decay"] = P() if decay == "head" else P("x")
+
+    def loss(arrays):
+        y, state = linear_attention(**arrays, implementation="mosaic_gpu", return_state=True)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
+
+    with dispatch.target("gpu", device_kind=H200):
+        gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs,), out_specs=specs)
+        text = jax.jit(gradient).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert launches(text) == 2
 
 
 def test_splits_add_one_sweep():
