@@ -10,7 +10,8 @@ of q, k or v is made, and none of y or of gradients, with these exceptions, each
 - head sizes other than 16, 32, 64, 128, 256 are padded with zeros to the next of these;
 - key heads that several query heads share (G < H) are read in place where D and E are 128 or 256, and repeated
   otherwise; the gradients of the repeated ones are summed in float32;
-- the TPU has no float16: such inputs are computed as float32, and results rounded.
+- the TPU has no float16: such inputs are computed as float32, and results rounded;
+- fewer than 16 tokens are filled up to 16.
 
 Decay per token, a number per token and head, is cumulated by XLA before the kernel. Segments become decays, see
 `arguments.decay_of_segments`; without causality they become a causal sweep, see `arguments.in_order_of_ids`; without
@@ -43,6 +44,7 @@ from pallas_kernels.linear_attention.arguments import (
 from pallas_kernels.linear_attention.tpu_kernels import call
 from pallas_kernels.linear_attention.tpu_plan import LANES, SIZES, Config, Plan
 
+LEAST_TOKENS = 16  # rows of a tile: the compiler takes no shorter arrays, so these are filled up
 DECAYS = {1: "head", 3: "token", 4: "channel"}
 DECAY_AXES = {None: "", "head": "H", "token": "BNH", "channel": "BNHD"}
 
@@ -90,7 +92,8 @@ def plans(args: Arguments) -> tuple[Plan, ...] | None:
     sizes = [tpu_plan.packed_size(x.shape[-1]) for x in (args.q, args.v)]
     dtype = _compute_dtype(args.q.dtype)
     if config.causal:
-        found = (_plan(config, batch, n if args.causal else n + m, heads, groups, *sizes, dtype),)
+        n = max(n if args.causal else n + m, LEAST_TOKENS)
+        found = (_plan(config, batch, n, heads, groups, *sizes, dtype),)
     else:
         found = tuple(
             tpu_plan.plan_for(config, batch, *x, *sizes, dtype) for x in ((m, groups, groups), (n, heads, heads))
@@ -133,6 +136,8 @@ def traffic(args: Arguments) -> dict[str, float]:
 def _config(args: Arguments) -> Config:
     ids = args.query_ids is not None
     decay = None if args.log_decay is None else DECAYS[args.log_decay.ndim]
+    if decay == "head" and args.q.shape[1] < LEAST_TOKENS:
+        decay = "token"  # tokens that fill up must not decay the state
     return Config(
         chip=tpu_plan.chip_of(dispatch.current_device_kind()),
         causal=args.causal or ids,
@@ -147,16 +152,20 @@ def _config(args: Arguments) -> Config:
 
 
 def _run_causal(config: Config, args: Arguments, q, k, v, ids: jax.Array | None) -> tuple[jax.Array, State | None]:
+    n, missing = q.shape[1], max(0, LEAST_TOKENS - q.shape[1])
     decay = args.log_decay if ids is None else decay_of_segments(args, ids)
     if decay is not None:
         floor = decay_floor(jnp.float32)
         decay = jnp.where(decay < -floor, -floor, decay)  # exp is 0 there already
-        if decay.ndim == 4:
-            decay = _padded(decay)
+        decay = jnp.broadcast_to(decay, q.shape[:3]) if missing and decay.ndim == 1 else decay
+        decay = _padded(decay) if decay.ndim == 4 else decay
     q, k, v = (_padded(x) for x in (q, k, v))
+    if missing:
+        q, k, v = (_filled_up(x, missing) for x in (q, k, v))
+        decay = None if decay is None else _filled_up(decay, missing)
     arrays = partition.same_manual_axes((q, k, v, decay, args.scale, _packed_state(args)))
     y, final = _attend(config, *arrays)
-    return _result(args, y), _unpacked_state(args, final)
+    return _result(args, y[:, :n]), _unpacked_state(args, final)
 
 
 def _run_full(config: Config, args: Arguments) -> tuple[jax.Array, State | None]:
@@ -178,6 +187,11 @@ def _padded(x: jax.Array) -> jax.Array:
     x = x.astype(_compute_dtype(x.dtype))
     missing = tpu_plan.packed_size(size) - size
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
+
+
+def _filled_up(x: jax.Array, missing: int) -> jax.Array:
+    """(B, N, ...) with so many empty tokens behind the last one."""
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _result(args: Arguments, y: jax.Array) -> jax.Array:

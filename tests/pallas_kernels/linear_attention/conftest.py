@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.cases import Case
+from tests.quick import quick_jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ def _evaluate(arguments: dict, options: dict, implementation: str) -> Results:
         wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in outputs]
         return sum(jnp.vdot(x, jnp.asarray(rng.standard_normal(x.shape), x.dtype)) for x in wide), outputs
 
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments)
+    (_, outputs), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(arguments)
     named = {jax.tree_util.keystr(path): g for path, g in jax.tree_util.tree_leaves_with_path(gradients)}
     return Results(
         [np.asarray(x, np.float64) for x in outputs], {k: np.asarray(g, np.float64) for k, g in named.items()}
