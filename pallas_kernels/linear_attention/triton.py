@@ -1,6 +1,7 @@
 """Linear attention as Triton kernels, called through jax-triton: forward, and a backward pass written by hand.
 
-The kernels are in `triton_kernels.py`; README.md derives the recurrence, the chunks and their weights.
+The kernels are in `triton_kernels.py`, their blocks in `triton_plan.py`; README.md derives the recurrence, the chunks
+and their weights.
 
 **Forward** (`sweep`). A program owns one head of one sequence and a tile of the value channels. It walks over chunks
 of c tokens with its part of the state S (D × tile, float32) in registers: one launch, which writes y alone. Programs
@@ -54,66 +55,22 @@ from pallas_kernels.linear_attention.arguments import (
     decay_of_segments,
     in_order_of_ids,
 )
+from pallas_kernels.linear_attention.triton_plan import (
+    LEAST_ABLE,
+    Blocks,
+    Generation,
+    backward_blocks,
+    block_length,
+    chunk_sizes,
+    generation,
+    padded,
+    split_count,
+    sweep_blocks,
+    wide,
+)
 
 SIZES = (16, 256)  # least and greatest D and E
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What the tables need of a GPU.
-
-    Attributes:
-      name: compute capability, "sm_90".
-      processors: multiprocessors.
-      shared: bytes of shared memory that a program may use.
-    """
-
-    name: str
-    processors: int
-    shared: int
-
-    @property
-    def capability(self) -> int:
-        """Compute capability times ten: 90."""
-        return int(self.name[3:])
-
-    @property
-    def warpgroups(self) -> bool:
-        """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
-        return 90 <= self.capability < 120
-
-
-# The first whose key is in the device kind; what is not known is taken for the least able one.
-GENERATIONS = {
-    "H100": Generation("sm_90", 132, 227 << 10),
-    "H200": Generation("sm_90", 132, 227 << 10),
-    "H800": Generation("sm_90", 132, 227 << 10),
-    "H20": Generation("sm_90", 78, 227 << 10),
-    "GH200": Generation("sm_90", 132, 227 << 10),
-    "B200": Generation("sm_100", 148, 227 << 10),
-    "B300": Generation("sm_103", 160, 227 << 10),
-    "A100": Generation("sm_80", 108, 163 << 10),
-    "A800": Generation("sm_80", 108, 163 << 10),
-    "A30": Generation("sm_80", 56, 163 << 10),
-}
-LEAST_ABLE = Generation("sm_89", 80, 99 << 10)
-
-
-class Blocks(NamedTuple):
-    """How a kernel is cut and launched.
-
-    Attributes:
-      chunk: tokens c of a chunk.
-      tile: channels of the state that a program owns: of E in a sweep, of D in the backward pass.
-      warps: warps of a program.
-      stages: chunks whose loads are in flight.
-    """
-
-    chunk: int
-    tile: int
-    warps: int
-    stages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,61 +155,6 @@ def run(args: Arguments, **choices: Any) -> tuple[jax.Array, State | None]:
     if not args.return_state:
         return y, None
     return y, NormalizedState(last, last_sums) if args.normalize else last
-
-
-# ---- tables
-
-
-def generation(kind: str | None) -> Generation:
-    """The generation of a device kind as JAX names it, such as "NVIDIA H200"; the least able one if it is not known."""
-    names = [name for name in GENERATIONS if name in (kind or "").replace("-", " ").split()]
-    return GENERATIONS[names[0]] if names else LEAST_ABLE
-
-
-def padded(size: int) -> int:
-    """The power of two, at least 16, to which tiles of `size` channels are masked."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def chunk_sizes(gpu: Generation, dtype: jnp.dtype, key: int, value: int) -> tuple[int, ...]:
-    """Tokens per chunk that a caller may ask for."""
-    if _wide(dtype):
-        return (16, 32)
-    return (16, 32, 64) if gpu.warpgroups or max(padded(key), padded(value)) <= 128 else (16, 32)
-
-
-def sweep_blocks(gpu: Generation, dtype: jnp.dtype, inner: int, outer: int, chunk: int | None = None) -> Blocks:
-    """Blocks of `sweep` and `read` for states (inner, outer): what compiles with few or no registers spilled."""
-    inner, outer = padded(inner), padded(outer)
-    if _wide(dtype):
-        return Blocks(chunk or 16, min(outer, 32 if inner <= 64 else 16), 4 if inner <= 64 else 8, 1)
-    if gpu.warpgroups:
-        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 128 else 4, 2)
-    if inner <= 128:
-        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 64 else 4, 2)
-    return Blocks(chunk or 32, min(outer, 32), 8, 2 if gpu.shared >= 160 << 10 else 1)
-
-
-def backward_blocks(gpu: Generation, dtype: jnp.dtype, key: int, value: int, chunk: int | None = None) -> Blocks:
-    """Blocks of `backward` for states (key, value)."""
-    key, value = padded(key), padded(value)
-    if _wide(dtype):
-        return Blocks(chunk or 16, min(key, 32 if value <= 64 else 16), 4 if value <= 64 else 8, 1)
-    if gpu.warpgroups:
-        return Blocks(chunk or 64, min(key, 64), 8 if value > 128 else 4, 1)
-    return Blocks(chunk or 32, min(key, 64 if value <= 128 else 32), 8, 1)
-
-
-def block_length(tokens: int) -> int:
-    """Tokens between two kept states: 512, fewer in short sequences, a multiple of every chunk size."""
-    return 64 * min(8, max(2, math.ceil(tokens / 64) // 8))
-
-
-def split_count(gpu: Generation, programs: int, tokens: int) -> int:
-    """Splits of a sequence: none while programs fill half of the processors, else enough to fill all."""
-    if 2 * programs > gpu.processors:
-        return 1
-    return max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
 
 
 def _lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
@@ -427,7 +329,7 @@ class _Common:
 
     def decay_statics(self, dtype: jnp.dtype) -> dict[str, Any]:
         """Constants of the weights; the step is that of xla.py, for float32."""
-        two_parts = self.decay_kind == 2 and _wide(dtype)
+        two_parts = self.decay_kind == 2 and wide(dtype)
         step = 2.0 ** (math.ceil(math.log2(self.blocks.chunk * -kernels.LEAST)) - 24) if two_parts else 0.0
         return {"DECAY": self.decay_kind, "STEP": step}
 
@@ -655,18 +557,14 @@ class _Out(NamedTuple):
 
 def _precision(dtype: jnp.dtype) -> dict[str, Any]:
     """How products are computed, as constants of a kernel."""
-    if _wide(dtype):
+    if wide(dtype):
         return {"DOT": kernels.tl.float32, "PRECISION": "ieee"}
     return {"DOT": kernels.tl.bfloat16, "PRECISION": "tf32"}  # the second concerns float32 operands alone
 
 
 def _operand(dtype: jnp.dtype) -> jnp.dtype:
     """Dtype of operands of products, of kept states and of scratch."""
-    return jnp.float32 if _wide(dtype) else jnp.bfloat16
-
-
-def _wide(dtype: jnp.dtype) -> bool:
-    return jnp.dtype(dtype).itemsize == 4
+    return jnp.float32 if wide(dtype) else jnp.bfloat16
 
 
 def _swap(x: jax.Array) -> jax.Array:

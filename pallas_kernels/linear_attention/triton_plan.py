@@ -1,0 +1,124 @@
+"""How the Triton kernels of linear attention are cut on each generation of GPU: tables, and arithmetic on shapes.
+
+The tables were chosen by registers and shared memory of what the compiler makes, not yet by time.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What the tables need of a GPU.
+
+    Attributes:
+      name: compute capability, "sm_90".
+      processors: multiprocessors.
+      shared: bytes of shared memory that a program may use.
+    """
+
+    name: str
+    processors: int
+    shared: int
+
+    @property
+    def capability(self) -> int:
+        """Compute capability times ten: 90."""
+        return int(self.name[3:])
+
+    @property
+    def warpgroups(self) -> bool:
+        """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
+        return 90 <= self.capability < 120
+
+
+# The first whose key is in the device kind; what is not known is taken for the least able one.
+GENERATIONS = {
+    "H100": Generation("sm_90", 132, 227 << 10),
+    "H200": Generation("sm_90", 132, 227 << 10),
+    "H800": Generation("sm_90", 132, 227 << 10),
+    "H20": Generation("sm_90", 78, 227 << 10),
+    "GH200": Generation("sm_90", 132, 227 << 10),
+    "B200": Generation("sm_100", 148, 227 << 10),
+    "B300": Generation("sm_103", 160, 227 << 10),
+    "A100": Generation("sm_80", 108, 163 << 10),
+    "A800": Generation("sm_80", 108, 163 << 10),
+    "A30": Generation("sm_80", 56, 163 << 10),
+}
+LEAST_ABLE = Generation("sm_89", 80, 99 << 10)
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut and launched.
+
+    Attributes:
+      chunk: tokens c of a chunk.
+      tile: channels of the state that a program owns: of E in a sweep, of D in the backward pass.
+      warps: warps of a program.
+      stages: chunks whose loads are in flight.
+    """
+
+    chunk: int
+    tile: int
+    warps: int
+    stages: int
+
+
+def generation(kind: str | None) -> Generation:
+    """The generation of a device kind as JAX names it, such as "NVIDIA H200"; the least able one if it is not known."""
+    names = [name for name in GENERATIONS if name in (kind or "").replace("-", " ").split()]
+    return GENERATIONS[names[0]] if names else LEAST_ABLE
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, to which tiles of `size` channels are masked."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def chunk_sizes(gpu: Generation, dtype: jnp.dtype, key: int, value: int) -> tuple[int, ...]:
+    """Tokens per chunk that a caller may ask for."""
+    if wide(dtype):
+        return (16, 32)
+    return (16, 32, 64) if gpu.warpgroups or max(padded(key), padded(value)) <= 128 else (16, 32)
+
+
+def sweep_blocks(gpu: Generation, dtype: jnp.dtype, inner: int, outer: int, chunk: int | None = None) -> Blocks:
+    """Blocks of `sweep` and `read` for states (inner, outer): what compiles with few or no registers spilled."""
+    inner, outer = padded(inner), padded(outer)
+    if wide(dtype):
+        return Blocks(chunk or 16, min(outer, 32 if inner <= 64 else 16), 4 if inner <= 64 else 8, 1)
+    if gpu.warpgroups:
+        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 128 else 4, 2)
+    if inner <= 128:
+        return Blocks(chunk or 64, min(outer, 64), 8 if inner > 64 else 4, 2)
+    return Blocks(chunk or 32, min(outer, 32), 8, 2 if gpu.shared >= 160 << 10 else 1)
+
+
+def backward_blocks(gpu: Generation, dtype: jnp.dtype, key: int, value: int, chunk: int | None = None) -> Blocks:
+    """Blocks of `backward` for states (key, value)."""
+    key, value = padded(key), padded(value)
+    if wide(dtype):
+        return Blocks(chunk or 16, min(key, 32 if value <= 64 else 16), 4 if value <= 64 else 8, 1)
+    if gpu.warpgroups:
+        return Blocks(chunk or 64, min(key, 64), 8 if value > 128 else 4, 1)
+    return Blocks(chunk or 32, min(key, 64 if value <= 128 else 32), 8, 1)
+
+
+def block_length(tokens: int) -> int:
+    """Tokens between two kept states: 512, fewer in short sequences, a multiple of every chunk size."""
+    return 64 * min(8, max(2, math.ceil(tokens / 64) // 8))
+
+
+def split_count(gpu: Generation, programs: int, tokens: int) -> int:
+    """Splits of a sequence: none while programs fill half of the processors, else enough to fill all."""
+    if 2 * programs > gpu.processors:
+        return 1
+    return max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
+
+
+def wide(dtype: jnp.dtype) -> bool:
+    """Whether products of `dtype` need full precision, without tensor cores."""
+    return jnp.dtype(dtype).itemsize == 4
