@@ -325,7 +325,7 @@ def _backward(plan: Plan, refs: Refs) -> None:
         writes, after, inverses = _write(plan, xs, overlaps, reads, states)
         for head, x in enumerate(xs):
             refs.states[t, head] = states[head].astype(plan.dtype)
-            refs.writes[head, x.rows, :] = writes[head].astype(plan.dtype)
+            refs.writes[head, x.rows, :] = writes[head]
             refs.inverses[t, head] = inverses[head]
             refs.state[head] = after[head]
 
@@ -361,8 +361,7 @@ def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: in
 
     dwrites = _precise(dtype, scale * scores, dy, "tn") + k_dstate
     (dright,) = _solve_transposed(plan, [lower], [inverse], [dwrites])
-    dpairs = product(dtype, jnp.concatenate([dy, dright.astype(dtype)], axis=0), writes, "nt")
-    dscores, dlower = dpairs[:c], _below(-dpairs[c:])
+    dscores, dlower = _precise(dtype, dy, writes, "nt"), _below(-_precise(dtype, dright, writes, "nt"))
     dbetween = jnp.concatenate([scale * dscores * between, x.beta * dlower * between], axis=0)
     dreads = jnp.concatenate([scale * x.since_start * wide_dy, -x.since_start * x.beta * dright], axis=0)
 
@@ -380,9 +379,9 @@ def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: in
     if plan.config.decay is not None:
         i, j = rows_and_lanes((c, c))
         earned = _below(scale * dscores * scores + dlower * lower)
-        earned = product(dtype, earned, jnp.where(i < j, 1.0, 0.0), "nn")  # row i, lane t: of all j < t
+        earned = _precise(dtype, earned, jnp.where(i < j, 1.0, 0.0).astype(dtype), "nn")  # row i, lane t: of all j < t
         since = earned + _total(scale * wide_dy * q_read - x.beta * dright * k_read)
-        until = _total(k_dstate * writes.astype(WIDE))
+        until = _total(k_dstate * writes)
         whole = x.whole * _total(jnp.sum(state.astype(WIDE) * dstate, axis=0, keepdims=True))
         ddecay = jnp.sum(jnp.where(i >= j, since, until), axis=0, keepdims=True) + whole
         refs.drows[t, line + 1 : line + 2, :] = ddecay

@@ -61,7 +61,7 @@ class Plan(linear.Plan):
             state,
             ("dstate", (hb, d, e), jnp.float32),
             ("states", (self.chunks, hb, d, e), self.dtype),
-            ("writes", (hb, self.tokens, e), self.dtype),
+            ("writes", (hb, self.tokens, e), jnp.float32),
             ("inverses", (self.chunks, hb, BLOCK, self.chunk), jnp.float32),
         )
 
