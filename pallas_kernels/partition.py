@@ -333,6 +333,7 @@ def _local(op: _Op, cut: _Cut, sizes: dict[str, int]) -> Callable[..., tuple[jax
 
 def _by_rule(op: _Op, sizes: dict[str, int]) -> Callable[..., tuple[jax.Array, ...]]:
     """The call with a rule of partitioning, which XLA asks when it knows how the arrays are cut."""
+    op = dataclasses.replace(op, fn=jax.jit(op.fn))  # keeps its constants inside: a partitioned call may have none
 
     def partition(mesh, arguments, results):
         if mesh.empty:

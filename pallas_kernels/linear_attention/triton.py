@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.linear_attention import triton_kernels as kernels
 from pallas_kernels.linear_attention.arguments import (
     EPSILON,
@@ -144,14 +144,16 @@ def run(args: Arguments, **choices: Any) -> tuple[jax.Array, State | None]:
 
         def in_order(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
             decay = decay_of_segments(dataclasses.replace(args, q=q, k=k, v=v, log_decay=None), ids)
-            return _attend(causal, q, k, v, decay, args.scale, None, None)[0]
+            arrays = partition.same_manual_axes((q, k, v, decay, args.scale))
+            return _attend(causal, *arrays, None, None)[0]
 
         return in_order_of_ids(in_order, args, args.v), None
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
     state, sums = args.initial_state, None
     if isinstance(state, NormalizedState):
         state, sums = state
-    y, last, last_sums = _attend(config, args.q, args.k, args.v, decay, args.scale, state, sums)
+    arrays = partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, state, sums))
+    y, last, last_sums = _attend(config, *arrays)
     if not args.return_state:
         return y, None
     return y, NormalizedState(last, last_sums) if args.normalize else last
@@ -170,13 +172,13 @@ def _lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config: Config, q, k, v, decay, scale, state, sums):
     """y, the last state and its sums (None where not asked for)."""
-    return _forward(config, q, k, v, decay, scale, state, sums)[:3]
+    return _spread_forward(config, q, k, v, decay, scale, state, sums)[:3]
 
 
 def _attend_forward(config: Config, *arrays):
     perturbed = [x is not None and x.perturbed for x in arrays]
     arrays = [None if x is None else x.value for x in arrays]
-    y, last, last_sums, *kept = _forward(dataclasses.replace(config, residuals=True), *arrays)
+    y, last, last_sums, *kept = _spread_forward(dataclasses.replace(config, residuals=True), *arrays)
     q, k, v, decay, scale, state, _ = arrays
     # What is static travels in the structure of the residuals.
     marks = {"decay": perturbed[3], "state": state is not None}
@@ -189,7 +191,7 @@ def _attend_backward(config: Config, residuals, cotangents):
     dy, dlast, dlast_sums = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
     config = dataclasses.replace(config, decay_gradient="decay" in marks)
-    dq, dk, dv, ddecay, dscale, dstate, dsums = _backward(config, q, k, v, *rest, dy, dlast, dlast_sums)
+    dq, dk, dv, ddecay, dscale, dstate, dsums = _spread_backward(config, q, k, v, *rest, dy, dlast, dlast_sums)
     if ddecay is not None and ddecay.ndim == 2:
         ddecay = jnp.sum(ddecay, axis=0)
     if dscale is not None:
@@ -198,6 +200,40 @@ def _attend_backward(config: Config, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _axes(decay: jax.Array | None) -> tuple[str, ...]:
+    """Axes of q, k, v, decay and scale, as `partition.batched_and_partitioned` wants them."""
+    return "BNHD", "BMGD", "BMGE", "H" if decay is None or decay.ndim == 1 else "BNH", ""
+
+
+def _spread_forward(config: Config, *arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """`_forward` cut over devices by batch and heads, and with vmapped axes in its batch."""
+    norm, last, kept = config.normalize, config.return_state, config.residuals
+    outputs = (
+        "BNHE",
+        "BHDE" if last else None,
+        "BHD" if last and norm else None,
+        "BNH" if kept and norm else None,
+        "BHXDE" if kept else None,
+        "BHXD" if kept and norm else None,
+    )
+    forward = functools.partial(_forward, config)
+    return partition.batched_and_partitioned(forward, (*_axes(arrays[3]), "BHDE", "BHD"), outputs)(*arrays)
+
+
+def _spread_backward(config: Config, *arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """`_backward` likewise."""
+    decay, scale = arrays[3:5]
+    inputs = (*_axes(decay), "BNHE", "BNH", "BHXDE", "BHXD", "BNHE", "BHDE", "BHD")
+    outputs = (
+        *_axes(decay)[:3],
+        None if decay is None or not config.decay_gradient else "BH" if decay.ndim == 1 else "BNH",
+        None if scale is None else "BH",
+        "BHDE",
+        "BHD" if config.normalize else None,
+    )
+    return partition.batched_and_partitioned(functools.partial(_backward, config), inputs, outputs)(*arrays)
 
 
 def _forward(config: Config, q, k, v, decay, scale, state, sums) -> tuple[jax.Array | None, ...]:
@@ -595,6 +631,8 @@ def _call(
     shapes = [jax.ShapeDtypeStruct(*(out or ((1,), jnp.float32))) for out in outputs]
     capability = None if gpu == LEAST_ABLE else gpu.capability
     results = _launch(kernel, arrays, tokens, shapes, capability, grid, blocks.warps, blocks.stages, constants)
+    # A call that JAX knows nothing of gives arrays that are typed as equal on all shards of a `jax.shard_map`.
+    results, _ = partition.same_manual_axes((list(results), arrays))
     return [x if out is not None else None for x, out in zip(results, outputs, strict=True)]
 
 

@@ -69,6 +69,12 @@ def test_gradient_of_vmap_and_scan_and_remat():
     np.testing.assert_allclose(mapped, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_kernel_may_have_constants():
+    table = np.arange(3.0, dtype=np.float32)
+    scaled = partition.batched_and_partitioned(lambda x: (x * table,), ("BN",), ("BN",))
+    np.testing.assert_array_equal(jax.jit(scaled)(jnp.ones((2, 3)))[0], [table, table])
+
+
 def test_absent_arrays_and_outputs():
     def fn(x, y):
         return (x, None) if y is None else (x, y)

@@ -339,6 +339,16 @@ def test_blocks_hold_whole_chunks_and_kept_states_are_few(gpu, size, tokens):
 # ---- compilation
 
 
+def test_vmapped_axes_join_the_batch(interpreted):
+    arguments, options = Case("vmapped", batch=2, length=40, heads=2, kv_heads=1, decay="token").arguments()
+    whole = jax.grad(lambda a: jnp.sum(api.linear_attention(**a, **options, implementation="triton") ** 2))
+    want, once = whole(arguments), {(name, grid) for name, grid, _ in interpreted.launched}
+    interpreted.launched.clear()
+    got = jax.vmap(whole)(jax.tree.map(lambda x: x[:, None], arguments))
+    assert once <= {(name, grid) for name, grid, _ in interpreted.launched}  # JAX traces one element, too
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g[:, 0], w, rtol=1e-5, atol=1e-5), got, want)
+
+
 def launches(monkeypatch, gpu, dtype, size, decay, causal=True, normalize=False, tokens=256):
     """The kernels that a call and its gradient launch, not run: (kernel, arguments, warps, stages, constants)."""
     found = []
