@@ -54,6 +54,7 @@ def tables(results: Sequence[Result]) -> list[Any]:
     return shown
 
 
+TPU_TITLE = "TPU kernel, counted from its grid and blocks: bytes per token and head"
 TPUS = ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x")
 
 
@@ -71,8 +72,8 @@ def tpu_bytes(problems: Sequence[Problem]) -> Any | None:
     from pallas_kernels.linear_attention import tpu
     from pallas_kernels.linear_attention.arguments import Arguments
 
-    grid = Table(box=box.SIMPLE_HEAD, title="TPU kernel, by construction", title_justify="left", pad_edge=False)
-    columns = ("", "chip", "forward, bytes", "of least", "backward, bytes", "of least", "on chip, MiB", "of memory")
+    grid = Table(box=box.SIMPLE_HEAD, title=TPU_TITLE, title_justify="left", pad_edge=False)
+    columns = ("", "chip", "forward", "of least", "backward", "of least", "on chip", "of memory")
     for index, column in enumerate(columns):
         grid.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
     chosen = [p for p in problems if p.op == "linear_attention" and p.mode != "decode"]
@@ -83,10 +84,11 @@ def tpu_bytes(problems: Sequence[Problem]) -> Any | None:
             with dispatch.target("tpu", kind):
                 plans, moved = tpu.plans(args), tpu.traffic(args)
             held = max(plan.vmem(name) for plan in plans for name in ("keep", "backward"))
-            cells = [f"{problem.shape}, {problem.dtype}, {problem.decay}" if kind == TPUS[0] else "", kind]
+            label = f"{problem.shape}, {problem.dtype}, {problem.decay}" if kind == TPUS[0] else ""
+            cells = [label, kind.removeprefix("TPU ")]
             for name in ("forward", "backward"):
                 cells += [f"{moved[name]:.0f}", f"{moved[name] / moved[f'{name}_minimum']:.2f}"]
-            grid.add_row(*cells, f"{held / 2**20:.1f}", f"{100 * held / plans[0].config.chip.vmem:.0f} %")
+            grid.add_row(*cells, f"{held / 2**20:.1f} MiB", f"{100 * held / plans[0].config.chip.vmem:.0f} %")
     return grid if chosen else None
 
 

@@ -22,7 +22,7 @@ from attnlab.bench.gate import PEER_TOLERANCE, Gate
 from attnlab.bench.problem import Problem, Shape
 from attnlab.bench.timing import median_seconds
 
-CHUNK = 128
+CHUNK = 64  # on two cores faster than 128
 MARK = "@answer "  # libraries print to the same stream
 
 
@@ -184,16 +184,17 @@ def _chunked(q: Any, k: Any, v: Any, log_decay: Any = None) -> Any:
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     if log_decay is None:
         log_decay = q.new_zeros(q.shape[1])
-    g = log_decay[None, :, None].expand(q.shape[:3]) if log_decay.ndim == 1 else log_decay.transpose(1, 2)
-    outputs = []
+    constant = log_decay.ndim == 1
+    g = log_decay[None, :, None].expand(1, -1, length) if constant else log_decay.transpose(1, 2)
+    outputs, total = [], None
     for start in range(0, length, CHUNK):
         a, b, c, d = (x[:, :, start : start + CHUNK] for x in (q, k, v, g))
-        total = d.cumsum(-1)
-        weights = (total[..., :, None] - total[..., None, :]).clamp(max=0).exp().tril()
-        inside = (a @ b.transpose(-1, -2) * weights) @ c
-        outputs.append(inside + total.exp()[..., None] * (a @ state))
-        kept = (total[..., -1:] - total).exp()[..., None] * b
-        state = total[..., -1].exp()[..., None, None] * state + kept.transpose(-1, -2) @ c
+        if not constant or total is None or d.shape[-1] < CHUNK:  # the same in every whole chunk
+            total = d.cumsum(-1)
+            weights = (total[..., :, None] - total[..., None, :]).clamp(max=0).exp().tril()
+            since_start, until_end = total.exp()[..., None], (total[..., -1:] - total).exp()[..., None]
+        outputs.append((a @ b.transpose(-1, -2) * weights) @ c + since_start * (a @ state))
+        state = since_start[..., -1:, :] * state + (until_end * b).transpose(-1, -2) @ c
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 

@@ -27,65 +27,25 @@ differentiated through its solution: dR = (I + L)⁻ᵀ dU and dL = -dR Uᵀ (th
 Every term of a decay's gradient carries that decay: none is a difference of sums without it.
 """
 
-from types import SimpleNamespace as Refs
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule_attention.tpu_plan import BLOCK, Plan
 from pallas_kernels.linear_attention.arguments import decay_floor
-from pallas_kernels.linear_attention.tpu_parts import WIDE, product, rows_and_lanes
+from pallas_kernels.linear_attention.tpu_parts import WIDE, Refs, product, rows_and_lanes, run_plan
 from pallas_kernels.linear_attention.tpu_plan import LANES
 
 OPTIONAL = ("scale", "initial", "final", "kept", "dfinal", "dinitial")
 
 
 def call(plan: Plan, kind: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Runs a kernel.
-
-    Args:
-      plan: its work.
-      kind: a key of `tpu_plan.KINDS`.
-      arrays: what it reads, by name, in the shapes of `plan.inputs(kind)`; all vary over the same manual mesh axes.
-
-    Returns:
-      What it writes, by name, in the shapes of `plan.outputs(kind)`.
-    """
-    inputs, outputs, scratch = plan.inputs(kind), plan.outputs(kind), plan.scratch(kind)
-    names = [operand.name for operand in inputs + outputs] + [name for name, _, _ in scratch]
-    axes = jax.typeof(arrays[inputs[0].name]).manual_axis_type
-    run = _backward if kind == "backward" else _forward
-
-    def body(*refs):
-        run(plan, Refs(**dict.fromkeys(OPTIONAL) | dict(zip(names, refs, strict=True))))
-
-    def spec(operand):
-        if operand.block is None:
-            return pl.BlockSpec(memory_space=pltpu.SMEM)
-        return pl.BlockSpec(operand.block, operand.index)
-
-    result = pl.pallas_call(
-        body,
-        grid=plan.grid,
-        in_specs=[spec(operand) for operand in inputs],
-        out_specs=[spec(operand) for operand in outputs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs],
-        scratch_shapes=[pltpu.VMEM(shape, dtype) for _, shape, dtype in scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.config.chip.vmem_limit
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=plan.flops(kind),
-            bytes_accessed=plan.bytes_moved(kind),
-            transcendentals=plan.exponentials(kind),
-        ),
-        name=f"delta_rule_attention_{kind}",
-    )(*(arrays[operand.name] for operand in inputs))
-    return {operand.name: x for operand, x in zip(outputs, result, strict=True)}
+    """Runs a kernel; see `run_plan`."""
+    body = _backward if kind == "backward" else _forward
+    return run_plan("delta_rule_attention", body, OPTIONAL, plan, kind, arrays)
 
 
 def _precise(dtype: jnp.dtype, x: jax.Array, y: jax.Array, over: str) -> jax.Array:
@@ -161,7 +121,7 @@ def _existing(valid: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def _decays(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """P, p, p' and exp(G_end) of log decays (1, c), cumulated in two parts as `xla._scalar_decay` does."""
+    """P, p, p' and exp(G_end) of log decays (1, c), cumulated in two parts as `xla.scalar_decay` does."""
     c = g.shape[1]
     i, j = rows_and_lanes((c, c))
     g = jnp.maximum(g, -decay_floor(WIDE))

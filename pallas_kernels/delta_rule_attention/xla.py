@@ -25,14 +25,14 @@ from pallas_kernels.chunks import Plan, Tokens, sweep
 from pallas_kernels.delta_rule_attention.arguments import Arguments
 from pallas_kernels.linear_attention.arguments import decay_of_segments
 from pallas_kernels.linear_attention.xla import (
-    _chunk_size,
-    _constant_decay,
-    _Decay,
-    _grouped,
-    _merged,
-    _of_constant_decay,
-    _precision,
-    _scalar_decay,
+    Decay,
+    constant_decay,
+    decay_of_chunk,
+    grouped,
+    merged,
+    product_precision,
+    scalar_decay,
+    tokens_per_chunk,
 )
 from pallas_kernels.partition import same_manual_axes
 
@@ -63,16 +63,16 @@ class _Chunk:
         decay, scale = shared
         dtype, groups, size = state.dtype, tokens["k"].shape[2], tokens["k"].shape[1]
         product = functools.partial(jnp.einsum, precision=self.precision)
-        pairs = functools.partial(jnp.einsum, precision=_precision(self.dtype))
-        q = jnp.transpose(_grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
+        pairs = functools.partial(jnp.einsum, precision=product_precision(self.dtype))
+        q = jnp.transpose(grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
         k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2)[:, :, None] for name in "kv")
-        beta = _grouped(jnp.swapaxes(tokens["beta"], 1, 2), groups, axis=1)[..., None]
+        beta = grouped(jnp.swapaxes(tokens["beta"], 1, 2), groups, axis=1)[..., None]
         if "g" in tokens:
-            decay = _scalar_decay(_grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
+            decay = scalar_decay(grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
         elif decay is not None:
-            decay = _of_constant_decay(size, *decay)
+            decay = decay_of_chunk(size, *decay)
         else:
-            decay = _Decay(jnp.tril(jnp.ones((size, size), dtype)))
+            decay = Decay(jnp.tril(jnp.ones((size, size), dtype)))
         since_start = 1 if decay.since_start is None else decay.since_start[..., None]
         until_end = 1 if decay.until_end is None else decay.until_end[..., None]
         whole = 1 if decay.whole is None else decay.whole[..., None, None]
@@ -85,7 +85,7 @@ class _Chunk:
         y = y if scale is None else scale * y
         k = jnp.broadcast_to(k * until_end, q.shape)
         state = whole * state + product("bgrjd,bgrje->bgrde", k, writes)
-        return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(self.dtype), state
+        return merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(self.dtype), state
 
 
 def supports(args: Arguments) -> str | None:
@@ -101,7 +101,7 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
     subtract the same undecayed numbers in the gradient of a strong decay, and drown it in their rounding.
     """
     dtype, (_, n, heads, _), groups = args.accumulator, args.q.shape, args.k.shape[2]
-    size = _chunk_size(n, args.chunk_size, CHUNK)
+    size = tokens_per_chunk(n, args.chunk_size, CHUNK)
     padding = -n % size
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
     if decay is not None and decay.ndim == 1 and padding and args.initial_state is not None:
@@ -113,21 +113,21 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
     if padding:
         tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
     # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
-    first = _grouped(args.q[:, 0], groups, axis=1)[..., None] * args.v[:, 0, :, None, None, :]
+    first = grouped(args.q[:, 0], groups, axis=1)[..., None] * args.v[:, 0, :, None, None, :]
     state = jnp.zeros_like(first, dtype=dtype)
-    state = state if args.initial_state is None else state + _grouped(args.initial_state, groups, axis=1)
+    state = state if args.initial_state is None else state + grouped(args.initial_state, groups, axis=1)
     tokens, constant, scale, state = same_manual_axes((tokens, constant, args.scale, state))
     if constant is not None:
         each = jnp.broadcast_to(constant.reshape(1, groups, -1), state.shape[:3])
-        constant = each, _constant_decay(constant, size, groups)
+        constant = each, constant_decay(constant, size, groups)
     plan = Plan(size, _Chunk(args.q.dtype), _empty)
     y, state = sweep(plan, (constant, scale), tokens, state)
-    return y[:, padding:], _merged(state, 1) if args.return_state else None
+    return y[:, padding:], merged(state, 1) if args.return_state else None
 
 
 def _empty(tokens: Tokens) -> jax.Array:
     q, v = tokens["q"], tokens["v"]
-    return _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None]), 2)
+    return merged(jnp.zeros_like(grouped(q, v.shape[2])[..., :1] * v[:, :, :, None]), 2)
 
 
 # ---- the triangular system

@@ -21,63 +21,33 @@ the state, Σk, is one more row of the transposed state.
 """
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace as Refs
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention.tpu_decay import ChannelDecay, Decay, HeadDecay, NoDecay, Tile, TokenDecay
-from pallas_kernels.linear_attention.tpu_parts import WIDE, fold, product, reciprocals, spread, stack, sums
+from pallas_kernels.linear_attention.tpu_parts import (
+    WIDE,
+    Refs,
+    fold,
+    product,
+    reciprocals,
+    run_plan,
+    spread,
+    stack,
+    sums,
+)
 from pallas_kernels.linear_attention.tpu_plan import Plan
 
 OPTIONAL = ("decay", "scale", "initial", "final", "kept", "dfinal", "ddecay", "sums", "dinitial")
 
 
 def call(plan: Plan, kind: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Runs a kernel.
-
-    Args:
-      plan: its work.
-      kind: a key of `tpu_plan.KINDS`.
-      arrays: what it reads, by name, in the shapes of `plan.inputs(kind)`; all vary over the same manual mesh axes.
-
-    Returns:
-      What it writes, by name, in the shapes of `plan.outputs(kind)`.
-    """
-    inputs, outputs, scratch = plan.inputs(kind), plan.outputs(kind), plan.scratch(kind)
-    names = [operand.name for operand in inputs + outputs] + [name for name, _, _ in scratch]
-    axes = jax.typeof(arrays[inputs[0].name]).manual_axis_type
-
-    def body(*refs):
-        BODIES[kind](plan, Refs(**dict.fromkeys(OPTIONAL) | dict(zip(names, refs, strict=True))))
-
-    def spec(operand):
-        if operand.block is None:
-            return pl.BlockSpec(memory_space=pltpu.SMEM)
-        return pl.BlockSpec(operand.block, operand.index)
-
-    result = pl.pallas_call(
-        body,
-        grid=plan.grid,
-        in_specs=[spec(operand) for operand in inputs],
-        out_specs=[spec(operand) for operand in outputs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs],
-        scratch_shapes=[pltpu.VMEM(shape, dtype) for _, shape, dtype in scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.config.chip.vmem_limit
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=plan.flops(kind),
-            bytes_accessed=plan.bytes_moved(kind),
-            transcendentals=plan.exponentials(kind),
-        ),
-        name=f"linear_attention_{kind}",
-    )(*(arrays[operand.name] for operand in inputs))
-    return {operand.name: x for operand, x in zip(outputs, result, strict=True)}
+    """Runs a kernel; see `run_plan`."""
+    return run_plan("linear_attention", BODIES[kind], OPTIONAL, plan, kind, arrays)
 
 
 class _Group(NamedTuple):

@@ -1,4 +1,4 @@
-"""Steps that the TPU kernels of linear attention share, on values of one group of heads.
+"""What TPU kernels share: the call that runs a planned one, and steps on values of one group of heads.
 
 A group has p heads side by side in lanes. Written (c, p·D) is one token a row, head a in lanes [a·D, (a + 1)·D); a
 state is kept as (E, p·D), transposed, so that a row of decays per key channel multiplies it in place. Stacked, heads
@@ -6,13 +6,72 @@ stand below each other with the other heads' lanes at zero: products with a stac
 work on all heads at once with unsliced lanes.
 """
 
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace as Refs
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention.arguments import EPSILON
+from pallas_kernels.linear_attention.tpu_plan import Plan
 
 WIDE = jnp.float32
+
+
+def run_plan(
+    op: str,
+    body: Callable[[Plan, Refs], None],
+    optional: Sequence[str],
+    plan: Plan,
+    kind: str,
+    arrays: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Runs a kernel.
+
+    Args:
+      op: the op's name, for profiles.
+      body: gets the plan and the blocks that a grid point holds, by name.
+      optional: names that are None in them where the plan has no such array.
+      plan: its work.
+      kind: a key of the plan's `KINDS`.
+      arrays: what it reads, by name, in the shapes of `plan.inputs(kind)`; all vary over the same manual mesh axes.
+
+    Returns:
+      What it writes, by name, in the shapes of `plan.outputs(kind)`.
+    """
+    inputs, outputs, scratch = plan.inputs(kind), plan.outputs(kind), plan.scratch(kind)
+    names = [operand.name for operand in inputs + outputs] + [name for name, _, _ in scratch]
+    axes = jax.typeof(arrays[inputs[0].name]).manual_axis_type
+
+    def kernel(*refs):
+        body(plan, Refs(**dict.fromkeys(optional) | dict(zip(names, refs, strict=True))))
+
+    def spec(operand):
+        if operand.block is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.BlockSpec(operand.block, operand.index)
+
+    result = pl.pallas_call(
+        kernel,
+        grid=plan.grid,
+        in_specs=[spec(operand) for operand in inputs],
+        out_specs=[spec(operand) for operand in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs],
+        scratch_shapes=[pltpu.VMEM(shape, dtype) for _, shape, dtype in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.config.chip.vmem_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=plan.flops(kind),
+            bytes_accessed=plan.bytes_moved(kind),
+            transcendentals=plan.exponentials(kind),
+        ),
+        name=f"{op}_{kind}",
+    )(*(arrays[operand.name] for operand in inputs))
+    return {operand.name: x for operand, x in zip(outputs, result, strict=True)}
 
 
 def product(dtype: jnp.dtype, x: jax.Array, y: jax.Array, over: str) -> jax.Array:

@@ -9,7 +9,7 @@ per channel as in gated linear attention, arXiv:2312.06635). For a chunk, with G
 `chunks.sweep` walks, and back from the last chunk to the first with dS at hand: it keeps the inputs and about √T states
 of the T chunks, rebuilds the states between two kept ones when it gets there, and differentiates one chunk at a time.
 
-No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `_Decay`
+No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `Decay`
 cumulates a coarse part, exact in the accumulator, and a small rest, so that one strong decay early in a chunk leaves
 the later ones accurate. Decay per channel halves the chunk again and again, see `_channel_scores`.
 """
@@ -42,7 +42,7 @@ SCALAR_CHUNK = 128
 CHANNEL_CHUNK = 32
 
 
-class _Decay(NamedTuple):
+class Decay(NamedTuple):
     """Weights of the tokens of a chunk of c tokens; leading axes (B, G, H / G), each of which may be 1.
 
     Attributes:
@@ -102,19 +102,21 @@ def sum_of_keys(args: Arguments, v: jax.Array, weights: jax.Array | None = None)
       weights: w, (B | 1, M, H) or (B, M, H, D), or None for 1.
     """
     heads, (batch, _, groups, _) = args.q.shape[2], args.k.shape
-    product = functools.partial(jnp.einsum, precision=_precision(args.k.dtype), preferred_element_type=args.accumulator)
+    product = functools.partial(
+        jnp.einsum, precision=product_precision(args.k.dtype), preferred_element_type=args.accumulator
+    )
     if weights is None:
         state = product("bjgd,bjge->bgde", args.k, v)[:, :, None]
-        return _merged(jnp.broadcast_to(state, (batch, groups, heads // groups, *state.shape[3:])), 1)
-    weights = _grouped(weights, groups)
+        return merged(jnp.broadcast_to(state, (batch, groups, heads // groups, *state.shape[3:])), 1)
+    weights = grouped(weights, groups)
     weights = weights if weights.ndim == 5 else weights[..., None]
     k = (args.k[:, :, :, None] * weights).astype(args.k.dtype)
-    return _merged(product("bjgrd,bjge->bgrde", k, v), 1)
+    return merged(product("bjgrd,bjge->bgrde", k, v), 1)
 
 
 def read(args: Arguments, state: jax.Array) -> jax.Array:
     """q_i S for every query, (B, N, H, E) in the accumulator dtype."""
-    return jnp.einsum("bihd,bhde->bihe", args.q.astype(state.dtype), state, precision=_precision(args.q.dtype))
+    return jnp.einsum("bihd,bhde->bihe", args.q.astype(state.dtype), state, precision=product_precision(args.q.dtype))
 
 
 def _causal(default_chunk: int, args: Arguments, q, k, v, initial: jax.Array | None, ids: jax.Array | None):
@@ -126,7 +128,7 @@ def _causal(default_chunk: int, args: Arguments, q, k, v, initial: jax.Array | N
     """
     dtype, n, decay, groups = args.accumulator, q.shape[1], args.log_decay, k.shape[2]
     per_channel = decay is not None and decay.ndim == 4
-    size = _chunk_size(n, args.chunk_size, CHANNEL_CHUNK if per_channel else default_chunk)
+    size = tokens_per_chunk(n, args.chunk_size, CHANNEL_CHUNK if per_channel else default_chunk)
     if ids is not None:
         decay = decay_of_segments(args, ids)
     constant = decay is not None and decay.ndim == 1
@@ -135,18 +137,18 @@ def _causal(default_chunk: int, args: Arguments, q, k, v, initial: jax.Array | N
     if padding:
         tokens = {name: jnp.pad(x, ((0, 0), (padding, 0), *((0, 0),) * (x.ndim - 2))) for name, x in tokens.items()}
     # Typed as the inputs are: under shard_map and explicit sharding a constant would be no valid loop carry.
-    state = jnp.zeros_like(_grouped(q[:, 0], groups, axis=1)[..., None] * v[:, 0, :, None, None, :], dtype=dtype)
-    state = state if initial is None else state + _grouped(initial, groups, axis=1)
+    state = jnp.zeros_like(grouped(q[:, 0], groups, axis=1)[..., None] * v[:, 0, :, None, None, :], dtype=dtype)
+    state = state if initial is None else state + grouped(initial, groups, axis=1)
     tokens, decay, state = partition.same_manual_axes((tokens, decay if constant else None, state))
 
     def shared(size: int):
         if not constant:
             return None
         each = jnp.broadcast_to(decay.reshape(1, groups, -1), state.shape[:3])
-        return each, _constant_decay(decay, size, groups)
+        return each, constant_decay(decay, size, groups)
 
     out_dtype = dtype if args.normalize else q.dtype
-    chunk = functools.partial(_chunk, _precision(q.dtype), out_dtype)
+    chunk = functools.partial(_chunk, product_precision(q.dtype), out_dtype)
     outputs = []
     if first:
         y, state = chunk(shared(first), {name: x[:, :first] for name, x in tokens.items()}, state)
@@ -155,12 +157,12 @@ def _causal(default_chunk: int, args: Arguments, q, k, v, initial: jax.Array | N
     plan = chunks.Plan(size, chunk, functools.partial(_empty, out_dtype))
     y, state = chunks.sweep(plan, shared(size), tokens, state)
     outputs.append(y[:, padding:])
-    return jnp.concatenate(outputs, axis=1) if first else outputs[0], _merged(state, 1)
+    return jnp.concatenate(outputs, axis=1) if first else outputs[0], merged(state, 1)
 
 
 def _empty(dtype: jnp.dtype, tokens: dict[str, jax.Array]) -> jax.Array:
     q, v = tokens["q"], tokens["v"]
-    return _merged(jnp.zeros_like(_grouped(q, v.shape[2])[..., :1] * v[:, :, :, None], dtype=dtype), 2)
+    return merged(jnp.zeros_like(grouped(q, v.shape[2])[..., :1] * v[:, :, :, None], dtype=dtype), 2)
 
 
 # ---- one chunk
@@ -181,10 +183,10 @@ def _chunk(precision: jax.lax.Precision, out_dtype: jnp.dtype, shared, tokens: d
     """
     dtype, groups = state.dtype, tokens["k"].shape[2]
     product = functools.partial(jnp.einsum, precision=precision)
-    q = jnp.transpose(_grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
+    q = jnp.transpose(grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
     k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2) for name in "kv")
     if "g" in tokens and tokens["g"].ndim == 4:
-        g = jnp.transpose(_grouped(tokens["g"], groups), (0, 2, 3, 1, 4))
+        g = jnp.transpose(grouped(tokens["g"], groups), (0, 2, 3, 1, 4))
         scores, since_start, until_end = _channel_scores(product, q, k[:, :, None], g)
         inter = product("bgrid,bgrde->bgrie", q * since_start, state)
         state = state * since_start[..., -1, :, None]
@@ -192,11 +194,11 @@ def _chunk(precision: jax.lax.Precision, out_dtype: jnp.dtype, shared, tokens: d
     else:
         size = q.shape[3]
         if "g" in tokens:
-            decay = _scalar_decay(_grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
+            decay = scalar_decay(grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
         elif shared is not None:
-            decay = _of_constant_decay(size, *shared)
+            decay = decay_of_chunk(size, *shared)
         else:
-            decay = _Decay(jnp.tril(jnp.ones((size, size), dtype)))
+            decay = Decay(jnp.tril(jnp.ones((size, size), dtype)))
         scores = product("bgrid,bgjd->bgrij", q, k) * decay.between
         inter = product("bgrid,bgrde->bgrie", q, state)
         keys, values = k[:, :, None], v[:, :, None]
@@ -207,14 +209,14 @@ def _chunk(precision: jax.lax.Precision, out_dtype: jnp.dtype, shared, tokens: d
     y = product("bgrij,bgje->bgrie", scores, v) + inter
     keys, values = (jnp.broadcast_to(x, (*q.shape[:4], x.shape[-1])) for x in (keys, values))
     state = state + product("bgrjd,bgrje->bgrde", keys, values)
-    return _merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(out_dtype), state
+    return merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(out_dtype), state
 
 
-def _constant_decay(log_decay: jax.Array, size: int, groups: int) -> _Decay:
+def constant_decay(log_decay: jax.Array, size: int, groups: int) -> Decay:
     """Weights of a decay (H,) that is the same for every token, computed once for all chunks; not differentiated."""
     g = jax.lax.stop_gradient(log_decay).reshape(1, groups, -1, 1)
     apart, since_start, until_end = _distances(size, g.dtype)
-    return _Decay(
+    return Decay(
         between=jnp.tril(jnp.exp(g[..., None] * apart)),
         since_start=jnp.exp(g * since_start),
         until_end=jnp.exp(g * until_end),
@@ -223,7 +225,7 @@ def _constant_decay(log_decay: jax.Array, size: int, groups: int) -> _Decay:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_constant_decay(size: int, log_decay: jax.Array, weights: _Decay) -> _Decay:
+def decay_of_chunk(size: int, log_decay: jax.Array, weights: Decay) -> Decay:
     """The weights, as a function of the log decays (B, G, R).
 
     Through exp, a chunk would give the gradient of every weight, summed over the batch: (c, c) numbers per head to add
@@ -232,25 +234,25 @@ def _of_constant_decay(size: int, log_decay: jax.Array, weights: _Decay) -> _Dec
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (log_decay.shape[0], *x.shape[1:])), weights)
 
 
-def _of_constant_decay_backward(size: int, weights: _Decay, dweights: _Decay):
+def _decay_of_chunk_backward(size: int, weights: Decay, dweights: Decay):
     times = *_distances(size, weights.between.dtype), size
     parts = [jnp.sum(d * (w * t), axis=range(3, d.ndim)) for d, w, t in zip(dweights, weights, times, strict=True)]
     return sum(parts), jax.tree.map(jnp.zeros_like, weights)
 
 
-_of_constant_decay.defvjp(
-    lambda size, log_decay, weights: (_of_constant_decay(size, log_decay, weights), weights),
-    _of_constant_decay_backward,
+decay_of_chunk.defvjp(
+    lambda size, log_decay, weights: (decay_of_chunk(size, log_decay, weights), weights),
+    _decay_of_chunk_backward,
 )
 
 
 def _distances(size: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How often a token's decay acts in `_Decay.between` (c, c), `since_start` (c,) and `until_end` (c,)."""
+    """How often a token's decay acts in `Decay.between` (c, c), `since_start` (c,) and `until_end` (c,)."""
     place = jnp.arange(size, dtype=dtype)
     return jnp.maximum(place[:, None] - place[None, :], 0), place + 1, size - 1 - place
 
 
-def _scalar_decay(g: jax.Array) -> _Decay:
+def scalar_decay(g: jax.Array) -> Decay:
     """Weights of log decays (..., c)."""
     size, dtype = g.shape[-1], g.dtype
     floor = decay_floor(dtype)
@@ -271,7 +273,7 @@ def _scalar_decay(g: jax.Array) -> _Decay:
     below, before_end = jnp.tril(jnp.ones((size, size), bool), -1), jnp.arange(size) < size - 1
     rows, columns = (total[..., :, None], rest[..., :, None]), (total[..., None, :], rest[..., None, :])
     since_start = weight((total, rest), (0.0, 0.0))
-    return _Decay(
+    return Decay(
         between=weight(rows, columns, below) * lower,
         since_start=since_start,
         until_end=weight(end, (total, rest), before_end),
@@ -326,12 +328,12 @@ def _levels(size: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- small things
 
 
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
+def product_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """One pass of the matrix unit holds half-precision inputs exactly; wider ones need all passes."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
 
 
-def _chunk_size(length: int, asked: int | None, default: int) -> int:
+def tokens_per_chunk(length: int, asked: int | None, default: int) -> int:
     """Tokens per chunk: the asked number, or at most `default` with chunks of about equal length."""
     if asked is not None:
         return min(asked, length)
@@ -339,15 +341,15 @@ def _chunk_size(length: int, asked: int | None, default: int) -> int:
     return length if count == 1 else min(default, 16 * math.ceil(length / (16 * count)))
 
 
-def _grouped(x: jax.Array, groups: int, axis: int = 2) -> jax.Array:
+def grouped(x: jax.Array, groups: int, axis: int = 2) -> jax.Array:
     """Splits heads H at `axis` into (G, H / G); an axis of 1 becomes (1, 1)."""
     if x.shape[axis] == groups or x.shape[axis] == 1:
         return jnp.expand_dims(x, axis + 1)
     return x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
 
 
-def _merged(x: jax.Array, axis: int) -> jax.Array:
-    """Inverse of `_grouped`: joins `axis` and the next one."""
+def merged(x: jax.Array, axis: int) -> jax.Array:
+    """Inverse of `grouped`: joins `axis` and the next one."""
     if x.shape[axis + 1] == 1:
         return jnp.squeeze(x, axis + 1)
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
