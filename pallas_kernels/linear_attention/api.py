@@ -227,7 +227,7 @@ def explain(*args: ArrayLike, platform: str | None = None, **options) -> list[di
     Args:
       *args: q, k, v of the call; none of them to ask about the machine alone.
       platform: "cpu", "gpu" or "tpu"; the current one when None.
-      **options: keyword arguments of the call, without `implementation`.
+      **options: keyword arguments of the call, without `implementation` and `axis_name`.
 
     Returns:
       (name, ok, reason) of each implementation.
