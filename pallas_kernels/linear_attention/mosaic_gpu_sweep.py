@@ -47,7 +47,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
 ROWS = 8  # tokens of a row group of the swizzle: arrays have a multiple of it
 LOG2_E = math.log2(math.e)
 FLOOR = -128.0  # exp of a log decay below it is 0
-STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept: float16 would overflow
+STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept
 
 
 def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -57,7 +57,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
       plan: see `Plan`.
       length: N, at most that of the arrays, whose tokens from N on are zeros.
       heads: H.
-      arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16 or f16;
+      arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16;
         "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
         "scale": (1,) float32;
         "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32.
@@ -309,12 +309,10 @@ def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _
         if plan.keep and job is plan.jobs[0]:
             _keep(plan, place, gmem, operand, job, step, len(states))
         row = [smem[job.row].at[slot, block] for block in blocks]
-        # With 16 bits but another format than the state's, rows go through registers.
-        left = row if row[0].dtype == STATE_DTYPE else [load(plan.interpreted, x).astype(STATE_DTYPE) for x in row]
         scores, inter = products(
             plan.interpreted,
             (None, [(row[block], Transposed(column[block])) for block in blocks]),
-            (None, [(left[block], operand.at[block]) for block in blocks]),
+            (None, [(row[block], operand.at[block]) for block in blocks]),
         )
         if weights.between is not None:
             scores = scores * weights.between()
