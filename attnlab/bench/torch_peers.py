@@ -55,7 +55,9 @@ class TorchPeers:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._stack.close()  # closes the pipe, on which the child ends, and waits
+        with contextlib.suppress(BrokenPipeError):  # of a child that is dead
+            self._child.stdin.close()  # on which a living one ends
+        self._stack.close()
 
     def measure(self, problem: Problem, gates: dict[str, Gate], budget: float) -> dict[str, dict[str, Any]]:
         """Answers by contender's name: {"seconds", "error"}, or {"reason"} why there is none.

@@ -102,16 +102,14 @@ def sum_of_keys(args: Arguments, v: jax.Array, weights: jax.Array | None = None)
       weights: w, (B | 1, M, H) or (B, M, H, D), or None for 1.
     """
     heads, (batch, _, groups, _) = args.q.shape[2], args.k.shape
-    product = functools.partial(
-        jnp.einsum, precision=product_precision(args.k.dtype), preferred_element_type=args.accumulator
-    )
+    product = functools.partial(jnp.einsum, precision=product_precision(args.k.dtype))
+    k, v = args.k.astype(args.accumulator), v.astype(args.accumulator)
     if weights is None:
-        state = product("bjgd,bjge->bgde", args.k, v)[:, :, None]
+        state = product("bjgd,bjge->bgde", k, v)[:, :, None]
         return merged(jnp.broadcast_to(state, (batch, groups, heads // groups, *state.shape[3:])), 1)
     weights = grouped(weights, groups)
     weights = weights if weights.ndim == 5 else weights[..., None]
-    k = (args.k[:, :, :, None] * weights).astype(args.k.dtype)
-    return merged(product("bjgrd,bjge->bgrde", k, v), 1)
+    return merged(product("bjgrd,bjge->bgrde", k[:, :, :, None] * weights, v), 1)
 
 
 def read(args: Arguments, state: jax.Array) -> jax.Array:
