@@ -67,6 +67,37 @@ class Blocks(NamedTuple):
     stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is static in a call.
+
+    Attributes:
+      causal: as in `linear_attention`.
+      normalize: as in `linear_attention`.
+      return_state: whether the last state is asked for.
+      residuals: whether the forward pass gives what the backward pass needs.
+      decay_gradient: whether the backward pass computes the gradient of the decay.
+      generation: of the GPU.
+      chunk: tokens per chunk, None for the table's choice.
+      splits: parts into which the sequence is split, at most; None to fill the GPU.
+      block: tokens between kept states, a multiple of every chunk; None for `block_length`.
+      sweep: blocks of `sweep` and `read`, None for the table's; for tuning.
+      backward: blocks of `backward`, None for the table's; for tuning.
+    """
+
+    causal: bool = True
+    normalize: bool = False
+    return_state: bool = False
+    residuals: bool = False
+    decay_gradient: bool = True
+    generation: Generation = LEAST_ABLE
+    chunk: int | None = None
+    splits: int | None = None
+    block: int | None = None
+    sweep: Blocks | None = None
+    backward: Blocks | None = None
+
+
 def generation(kind: str | None) -> Generation:
     """The generation of a device kind as JAX names it, such as "NVIDIA H200"; the least able one if it is not known."""
     names = [name for name in GENERATIONS if name in (kind or "").replace("-", " ").split()]
@@ -117,6 +148,13 @@ def split_count(gpu: Generation, programs: int, tokens: int) -> int:
     if 2 * programs > gpu.processors:
         return 1
     return max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
+
+
+def lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
+    """Tokens of a block and of a split, which is whole blocks."""
+    block = config.block or block_length(tokens)
+    wanted = config.splits or split_count(config.generation, programs, tokens)
+    return block, math.ceil(tokens / (block * wanted)) * block
 
 
 def wide(dtype: jnp.dtype) -> bool:

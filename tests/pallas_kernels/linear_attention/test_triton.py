@@ -1,8 +1,8 @@
 """Triton kernels without a GPU: run by Triton's interpreter on NumPy memory, and compiled to PTX.
 
-Everything but `triton._launch` runs here as on a GPU; `Interpreter.launch` takes its place. Around every array lies
-NaN, so that a read out of bounds shows, and outputs begin as NaN, so that what a kernel fails to write shows; what it
-writes out of bounds is looked for.
+Everything but `triton_calls._launch` runs here as on a GPU; `Interpreter.launch` takes its place. Around every array
+lies NaN, so that a read out of bounds shows, and outputs begin as NaN, so that what a kernel fails to write shows; what
+it writes out of bounds is looked for.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import interpreter, jit  # noqa: E402
 
 from pallas_kernels.linear_attention import triton as implementation  # noqa: E402
+from pallas_kernels.linear_attention import triton_calls, triton_plan  # noqa: E402
 
 GUARD = 64  # numbers before and behind every array
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -68,7 +69,7 @@ class Memory:
 
 
 class Interpreter:
-    """Runs kernels on the CPU in place of `triton._launch`, and remembers which.
+    """Runs kernels on the CPU in place of `triton_calls._launch`, and remembers which.
 
     Attributes:
       launched: name, grid and constants of each kernel.
@@ -139,7 +140,7 @@ def interpreted(monkeypatch):
     """The public API on a GPU that is Triton's interpreter; jax-triton need not be installed."""
     runner = Interpreter()
     run = implementation.run
-    monkeypatch.setattr(implementation, "_launch", runner.launch)
+    monkeypatch.setattr(triton_calls, "_launch", runner.launch)
     monkeypatch.setattr(implementation, "run", lambda args: run(args, **runner.choices))
     table = [dataclasses.replace(x, packages=()) if x.name == "triton" else x for x in dispatch.implementations(api.OP)]
     monkeypatch.setitem(dispatch._tables, api.OP, tuple(table))
@@ -169,7 +170,7 @@ SPLIT = [
     Case("split_packed_normalized", 1, 200, 1, segments=6, decay="token", normalize=True),
     Case("split_full_normalized", 1, 200, 1, causal=False, normalize=True),
 ]
-H200, A100 = (implementation.generation(kind) for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
+H200, A100 = (triton_plan.generation(kind) for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
 
 
 def assert_accurate(found, dtype):
@@ -211,11 +212,11 @@ def test_a_split_sequence_is_exact(case, splits, gpu, errors, interpreted):
 
 
 def test_splits_fill_the_gpu_only_where_heads_do_not():
-    assert implementation.split_count(H200, programs=96, tokens=1 << 20) == 1
-    assert implementation.split_count(H200, programs=16, tokens=1 << 20) == 9
-    assert implementation.split_count(H200, programs=1, tokens=1 << 20) == 132
-    assert implementation.split_count(H200, programs=1, tokens=4096) == 4  # two blocks of 512 at least
-    assert implementation.split_count(H200, programs=1, tokens=63) == 1
+    assert triton_plan.split_count(H200, programs=96, tokens=1 << 20) == 1
+    assert triton_plan.split_count(H200, programs=16, tokens=1 << 20) == 9
+    assert triton_plan.split_count(H200, programs=1, tokens=1 << 20) == 132
+    assert triton_plan.split_count(H200, programs=1, tokens=4096) == 4  # two blocks of 512 at least
+    assert triton_plan.split_count(H200, programs=1, tokens=63) == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7])
@@ -314,24 +315,24 @@ def test_refusals(name, interpreted):
 
 
 def test_generations():
-    assert implementation.generation("NVIDIA H100 80GB HBM3").name == "sm_90"
-    assert implementation.generation("NVIDIA A100-SXM4-40GB").name == "sm_80"
-    assert implementation.generation("NVIDIA H20").processors == 78
-    assert implementation.generation("NVIDIA GeForce RTX 4090") == implementation.LEAST_ABLE
-    assert implementation.generation(None) == implementation.LEAST_ABLE
+    assert triton_plan.generation("NVIDIA H100 80GB HBM3").name == "sm_90"
+    assert triton_plan.generation("NVIDIA A100-SXM4-40GB").name == "sm_80"
+    assert triton_plan.generation("NVIDIA H20").processors == 78
+    assert triton_plan.generation("NVIDIA GeForce RTX 4090") == triton_plan.LEAST_ABLE
+    assert triton_plan.generation(None) == triton_plan.LEAST_ABLE
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 4097, 1 << 20])
 @pytest.mark.parametrize("size", [16, 64, 100, 128, 256])
-@pytest.mark.parametrize("gpu", [H200, A100, implementation.LEAST_ABLE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100, triton_plan.LEAST_ABLE], ids=lambda gpu: gpu.name)
 def test_blocks_hold_whole_chunks_and_kept_states_are_few(gpu, size, tokens):
-    length = implementation.block_length(tokens)
+    length = triton_plan.block_length(tokens)
     for dtype in (jnp.bfloat16, jnp.float32):
-        for asked in (None, *implementation.chunk_sizes(gpu, dtype, size, size)):
-            for table in (implementation.sweep_blocks, implementation.backward_blocks):
+        for asked in (None, *triton_plan.chunk_sizes(gpu, dtype, size, size)):
+            for table in (triton_plan.sweep_blocks, triton_plan.backward_blocks):
                 blocks = table(gpu, dtype, size, size, asked)
                 assert length % blocks.chunk == 0 and blocks.chunk in (asked, blocks.chunk)
-                assert blocks.tile >= 16 and blocks.tile <= implementation.padded(size)
+                assert blocks.tile >= 16 and blocks.tile <= triton_plan.padded(size)
     if tokens >= 4096:  # of 8 arrays of D numbers per token, those that the op takes and gives
         assert -(-tokens // length) * size * size <= 0.13 * 8 * tokens * size
 
@@ -357,7 +358,7 @@ def launches(monkeypatch, gpu, dtype, size, decay, causal=True, normalize=False,
         found.append((kernel, [*arrays, tokens, *shapes], warps, stages, constants))
         return [jnp.zeros(x.shape, x.dtype) for x in shapes]
 
-    monkeypatch.setattr(implementation, "_launch", launch)
+    monkeypatch.setattr(triton_calls, "_launch", launch)
     case = Case("compiled", 1, tokens, 1, size, decay=decay, causal=causal, normalize=normalize, initial_state=True)
 
     def loss(arguments):
