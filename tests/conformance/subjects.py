@@ -10,6 +10,7 @@ from flax import nnx
 
 import attnlab
 from attnlab import Kind, Layout, Pattern, Site
+from tests.accuracy import relative_rms
 
 FEATURES, HEADS, BATCH = 16, 2, 2
 GRIDS = {Layout.SEQUENCE: (12,), Layout.IMAGE: (4, 6), Layout.VIDEO: (2, 4, 3)}
@@ -107,11 +108,6 @@ def supported(name: str, pattern: Pattern, layout: Layout) -> bool:
 def accepts(subject: Subject) -> frozenset[str]:
     """Arguments that the mixer takes when built for this pattern and layout; nothing is computed to learn it."""
     return nnx.eval_shape(lambda: subject.build(noise=False)).accepts
-
-
-def relative_rms(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-12))
 
 
 def close(got, want, tolerance: float = 2e-5) -> None:

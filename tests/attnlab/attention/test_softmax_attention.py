@@ -11,6 +11,7 @@ from attnlab.contract import Layout, Site, UnsupportedArgument
 from attnlab.nn.positions import Rotary
 from attnlab.registry import create
 from pallas_kernels.masks import SlidingWindow
+from tests.accuracy import relative_rms
 
 
 def build(features=16, *, num_heads=4, **options):
@@ -19,11 +20,6 @@ def build(features=16, *, num_heads=4, **options):
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def rms(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2))
 
 
 def test_equals_the_equations():
@@ -39,8 +35,8 @@ def test_equals_the_equations():
     weights = e / e.sum(-1, keepdims=True)
     expected = np.einsum("bhnm,bmhe->bnhe", weights, v).reshape(2, 7, 20) @ out
     y, seen = nnx.capture(mixer, nnx.Intermediate)(x, context)
-    assert rms(y, expected) < 1e-6
-    assert rms(seen["attention"][0], weights) < 1e-6
+    assert relative_rms(y, expected) < 1e-6
+    assert relative_rms(seen["attention"][0], weights) < 1e-6
 
 
 OPTIONS = {
@@ -66,7 +62,7 @@ def test_decoding_equals_the_whole(options):
     for n in range(6, 9):
         y, state = step(x[:, n], state)
         rest.append(y[:, None])
-    assert rms(np.concatenate([first, second, *rest], 1), whole) < 1e-6
+    assert relative_rms(np.concatenate([first, second, *rest], 1), whole) < 1e-6
     np.testing.assert_array_equal(state.length, [9, 9])
 
 
@@ -81,7 +77,7 @@ def test_left_padding_changes_nothing(options):
     mask[0, :3] = False
     y, state = mixer.prefill(batch[:, :10], mixer.init_state(2, 11), mask=mask[:, :10])
     last, state = mixer.step(batch[:, 10], state)
-    assert rms(y[:1, 3:], alone[:, :7]) < 1e-6 and rms(last[:1], alone[:, 7]) < 1e-6
+    assert relative_rms(y[:1, 3:], alone[:, :7]) < 1e-6 and relative_rms(last[:1], alone[:, 7]) < 1e-6
     np.testing.assert_array_equal(state.length, [8, 11])
     np.testing.assert_array_equal(y[0, :3], np.broadcast_to(mixer.projection.bias[...], (3, 16)))
 
@@ -97,7 +93,7 @@ def test_a_scan_of_donated_steps_stays_in_place():
     decode = jax.jit(lambda state, x: jax.lax.scan(advance, state, x.swapaxes(0, 1)), donate_argnums=0)
     state = mixer.init_state(2, 6, dtype=jnp.float32)
     _, y = decode(state, x)
-    assert rms(y.swapaxes(0, 1), mixer(x)) < 1e-6
+    assert relative_rms(y.swapaxes(0, 1), mixer(x)) < 1e-6
     assert state.keys.is_deleted()
 
 
@@ -121,7 +117,7 @@ def test_packed_segments_are_separate_runs(options):
     mixer = build(causal=True, **options)
     x = draw(7, 1, 9, 16)
     packed = mixer(x, segment_ids=np.array([[4] * 5 + [1] * 4]))
-    assert rms(packed, np.concatenate([mixer(x[:, :5]), mixer(x[:, 5:])], 1)) < 1e-6
+    assert relative_rms(packed, np.concatenate([mixer(x[:, :5]), mixer(x[:, 5:])], 1)) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{"rotary": 100.0}, {"alibi": True}])
@@ -129,8 +125,8 @@ def test_positions_are_used(options):
     mixer = build(**options)
     x = draw(8, 2, 5, 16)
     moved = mixer(x, positions=np.arange(5)[None] + 7)
-    assert rms(moved, mixer(x)) < 1e-5
-    assert rms(mixer(x, positions=np.arange(0, 10, 2)[None]), mixer(x)) > 1e-4
+    assert relative_rms(moved, mixer(x)) < 1e-5
+    assert relative_rms(mixer(x, positions=np.arange(0, 10, 2)[None]), mixer(x)) > 1e-4
 
 
 @pytest.mark.parametrize("layout, grid", [(Layout.IMAGE, (3, 4)), (Layout.VIDEO, (2, 3, 2))])
@@ -140,10 +136,10 @@ def test_grids_turn_by_their_axes(layout, grid):
     x = draw(9, 2, *grid, 24)
     assert mixer(x).shape == x.shape
     flat = build(24, num_heads=2)
-    assert rms(plain(x).reshape(2, -1, 24), flat(x.reshape(2, -1, 24))) < 1e-6
+    assert relative_rms(plain(x).reshape(2, -1, 24), flat(x.reshape(2, -1, 24))) < 1e-6
     # Swapping two axes with their pairs of channels is the same mechanism: so is the result without pairs for one.
     one_axis = build(24, num_heads=2, layout=layout, rotary=Rotary(100.0, split=(6,) + (0,) * (len(grid) - 1)))
-    assert rms(one_axis(x), mixer(x)) > 1e-4
+    assert relative_rms(one_axis(x), mixer(x)) > 1e-4
     key_mask = np.ones((2, x.reshape(2, -1, 24).shape[1]), bool)
     key_mask[:, -1] = False
     changed = x.copy()
@@ -163,7 +159,7 @@ def test_bfloat16_tokens_keep_their_dtype():
     mixer = build(causal=True, rotary=100.0, num_kv_heads=2)
     x = draw(11, 2, 6, 16)
     y = mixer(jnp.asarray(x, jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16 and rms(y, mixer(x)) < 1e-2
+    assert y.dtype == jnp.bfloat16 and relative_rms(y, mixer(x)) < 1e-2
     z, state = mixer.prefill(jnp.asarray(x, jnp.bfloat16), mixer.init_state(2, 6))
     assert z.dtype == jnp.bfloat16 and state.keys.dtype == jnp.float32
     assert build(dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16

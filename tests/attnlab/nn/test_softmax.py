@@ -11,11 +11,7 @@ import pytest
 from attnlab.nn.masking import attention_mask, masked_softmax, segment_positions
 from attnlab.nn.softmax import attention_weights, softmax_attention
 from pallas_kernels.masks import SlidingWindow
-
-
-def rms(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30)
+from tests.accuracy import relative_rms
 
 
 def draw(seed, *shapes, dtype=np.float32):
@@ -63,10 +59,10 @@ def test_equals_the_formula_with_everything_at_once(heads, block_size):
         "softcap": 2.0,
     }
     expected, weights = formula(q, k, v, mask & causal & band, bias, 0.6, 2.0)
-    assert rms(softmax_attention(q, k, v, **options, block_size=block_size), expected) < 1e-6
+    assert relative_rms(softmax_attention(q, k, v, **options, block_size=block_size), expected) < 1e-6
     if block_size is None:
         y, mine = softmax_attention(q, k, v, **options, return_weights=True)
-        assert rms(mine, weights) < 1e-6 and rms(y, expected) < 1e-6
+        assert relative_rms(mine, weights) < 1e-6 and relative_rms(y, expected) < 1e-6
         del options["scale"]
         again = attention_weights(q, k, **options, scale=0.6)
         np.testing.assert_array_equal(again, mine)
@@ -116,7 +112,7 @@ def test_blocks_never_hold_all_scores():
 def test_matches_jax_for_grouped_heads():
     q, k, v = draw(4, (2, 9, 6, 8), (2, 9, 2, 8), (2, 9, 2, 8))
     theirs = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    assert rms(softmax_attention(q, k, v, causal=True), theirs) < 1e-6
+    assert relative_rms(softmax_attention(q, k, v, causal=True), theirs) < 1e-6
 
 
 def test_gradients_match_finite_differences_of_the_formula():
@@ -131,7 +127,7 @@ def test_gradients_match_finite_differences_of_the_formula():
                 args[place][index] += step
                 ends.append((ct * formula(*args)[0]).sum())
             numeric[index] = (ends[0] - ends[1]) / 2e-5
-        assert rms(grad, numeric) < 2e-6
+        assert relative_rms(grad, numeric) < 2e-6
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
@@ -173,10 +169,10 @@ def test_bfloat16_is_close_to_float64(block_size):
 
     out, back = jax.vjp(y, q, k, v)
     assert out.dtype == jnp.bfloat16
-    assert rms(out, formula(q, k, v)[0]) < 4e-3
+    assert relative_rms(out, formula(q, k, v)[0]) < 4e-3
     wide = jax.vjp(y, *(a.astype(jnp.float32) for a in (q, k, v)))[1](ct.astype(jnp.float32))
     for mine, expected in zip(back(ct), wide, strict=True):
-        assert mine.dtype == jnp.bfloat16 and rms(mine, expected) < 8e-3
+        assert mine.dtype == jnp.bfloat16 and relative_rms(mine, expected) < 8e-3
 
 
 @pytest.mark.parametrize("block_size", [None, 3])
@@ -188,7 +184,7 @@ def test_packed_segments_are_separate_sequences(block_size):
     )
     packed = attend(q, k, v, segment_ids=(q_ids, k_ids))
     first, second = attend(q[:, :5], k[:, :4], v[:, :4]), attend(q[:, 5:], k[:, 4:], v[:, 4:])
-    assert rms(packed, np.concatenate([first, second], 1)) < 1e-6
+    assert relative_rms(packed, np.concatenate([first, second], 1)) < 1e-6
 
 
 def test_indices_move_the_rules():
@@ -197,7 +193,7 @@ def test_indices_move_the_rules():
     end = softmax_attention(
         q[:, 4:], k, v, causal=True, structural_mask=SlidingWindow(3, 3), q_idx=np.array([[4, 5]] * 2)
     )
-    assert rms(end, whole[:, 4:]) < 1e-6
+    assert relative_rms(end, whole[:, 4:]) < 1e-6
 
 
 def test_dropout_keeps_the_mean_and_the_weights():
@@ -209,9 +205,9 @@ def test_dropout_keeps_the_mean_and_the_weights():
 
     ys, weights = jax.vmap(once)(jax.random.split(jax.random.key(0), 4000))
     expected = formula(q, k, v)
-    assert rms(weights[0], expected[1]) < 1e-6
+    assert relative_rms(weights[0], expected[1]) < 1e-6
     assert np.asarray(ys).std(0).min() > 0.01
-    assert rms(np.asarray(ys).mean(0), expected[0]) < 0.05
+    assert relative_rms(np.asarray(ys).mean(0), expected[0]) < 0.05
 
 
 def test_attention_mask_joins_all_kinds():
@@ -229,7 +225,7 @@ def test_masked_softmax_over_two_axes():
     mask[1] = False
     weights = masked_softmax(scores, mask, axis=(1, 2))
     e = np.exp(scores[0].astype(np.float64))
-    assert rms(weights[0], e / e.sum()) < 1e-6
+    assert relative_rms(weights[0], e / e.sum()) < 1e-6
     np.testing.assert_array_equal(weights[1], 0)
 
 

@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,15 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import delta_rule_attention
-from pallas_kernels.delta_rule_attention.cases import Case
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """Outputs (y and the state) and gradients by argument: numbers in float64, or their relative errors."""
-
-    outputs: list
-    gradients: dict
+from tests.pallas_kernels.accuracy import Results, errors_of
 
 
 def evaluate(arguments: dict, options: dict, **how) -> Results:
@@ -38,21 +30,4 @@ def evaluate(arguments: dict, options: dict, **how) -> Results:
 @pytest.fixture(scope="session")
 def errors() -> Callable[..., Results]:
     """Relative RMS errors of an implementation against the float64 reference on the same rounded inputs."""
-
-    def compute(case: Case, dtype: jnp.dtype, **how) -> Results:
-        arguments, options = case.arguments(dtype)
-        got = evaluate(arguments, options, **how)
-        with jax.enable_x64(True):
-            exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arguments)
-            want = evaluate(exact, options, implementation="reference")
-        return Results(
-            [relative_rms(g, w) for g, w in zip(got.outputs, want.outputs, strict=True)],
-            {name: relative_rms(got.gradients[name], w) for name, w in want.gradients.items()},
-        )
-
-    return compute
-
-
-def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
-    scale = np.sqrt(np.mean(want**2))
-    return float(np.sqrt(np.mean((got - want) ** 2)) / (scale or 1.0))
+    return functools.partial(errors_of, evaluate)

@@ -1,4 +1,3 @@
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,15 +7,8 @@ import pytest
 
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.cases import Case
+from tests.pallas_kernels.accuracy import Results, errors_of
 from tests.quick import quick_jit
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """Outputs (y, and the state where there is one) and gradients by argument, in float64."""
-
-    outputs: list[np.ndarray]
-    gradients: dict[str, np.ndarray]
 
 
 def _evaluate(arguments: dict, options: dict, implementation: str) -> Results:
@@ -41,21 +33,4 @@ def _evaluate(arguments: dict, options: dict, implementation: str) -> Results:
 @pytest.fixture(scope="session")
 def errors() -> Callable[[Case, jnp.dtype, str], Results]:
     """Relative RMS errors of an implementation against the float64 reference on the same rounded inputs."""
-
-    def compute(case: Case, dtype: jnp.dtype, implementation: str = "xla") -> Results:
-        arguments, options = case.arguments(dtype)
-        got = _evaluate(arguments, options, implementation)
-        with jax.enable_x64(True):
-            exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arguments)
-            want = _evaluate(exact, options, "reference")
-        return Results(
-            [relative_rms(g, w) for g, w in zip(got.outputs, want.outputs, strict=True)],
-            {name: relative_rms(got.gradients[name], w) for name, w in want.gradients.items()},
-        )
-
-    return compute
-
-
-def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
-    scale = np.sqrt(np.mean(want**2))
-    return float(np.sqrt(np.mean((got - want) ** 2)) / (scale or 1.0))
+    return lambda case, dtype, implementation="xla": errors_of(_evaluate, case, dtype, implementation=implementation)

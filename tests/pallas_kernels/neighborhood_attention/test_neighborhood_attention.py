@@ -22,13 +22,7 @@ from pallas_kernels.neighborhood_attention import (
     xla,
 )
 from pallas_kernels.neighborhood_attention.cases import SMALL, SPEED, Case
-
-
-def relative_rms(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    assert np.isfinite(got).all()
-    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-9))
+from tests.accuracy import relative_rms
 
 
 def visible_keys(x: int, length: int, k: int, s: int, d: int, causal: bool) -> set[int]:
