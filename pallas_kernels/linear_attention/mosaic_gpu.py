@@ -5,9 +5,10 @@ One kernel, `mosaic_gpu_sweep.sweep`, does all of it; README.md derives the chun
 **Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
 cumulated inside chunks by XLA, in a (B, H, N) array.
 
-**Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy), one
-launch for both where D = E = 64. For larger heads two states do not fit into the registers of a warpgroup; there dk and
-dv are two launches. Nothing is kept from the forward pass but its inputs: each sweep builds the states that it needs.
+**Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy). Up
+to D = E = 128 one launch reads q, k, v and dy once for both: of the two warpgroups of a CTA one computes dk, the other
+dv. The tiles of larger heads, or of D ≠ E, leave no room for that; there they are two launches. Nothing is kept from
+the forward pass but its inputs: each sweep builds the states that it needs.
 
 **Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
@@ -52,6 +53,7 @@ OTHER_DTYPES = {
     "float16": "scores are operands too, and overflow above 65504",
 }
 HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
+BOTH = 128  # head size up to which dk and dv share a launch; of larger ones no two stages fit into shared memory
 KEEP = 4  # chunks between the borders where Y is known
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
@@ -250,7 +252,7 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums)
     first = {"final": state is not None or (decays and given is not None)}
     initial = {"dk": _swap(ends), "dv": ends}
-    if q.shape[3] == v.shape[3] == TILE:
+    if q.shape[3] == v.shape[3] <= BOTH:
         of_keys = common.sweep((DK, DV), arrays, reverse=True, initial=initial, **sums, **first)
     else:
         of_keys = common.sweep((DK,), arrays, reverse=True, initial=initial, **sums, **first)

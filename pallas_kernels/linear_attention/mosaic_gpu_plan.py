@@ -47,7 +47,7 @@ class Plan:
     """What is static in one launch.
 
     Attributes:
-      jobs: outputs to compute, of one inner and one outer size.
+      jobs: outputs to compute, of one inner and one outer size; each warpgroup works at one of them.
       reverse: whether tokens are visited from the last to the first.
       decay: None, "head" for (H,), "token" for cumulated log decays.
       scaled: whether there is a scale.
@@ -56,7 +56,7 @@ class Plan:
       final: whether the states at its end are wanted.
       keep: chunks between two kept states, 0 to keep none.
       sums: whether the first job also writes the sums that gradients of decays and scales need.
-      warpgroups: compute warpgroups of a CTA.
+      warpgroups: compute warpgroups of a CTA, the same number for each job.
       stages: chunks of tokens in shared memory.
       interpret: parameters of Pallas' interpreter, None on a GPU; see `mosaic_gpu_tiles`.
     """
@@ -80,6 +80,11 @@ class Plan:
         return self.interpret is not None
 
     @property
+    def tiles(self) -> int:
+        """Tiles of each output that a CTA computes, one per warpgroup."""
+        return self.warpgroups // len(self.jobs)
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the token arrays that the sweep reads."""
         names: list[str] = []
@@ -100,28 +105,33 @@ def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
     sizes = {}
     for job in plan.jobs:
         sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
-    loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.warpgroups for name in plan.arrays)
+    loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.tiles for name in plan.arrays)
     per_warpgroup = inner // TILE + 1 + int(plan.outputs)
     vectors = TILE * 4 * (plan.stages * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
     return tile_bytes() * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
 
 
 def registers(plan: Plan, inner: int) -> int:
-    """Estimate of the 32-bit registers of a compute thread: states, scores, weights and one output, and 40 others."""
-    live = len(plan.jobs) * (inner // TILE) + (3 + plan.sums if plan.outputs else 1)
+    """Estimate of the 32-bit registers of a compute thread: state, scores, weights and output, and 40 others."""
+    live = inner // TILE + (3 + plan.sums if plan.outputs else 1)
     return tile_registers() * live + 40
 
 
 def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
     """The plan with warpgroups and stages that fit in shared memory: two warpgroups and three stages if possible.
 
+    A single stage, which leaves nothing to copy ahead into, is for a single job: two jobs are better two launches.
+
     Raises:
       ValueError: if nothing fits; the message says how much is missing.
     """
+    if len(plan.jobs) > 1 and inner != outer:
+        raise ValueError(f"two outputs of one sweep need one head size, got {inner} and {outer}")
     tiles = outer // TILE
-    for warpgroups, stages in ((2, 3), (2, 2), (1, 3), (1, 2), (1, 1)):
+    choices = ((2, 3), (2, 2), (1, 3), (1, 2), (1, 1)) if len(plan.jobs) == 1 else ((2, 3), (2, 2))
+    for warpgroups, stages in choices:
         chosen = dataclasses.replace(plan, warpgroups=warpgroups, stages=stages)
-        if tiles % warpgroups == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
+        if tiles % chosen.tiles == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
             return chosen
     needed = smem_bytes(chosen, inner, outer) + 1024
     raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")

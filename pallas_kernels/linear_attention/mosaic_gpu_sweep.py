@@ -77,7 +77,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     batch, rows = arrays[first.column].shape[:2]
     inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
     chunks, dtype = -(-length // TILE), arrays[first.column].dtype
-    wgs = plan.warpgroups
+    wgs, tiles = plan.warpgroups, plan.tiles
 
     names = list(plan.arrays)
     names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
@@ -100,7 +100,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     if plan.sums:
         out_types["sums"] = struct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
 
-    loaded = {name: blocks[name] if plan.whole(name) else wgs for name in plan.arrays}
+    loaded = {name: blocks[name] if plan.whole(name) else tiles for name in plan.arrays}
     scratch = {name: shared(plan.stages, count, dtype=dtype) for name, count in loaded.items()}
     scratch["state"] = shared(wgs, inner // TILE, dtype=STATE_DTYPE)
     scratch["weighted"] = shared(wgs, dtype=dtype)
@@ -123,16 +123,18 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
             head=lax.axis_index("head"),
             group=lax.axis_index("group"),
             warpgroup=warpgroup,
-            tile=lax.axis_index("group") * wgs + warpgroup,
+            tile=lax.axis_index("group") * tiles + lax.rem(warpgroup, jnp.int32(tiles)),
             heads=heads,
             chunks=chunks,
             length=length,
         )
 
-        @pl.when(warpgroup < wgs)
-        def _():
-            plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
-            _compute(plan, place, gmem, smem, inner // TILE)
+        for number, job in enumerate(plan.jobs):
+
+            @pl.when((warpgroup >= number * tiles) & (warpgroup < (number + 1) * tiles))
+            def _(job=job):
+                plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
+                _compute(plan, place, gmem, smem, job, inner // TILE)
 
         @pl.when(warpgroup == wgs)
         def _():
@@ -143,7 +145,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         body,
         out_type=list(out_types.values()),
         scratch_types=list(scratch.values()),
-        grid=(outer // TILE // wgs, heads, batch),
+        grid=(outer // TILE // tiles, heads, batch),
         grid_names=("group", "head", "batch"),
         num_threads=wgs + 1,
         thread_name="warpgroup",
@@ -192,7 +194,7 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
         for name in plan.arrays:
             head = lax.div(place.head, jnp.int32(place.heads // gmem[name].shape[2]))
             for block in range(smem[name].shape[1]):
-                channel = block if plan.whole(name) else place.group * plan.warpgroups + block
+                channel = block if plan.whole(name) else place.group * plan.tiles + block
                 source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot, block], smem["full"].at[slot])
         if plan.decay == "token":
@@ -203,29 +205,25 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
 # ---- the warpgroups that compute
 
 
-def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any], blocks: int) -> None:
-    """Walks over the chunks with the states of all jobs in registers: (64, 64) tiles, `blocks` of them per job."""
+def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any], job: Job, blocks: int) -> None:
+    """Walks over the chunks with the state of the job in registers: `blocks` tiles of (64, 64)."""
 
-    def state_at(ref, block: int):
+    def state_at(name: str, block: int):
         channels = pl.ds(place.tile * TILE, TILE)
-        return ref.at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
+        return gmem[f"{name} {job.out}"].at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
 
-    states = [zeros(plan.interpreted)] * (blocks * len(plan.jobs))
+    states = [zeros(plan.interpreted)] * blocks
     if plan.initial:
-        given = [(gmem[f"initial {job.out}"], block) for job in plan.jobs for block in range(blocks)]
         # The sum, because inside shard_map a loaded value alone has mesh axes in its type, which the loop would lose.
-        zero = zeros(plan.interpreted)
-        states = [zero + load(plan.interpreted, state_at(*where), optimized=False) for where in given]
+        given = [load(plan.interpreted, state_at("initial", block), optimized=False) for block in range(blocks)]
+        states = [zero + x for zero, x in zip(states, given, strict=True)]
     scale = gmem["scale"][0] if plan.scaled else None
 
     def chunk(step, states):
         slot = lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem["full"].at[slot])
         weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step))
-        after: list[jax.Array] = []
-        for number, job in enumerate(plan.jobs):
-            own = states[number * blocks : (number + 1) * blocks]
-            after += _job(plan, place, gmem, smem, job, slot, step, weights, scale, own)
+        after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states)
 
         @pl.when(step + plan.stages < place.chunks)
         def _():
@@ -235,10 +233,9 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
 
     states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
     if plan.final:
-        for number, job in enumerate(plan.jobs):
-            for block in range(blocks):
-                target = state_at(gmem[f"final {job.out}"], block)
-                target[...] = states[number * blocks + block]
+        for block in range(blocks):
+            target = state_at("final", block)
+            target[...] = states[block]
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -246,8 +243,7 @@ class _Weights(NamedTuple):
     """Decays in a chunk; None where they are 1.
 
     Attributes:
-      between: function that gives the (64, 64) between row i and column j. They are computed where they are used: kept
-        from one job to the next they would cost 32 registers.
+      between: function that gives the (64, 64) between row i and column j, to be computed where they are used.
       border: (64,), between a token and the border of the chunk where S stands.
       value: (64,), between a token and the border where S' stands.
       whole: scalar, of the chunk.
@@ -293,8 +289,8 @@ def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
     return _Weights(between, since_start, until_end, whole)
 
 
-def _job(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states):
-    """One chunk of one job: writes its output, and returns the states (tuple of tiles) after it."""
+def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states):
+    """One chunk: writes its output, and returns the state (list of tiles) after it."""
     own = place.warpgroup
     blocks = range(len(states))
     column = [smem[job.column].at[slot, block] for block in blocks]
