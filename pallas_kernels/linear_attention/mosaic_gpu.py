@@ -17,10 +17,9 @@ the forward pass but its inputs: each sweep builds the states that it needs.
 where a_i belongs to the pairs of i and the tokens before the chunk, b_j to those of j and the tokens behind it, and
 X = exp(G_end) ⟨S, dS'⟩ to the pairs on either side. The sweeps of dq and dk write row and column sums of dL over other
 tokens, in float32: their difference is the first term exactly, and every number carries its decay. X needs the states
-of both sweeps. A constant decay adds X up 64 times per chunk: both sweeps write their states at each chunk, in bf16.
-For a decay per token they do at every `KEEP`-th border alone, where Y = ⟨S, dS⟩ is then known; in between
-Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by distance.
-Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that differentiates the decay pays for this.
+of both sweeps. They write them, in bf16, at every `KEEP`-th border between chunks, where Y = ⟨S, dS⟩ is then known; in
+between Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by
+distance. Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that differentiates the decay pays for this.
 
 **Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
@@ -248,7 +247,7 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
         own = common.sweep((DV,), arrays, reverse=True, outputs=False)["final dv"]
         given, ends = starts, common.states_before(own, dlast, reverse=True)
     decays = config.decay_gradient
-    sums = {"sums": decays or config.scale_gradient, "keep": _borders(decay) if decays else 0}
+    sums = {"sums": decays or config.scale_gradient, "keep": KEEP if decays else 0}
     of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums)
     first = {"final": state is not None or (decays and given is not None)}
     initial = {"dk": _swap(ends), "dv": ends}
@@ -267,12 +266,9 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
         dscale = jnp.sum(common.of_batch(of_q["sums"]), axis=(-1, -2)) + _own_scores(q, k, v, dy)
     if decays:
         rows = of_q["sums"] if scale is None else of_q["sums"] * scale
+        first = None if given is None else _inner(given, starting)
         kept = (of_q["kept dq"], of_keys["kept dk"])
-        if decay.ndim == 1:
-            crossing = _crossing(common, *kept, _swap(ends))
-        else:
-            first = None if given is None else _inner(given, starting)
-            crossing = _crossing_between(common, rows, of_keys["sums"], *kept, first, _swap(ends))
+        crossing = _crossing(common, rows, of_keys["sums"], *kept, first, _swap(ends))
         ddecay = _decay_gradient(common, rows, of_keys["sums"], crossing)
     return of_q["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
 
@@ -384,11 +380,6 @@ class _Common:
 # ---- the gradient of the decay
 
 
-def _borders(decay: jax.Array) -> int:
-    """Chunks between two states that the sweeps of the backward pass write."""
-    return 1 if decay.ndim == 1 else KEEP
-
-
 def _decay_gradient(common: _Common, rows, columns, crossing) -> jax.Array:
     """Gradient of the log decays, (B, N, H), or (B, H) for a constant decay; see the top of the file.
 
@@ -416,29 +407,7 @@ def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(sums[:, :, :-1], axis=2), sums[:, :, -1]
 
 
-def _crossing(common: _Common, kept, kept_cotangents, ends) -> jax.Array:
-    """X of each chunk, (B·S, H, T), from the states before all chunks and their cotangents.
-
-    Args:
-      common: what the sweeps share.
-      kept: (B, H, T, E, D), or with S after B.
-      kept_cotangents: likewise.
-      ends: cotangents behind the last chunk, without T; None for 0.
-    """
-    kept, kept_cotangents = (x.reshape(-1, *x.shape[-4:]) for x in (kept, kept_cotangents))
-    last = _last_crossing(kept, ends)
-    products = jnp.concatenate([_inner(kept[:, :, :-1], kept_cotangents[:, :, 1:]), last], axis=2)
-    return products * jnp.exp(_log_of_chunks(common, products.shape[0]))
-
-
-def _last_crossing(kept, ends) -> jax.Array:
-    """⟨S, dS'⟩ of the last chunk, (B·S, H, 1)."""
-    if ends is None:
-        return jnp.zeros((*kept.shape[:2], 1), jnp.float32)
-    return _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None])
-
-
-def _crossing_between(common: _Common, rows, columns, kept, kept_cotangents, first, ends) -> jax.Array:
+def _crossing(common: _Common, rows, columns, kept, kept_cotangents, first, ends) -> jax.Array:
     """X of each chunk, (B·S, H, T), from Y at the borders in front of chunks 0, KEEP, ... and the sums between.
 
     Args:
@@ -465,7 +434,9 @@ def _crossing_between(common: _Common, rows, columns, kept, kept_cotangents, fir
     loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
     # X is known where the chunk forgets, and of the last chunk: Y behind it may be large and carry no decay.
     weights = _log_of_chunks(common, batch)
-    last = _last_crossing(kept, ends) * jnp.exp(weights[..., -1:])
+    last = nothing
+    if ends is not None:
+        last = _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None]) * jnp.exp(weights[..., -1:])
     known = in_blocks((weights < FORGOTTEN).at[..., -1].set(True))
     value = in_blocks(jnp.zeros_like(weights).at[..., -1:].set(last))
     ahead, back = [], []  # from the border in front, and from the border behind

@@ -54,7 +54,7 @@ class Plan:
       outputs: whether outputs are wanted; otherwise the state alone.
       initial: whether the sweep starts from given states.
       final: whether the states at its end are wanted.
-      keep: chunks between two kept states, 0 to keep none.
+      keep: chunks between two kept states, at least 2; 0 to keep none.
       sums: whether the first job also writes the sums that gradients of decays and scales need.
       warpgroups: compute warpgroups of a CTA, the same number for each job.
       stages: chunks of tokens in shared memory.

@@ -66,8 +66,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
       "final <out>": (B, H, inner, outer) float32;
       "kept <out>" of the first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0, keep,
-      2·keep, ... and, if keep > 1, at place X - 1 that in front of the last chunk. In reverse place 0 and, if keep > 1,
-      place X - 1 are not written;
+      2·keep, ..., and at place X - 1 that in front of the last chunk. In reverse places 0 and X - 1 are not written;
       "sums" of the first job: (B, H, outer/64 + 1, T·64) float32: Σ_j P_ij (row_i·column_j)(partner_i·value_j) of each
       token i. The last place of axis 2 holds the sum over the other tokens j of the chunk, the places before it, to be
       added up, that over the tokens before the chunk (behind it, in reverse). In reverse they hold the scale, too.
@@ -95,8 +94,8 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         if plan.final:
             out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
     if plan.keep:
-        slots = _slots(plan, chunks)
-        out_types[f"kept {first.out}"] = struct((batch, heads, slots, inner, outer), STATE_DTYPE)
+        borders = _borders(plan, chunks) + 1
+        out_types[f"kept {first.out}"] = struct((batch, heads, borders, inner, outer), STATE_DTYPE)
     if plan.sums:
         out_types["sums"] = struct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
 
@@ -149,7 +148,8 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         grid_names=("group", "head", "batch"),
         num_threads=wgs + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # The layouts below are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plan.interpret,
     )(*(arrays[name] for name in names))
     outputs = dict(zip(out_types, outputs, strict=True))
@@ -346,9 +346,9 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
     return products(plan.interpreted, *((states[block], [(Transposed(column[block]), value)]) for block in blocks))
 
 
-def _slots(plan: Plan, chunks: int) -> int:
-    """Number of kept states: one per `keep` chunks, and one in front of the last chunk unless that is among them."""
-    return -(-chunks // plan.keep) + int(plan.keep > 1)
+def _borders(plan: Plan, chunks: int) -> int:
+    """Number of borders in front of chunks 0, keep, 2·keep, ..."""
+    return -(-chunks // plan.keep)
 
 
 def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int) -> None:
@@ -366,11 +366,11 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int)
     def _():
         store(lax.div(border, jnp.int32(plan.keep)))
 
-    if plan.keep > 1 and not plan.reverse:
+    if not plan.reverse:
 
         @pl.when(border == place.chunks - 1)
         def _():
-            store(_slots(plan, place.chunks) - 1)
+            store(_borders(plan, place.chunks))
 
 
 def _sum_inside(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, scores) -> None:

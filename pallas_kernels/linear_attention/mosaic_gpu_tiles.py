@@ -1,8 +1,8 @@
 """Tiles of 64×64 in registers and shared memory, for `mosaic_gpu_sweep`.
 
-On a GPU they have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10.2) knows no layouts, no wgmma with
-operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic. Everything
-else of a kernel, copies and barriers included, is interpreted as it is.
+On a GPU they have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 and 0.11) knows no layouts, no
+wgmma with operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic.
+Everything else of a kernel, copies and barriers included, is interpreted as it is.
 """
 
 import math
@@ -41,10 +41,12 @@ def products(interpret: bool, *sums) -> list[jax.Array]:
     """
     starts = [zeros(interpret) if start is None else start for start, _ in sums]
     if interpret:
-        return [
+        done = [
             start + sum(jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32) for a, b in terms)
             for start, (_, terms) in zip(starts, sums, strict=True)
         ]
+        plgpu.commit_smem()  # wgmma reads as copies do: no fence is missing between the two
+        return done
 
     def body(accumulators):
         for accumulator, (_, terms) in zip(accumulators, sums, strict=True):
@@ -94,7 +96,7 @@ def tile_registers() -> int:
 
 
 def _operand(x):
-    return plgpu.transpose_ref(x.tile, (1, 0)) if isinstance(x, Transposed) else x
+    return x.tile.transpose((1, 0)) if isinstance(x, Transposed) else x
 
 
 def _value(x):
