@@ -37,3 +37,10 @@ def errors_of(evaluate: Callable[..., Results], case: Any, dtype: jnp.dtype, **h
         [relative_rms(g, w) for g, w in zip(got.outputs, want.outputs, strict=True)],
         {name: relative_rms(got.gradients[name], w) for name, w in want.gradients.items()},
     )
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 2e-6) -> None:
+    """Asserts that no number of `got` differs by more than `tolerance` times the largest of its array in `want`."""
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(jnp.max(jnp.abs(w))), 1e-6)
+        np.testing.assert_allclose(np.asarray(g) / scale, np.asarray(w) / scale, rtol=0, atol=tolerance)
