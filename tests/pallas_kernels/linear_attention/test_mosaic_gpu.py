@@ -98,7 +98,12 @@ CASES = {
         0.7,
         1,
     ),
-    "head, whole chunks": (Case("head_128", 1, 128, 1, 64, decay="head", initial_state=True), jnp.bfloat16, None, 1),
+    "head, several borders": (
+        Case("head_640", 1, 640, 1, 64, decay="head", strength=0.05, initial_state=True),
+        jnp.bfloat16,
+        None,
+        1,
+    ),
     "head, -20": (Case("h20", 1, 100, 1, 64, decay="head", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
     "token, grouped": (
         Case("token", 1, 70, 2, 64, kv_heads=1, decay="token", initial_state=True),
