@@ -23,7 +23,8 @@ distance. Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that dif
 
 **Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
-main sweep starts from these. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits.
+main sweep starts from these. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits, and is
+done where the sequence is long enough to gain by it (`gpu_splits`).
 
 Arrays whose N is no multiple of 8 are padded to one, a copy of q, k, v and dy; every other N is read in place.
 Grouped heads are read by index; dk and dv are written per query head in the dtype of the inputs and summed in float32.
@@ -41,6 +42,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
+from pallas_kernels.linear_attention.gpu_splits import pays
 from pallas_kernels.linear_attention.mosaic_gpu_plan import DK, DQ, DV, FORWARD, Job, Plan, with_blocks
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
@@ -122,7 +124,7 @@ def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) ->
 
 
 def split_count(processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int) -> int:
-    """Splits of the sequence: 1 while the CTAs fill half of the multiprocessors, else enough to fill all.
+    """Splits of the sequence: 1 while the CTAs fill half of the multiprocessors, else enough to fill all if that pays.
 
     Splits are equal and whole chunks, at least eight of them each, so the count divides N / 64.
     """
@@ -132,7 +134,8 @@ def split_count(processors: int, batch: int, length: int, heads: int, key_size: 
         return 1
     chunks = length // TILE
     fitting = [s for s in range(1, min(MAX_SPLITS, processors // ctas, chunks // 8) + 1) if chunks % s == 0]
-    return max(fitting, default=1)
+    most = max(fitting, default=1)
+    return most if pays(chunks, most) else 1
 
 
 def _processors(kind: str | None) -> int | None:

@@ -16,7 +16,7 @@ is a sum of terms that carry that decay. Where D is tiled, the products q·k of 
 decay is a sum over tiles, kept as (tiles, B, N, H) float32, and dv is a sweep of its own, in reverse, with k, q, dy
 for q, k, v.
 
-**Few heads.** If there are fewer programs than half of the multiprocessors, the sequence is split: a sweep sums each
+**Few heads.** If there are fewer programs than half of the multiprocessors, a long sequence is split: a sweep sums each
 split's own state, a small product in XLA turns these into the states before the splits, and the main kernel starts
 from them. It is exact; k and v are read twice. Likewise backward, with q, dy and the cotangent of the state.
 

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.linear_attention.gpu_splits import pays
+
+CHUNK = 64  # tokens of the largest chunk, of which every other size is a divisor
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -140,20 +144,24 @@ def backward_blocks(gpu: Generation, dtype: jnp.dtype, key: int, value: int, chu
 
 def block_length(tokens: int) -> int:
     """Tokens between two kept states: 512, fewer in short sequences, a multiple of every chunk size."""
-    return 64 * min(8, max(2, math.ceil(tokens / 64) // 8))
+    return CHUNK * min(8, max(2, math.ceil(tokens / CHUNK) // 8))
 
 
-def split_count(gpu: Generation, programs: int, tokens: int) -> int:
-    """Splits of a sequence: none while programs fill half of the processors, else enough to fill all."""
+def split_count(gpu: Generation, programs: int, tokens: int, causal: bool = True) -> int:
+    """Splits of a sequence: none while programs fill half of the processors, else enough to fill all if that pays.
+
+    Without causality it always does: the splits' states are only summed.
+    """
     if 2 * programs > gpu.processors:
         return 1
-    return max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
+    most = max(1, min(math.ceil(gpu.processors / programs), tokens // (2 * block_length(tokens))))
+    return most if not causal or pays(math.ceil(tokens / CHUNK), most) else 1
 
 
 def lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
     """Tokens of a block and of a split, which is whole blocks."""
     block = config.block or block_length(tokens)
-    wanted = config.splits or split_count(config.generation, programs, tokens)
+    wanted = config.splits or split_count(config.generation, programs, tokens, config.causal)
     return block, math.ceil(tokens / (block * wanted)) * block
 
 

@@ -297,6 +297,9 @@ def test_splits_are_whole_chunks():
         ((1, 1 << 20, 1, 64, 64), 64),
         ((1, 8191, 4, 64, 64), 1),  # not whole chunks
         ((1, 512, 4, 64, 64), 1),  # eight chunks in all
+        ((8, 1024, 8, 64, 64), 1),  # sixteen chunks: two more launches would take longer
+        ((4, 2048, 16, 128, 128), 1),
+        ((2, 16384, 16, 128, 128), 4),
     ],
 )
 def test_split_count(call, splits):

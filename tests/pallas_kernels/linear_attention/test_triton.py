@@ -217,6 +217,8 @@ def test_splits_fill_the_gpu_only_where_heads_do_not():
     assert triton_plan.split_count(H200, programs=1, tokens=1 << 20) == 132
     assert triton_plan.split_count(H200, programs=1, tokens=4096) == 4  # two blocks of 512 at least
     assert triton_plan.split_count(H200, programs=1, tokens=63) == 1
+    assert triton_plan.split_count(H200, programs=64, tokens=1024) == 1  # two more launches would take longer
+    assert triton_plan.split_count(H200, programs=64, tokens=1024, causal=False) == 3
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7])
