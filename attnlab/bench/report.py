@@ -42,12 +42,13 @@ def tables(results: Sequence[Result]) -> list[Any]:
     shown: list[Any] = []
     for problem in dict.fromkeys(result.problem for result in results):
         rows = [result for result in results if result.problem == problem]
+        first = next((row for row in rows if row.seconds), rows[0])
         grid = Table(box=box.SIMPLE_HEAD, title=str(problem), title_justify="left", pad_edge=False)
         for index, column in enumerate(COLUMNS):
             grid.add_column(column, justify="right" if index else "left", no_wrap=True)
         for row in rows:
             if not row.reason:
-                grid.add_row(*cells(row, rows[0]))
+                grid.add_row(*cells(row, first))
         shown.append(grid)
         shown += [Text(f"{row.contender}: {row.reason}", "yellow") for row in rows if row.reason]
         shown.append(Text())

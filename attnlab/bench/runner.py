@@ -31,6 +31,7 @@ class Result:
       fraction: share of the machine's bound, for what does not compute softmax attention.
       memory: bytes over those of inputs, outputs and gradients; None where it is not known.
       reason: why it was not timed; empty if it was.
+      failed: whether it is attnlab's own, was tried, and gave no result or a wrong one.
     """
 
     problem: Problem
@@ -41,6 +42,7 @@ class Result:
     fraction: float | None = None
     memory: float | None = None
     reason: str = ""
+    failed: bool = False
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -73,20 +75,20 @@ class Settings:
     torch_python: str | None = None
 
 
-def run(problems: Sequence[Problem], settings: Settings, note: Callable[[str], None] = lambda _: None) -> list[Result]:
-    """Results of every contender at every problem, in order.
+def run(
+    problems: Sequence[Problem], settings: Settings, note: Callable[[str], None] = lambda _: None
+) -> Iterator[list[Result]]:
+    """Results of every contender, a problem at a time.
 
     Args:
       problems: what to solve.
       settings: how.
       note: told what is being done, for a progress bar.
     """
-    results = []
     with TorchPeers(settings.torch_python) if settings.peers else contextlib.nullcontext() as torch:
         for problem in problems:
             note(str(problem))
-            results += _solve(problem, settings, torch)
-    return results
+            yield list(_solve(problem, settings, torch))
 
 
 def _solve(problem: Problem, settings: Settings, torch: TorchPeers | None) -> Iterator[Result]:
@@ -103,11 +105,9 @@ def _solve(problem: Problem, settings: Settings, torch: TorchPeers | None) -> It
             measured = measure(
                 contender, problem, arrays, softmax if contender.softmax else linear, allowed, settings.budget
             )
-        except Exception as error:
-            if contender.own:
-                raise
-            # What another library cannot do is a line of the table.
-            yield Result(problem, contender.name, False, reason=f"{type(error).__name__}: {str(error)[:200]}")
+        except Exception as error:  # a line of the table: the other lines are worth having
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            yield Result(problem, contender.name, contender.own, reason=reason, failed=contender.own)
             continue
         yield _result(problem, machine, contender, measured, allowed)
     for name, reason in refused.items():
@@ -133,7 +133,7 @@ def _solve(problem: Problem, settings: Settings, torch: TorchPeers | None) -> It
 def _result(problem: Problem, machine: Machine, contender: Contender, measured: Measurement, allowed: float) -> Result:
     if measured.seconds is None:
         reason = f"its relative error is {measured.error:.1e}, above {allowed:.0e}: a wrong result is not timed"
-        return Result(problem, contender.name, contender.own, error=measured.error, reason=reason)
+        return Result(problem, contender.name, contender.own, error=measured.error, reason=reason, failed=contender.own)
     bound = machine.bound(problem.minimum_bytes(), problem.operations())
     # What a call holds at least: inputs, outputs and, with the gradient, dy and the gradients of the inputs.
     inputs = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(_structs(problem)))

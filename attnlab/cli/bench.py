@@ -88,33 +88,31 @@ def run(arguments: list[str]) -> int:
     from pallas_kernels import dispatch
 
     kind = "cpu" if dispatch.current_platform() == "cpu" else "accelerator"
-    fixed, series = problems(op, options, kind)
+    fixed, series = problems_of(op, options, kind)
     settings = runner.Settings(options.seconds, options.peers, options.torch_python)
+    directory = Path(options.out_dir or f"runs/bench_{op}")
+    command = shlex.join(["attnlab", "bench", *arguments])
+    problems = list(dict.fromkeys(fixed + series))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
+    results: list[runner.Result] = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(fixed) + len(series))
-
-        def note(text: str) -> None:
-            progress.update(task, description=text)
-            progress.advance(task, 0 if progress.tasks[task].description == "" else 1)
-
-        results = runner.run(fixed, settings, note)
-        results_by_length = runner.run(series, settings, note)
-    console.print(*report.tables(results + results_by_length), sep="\n")
+        task = progress.add_task("", total=len(problems))
+        for found in runner.run(problems, settings, lambda text: progress.update(task, description=text)):
+            results += found
+            # At once, so that a run that is stopped has written what it measured.
+            console.print(*report.tables(found), sep="\n")
+            runner.save(results, directory / "results.json", command)
+            progress.advance(task)
     if (counted := report.tpu_bytes(fixed)) is not None:
         console.print(counted)
-    directory = Path(options.out_dir or f"runs/bench_{op}")
-    command = shlex.join(["attnlab", "bench", *arguments])
-    runner.save(results + results_by_length, directory / "results.json", command)
-    drawn = report.draw(results_by_length, directory)
+    drawn = report.draw([result for result in results if result.problem in series], directory)
     print("\n".join(f"written: {path}" for path in (directory / "results.json", *drawn.values())))
-    wrong = [result for result in results + results_by_length if result.own and result.error and result.reason]
-    return int(bool(wrong))
+    return int(any(result.failed for result in results))
 
 
-def problems(op: str, options: BenchOptions, kind: str) -> tuple[list[Problem], list[Problem]]:
+def problems_of(op: str, options: BenchOptions, kind: str) -> tuple[list[Problem], list[Problem]]:
     """What to time, and what to time for the drawing; `kind` is "cpu" or "accelerator".
 
     Raises:

@@ -66,7 +66,7 @@ def test_a_wrong_result_is_not_timed(mode, monkeypatch):
     measured = contenders.measure(wrong, problem, arrays, gate.make(problem, arrays), gate.tolerance(problem), 0.0)
     assert measured.seconds is None and measured.error > gate.tolerance(problem)
     result = runner._result(problem, timing.Machine("none", 1e9, 1e9), wrong, measured, gate.tolerance(problem))
-    assert result.seconds is None and "a wrong result is not timed" in result.reason
+    assert result.seconds is None and result.failed and "a wrong result is not timed" in result.reason
 
 
 def test_a_gradient_that_is_wrong_is_found():
@@ -158,7 +158,7 @@ def test_without_an_op_the_command_explains_itself(capsys):
 
 
 def test_accelerators_get_the_shapes_of_flash_linear_attention():
-    fixed, series = command.problems("linear_attention", command.BenchOptions(), "accelerator")
+    fixed, series = command.problems_of("linear_attention", command.BenchOptions(), "accelerator")
     shapes = {str(problem.shape) for problem in fixed if problem.mode == "gradient"}
     assert {"B1 N8192 H96 D128", "B8 N2048 H32 D256", "B8 N1024 H8 D64"} <= shapes
     assert {problem.dtype for problem in fixed} == {"bfloat16"}
@@ -175,6 +175,30 @@ def test_bytes_of_the_tpu_kernel_are_printed_for_every_chip():
     assert all(8 * 128 <= x <= 1.3 * 8 * 128 for x in forward)
     assert all(14 * 128 <= x <= 1.3 * 14 * 128 for x in backward)
     assert report.tpu_bytes([Problem("delta_rule_attention", shape)]) is None
+
+
+def test_a_run_that_fails_or_is_stopped_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
+    def broken(arrays):
+        raise RuntimeError("no such instruction")
+
+    found = contenders.contenders
+
+    def with_broken(problem, arrays):
+        if problem.mode == "gradient":
+            raise KeyboardInterrupt
+        own, refused = found(problem, arrays)
+        return [contenders.Contender("attnlab broken", broken, own=True), *own], refused
+
+    monkeypatch.setattr(runner, "contenders", with_broken)
+    options = ["--shapes", "1x8x1x16", "--decays", "none", "--seconds", "0", "--no-peers", "--lengths"]
+    arguments = ["bench", "linear_attention", *options, "--out-dir", str(tmp_path)]
+    assert main([*arguments, "--modes", "forward"]) == 1
+    assert "attnlab broken: RuntimeError: no such instruction" in capsys.readouterr().out
+    (tmp_path / "results.json").unlink()
+    assert main([*arguments, "--modes", "forward", "gradient"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert rows["attnlab broken"]["failed"] and rows["attnlab xla"]["seconds"] and not rows["attnlab tpu"]["failed"]
 
 
 def test_the_table_compares_with_the_first_line():
