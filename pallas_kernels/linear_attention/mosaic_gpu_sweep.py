@@ -77,6 +77,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
     chunks, dtype = -(-length // TILE), arrays[first.column].dtype
     wgs, tiles = plan.warpgroups, plan.tiles
+    groups = outer // TILE // tiles
 
     names = list(plan.arrays)
     names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
@@ -116,13 +117,15 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     def body(*refs):
         gmem = dict(zip([*names, *out_types], refs, strict=False))
         smem = dict(zip(scratch, refs[len(gmem) :], strict=True))
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        # CTAs of one head are neighbours: what they all read comes from memory once.
+        row, group = lax.div(cta, jnp.int32(groups)), lax.rem(cta, jnp.int32(groups))
         place = _Place(
-            batch=lax.axis_index("batch"),
-            head=lax.axis_index("head"),
-            group=lax.axis_index("group"),
+            batch=lax.div(row, jnp.int32(heads)),
+            head=lax.rem(row, jnp.int32(heads)),
+            group=group,
             warpgroup=warpgroup,
-            tile=lax.axis_index("group") * tiles + lax.rem(warpgroup, jnp.int32(tiles)),
+            tile=group * tiles + lax.rem(warpgroup, jnp.int32(tiles)),
             heads=heads,
             chunks=chunks,
             length=length,
@@ -144,8 +147,8 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         body,
         out_type=list(out_types.values()),
         scratch_types=list(scratch.values()),
-        grid=(outer // TILE // tiles, heads, batch),
-        grid_names=("group", "head", "batch"),
+        grid=(batch * heads * groups,),
+        grid_names=("cta",),
         num_threads=wgs + 1,
         thread_name="warpgroup",
         # The layouts below are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
