@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool. Pallas' interpreter of GPUs waits in one for every warpgroup of every launch that is under way:
+# with as few as a small machine has cores, a gradient may wait for ever.
+os.environ.setdefault("NPROC", "16")
 # libtpu compiles for TPUs here: it shall ask no cloud server about this machine, and several processes may load it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

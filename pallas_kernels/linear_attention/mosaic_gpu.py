@@ -69,6 +69,7 @@ class Config:
       decay_gradient: whether the backward pass computes the gradient of the decay.
       scale_gradient: likewise for the scale.
       splits: parts into which the sequence is cut.
+      processors: multiprocessors of the GPU.
       interpret: parameters of Pallas' interpreter, None on a GPU.
     """
 
@@ -76,6 +77,7 @@ class Config:
     decay_gradient: bool = False
     scale_gradient: bool = False
     splits: int = 1
+    processors: int = 132
     interpret: Any = None
 
 
@@ -102,24 +104,27 @@ def supports(args: Arguments) -> str | None:
     return partition.refusal()
 
 
-def run(args: Arguments, *, interpret: Any = None, splits: int | None = None) -> tuple[jax.Array, State | None]:
+def run(
+    args: Arguments, *, interpret: Any = None, splits: int | None = None, processors: int | None = None
+) -> tuple[jax.Array, State | None]:
     """y (B, N, H, E) and, if asked for, the state.
 
     Args:
       args: what `supports` takes.
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
+      processors: its multiprocessors; None for those of this machine, or of an H200.
 
     Raises:
       ValueError: for splits that do not cut N into whole chunks.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
+    processors = processors or _processors(dispatch.current_device_kind()) or HOPPER["H200"]
     if splits is None:
-        processors = _processors(dispatch.current_device_kind()) or 132
         splits = split_count(processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
     if splits > 1 and args.q.shape[1] % (TILE * splits):
         raise ValueError(f"splits must cut N into whole chunks of {TILE} tokens, got {splits=} and N={args.q.shape[1]}")
-    config = Config(return_state=args.return_state, splits=splits, interpret=interpret)
+    config = Config(return_state=args.return_state, splits=splits, processors=processors, interpret=interpret)
     return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
 
@@ -354,7 +359,10 @@ class _Common:
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
         sizes = (arrays[jobs[0].column].shape[3], arrays[jobs[0].value].shape[3])
-        outputs = sweep(with_blocks(plan, *sizes), self.length // splits, self.heads, given)
+        # With fewer heads, one each for more multiprocessors is better than two for some.
+        rows = arrays[jobs[0].column].shape[0] * splits * self.heads
+        pairs = self.heads % 2 == 0 and rows > self.config.processors
+        outputs = sweep(with_blocks(plan, *sizes, pairs), self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 whole = name in {job.out for job in jobs}

@@ -56,7 +56,8 @@ class Plan:
       final: whether the states at its end are wanted.
       keep: chunks between two kept states, at least 2; 0 to keep none.
       sums: whether the first job also writes the sums that gradients of decays and scales need.
-      warpgroups: compute warpgroups of a CTA, the same number for each job.
+      warpgroups: compute warpgroups of a CTA, the same number for each job and each head.
+      heads: heads of a CTA.
       stages: chunks of tokens in shared memory.
       interpret: parameters of Pallas' interpreter, None on a GPU; see `mosaic_gpu_tiles`.
     """
@@ -71,6 +72,7 @@ class Plan:
     keep: int = 0
     sums: bool = False
     warpgroups: int = 1
+    heads: int = 1
     stages: int = 2
     interpret: Any = None
 
@@ -81,8 +83,8 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """Tiles of each output that a CTA computes, one per warpgroup."""
-        return self.warpgroups // len(self.jobs)
+        """Tiles of each output and head that a CTA computes, one per warpgroup."""
+        return self.warpgroups // len(self.jobs) // self.heads
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -107,8 +109,8 @@ def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
         sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
     loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.tiles for name in plan.arrays)
     per_warpgroup = inner // TILE + 1 + int(plan.outputs)
-    vectors = TILE * 4 * (plan.stages * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
-    return tile_bytes() * (plan.stages * loaded + plan.warpgroups * per_warpgroup) + vectors
+    vectors = TILE * 4 * (plan.stages * plan.heads * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
+    return tile_bytes() * (plan.stages * plan.heads * loaded + plan.warpgroups * per_warpgroup) + vectors
 
 
 def registers(plan: Plan, inner: int) -> int:
@@ -117,10 +119,18 @@ def registers(plan: Plan, inner: int) -> int:
     return tile_registers() * live + 40
 
 
-def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
+def with_blocks(plan: Plan, inner: int, outer: int, pairs: bool = False) -> Plan:
     """The plan with warpgroups and stages that fit in shared memory: two warpgroups and three stages if possible.
 
-    A single stage, which leaves nothing to copy ahead into, is for a single job: two jobs are better two launches.
+    A multiprocessor has registers for two compute warpgroups, and for one CTA alone: the second warpgroup has another
+    tile of the same head, the other job, or, where a head has a single tile, another head. A single stage, which leaves
+    nothing to copy ahead into, is for a single job: two jobs are better two launches.
+
+    Args:
+      plan: without blocks.
+      inner: rows of a state.
+      outer: columns of a state.
+      pairs: whether a CTA may take two heads.
 
     Raises:
       ValueError: if nothing fits; the message says how much is missing.
@@ -128,9 +138,13 @@ def with_blocks(plan: Plan, inner: int, outer: int) -> Plan:
     if len(plan.jobs) > 1 and inner != outer:
         raise ValueError(f"two outputs of one sweep need one head size, got {inner} and {outer}")
     tiles = outer // TILE
-    choices = ((2, 3), (2, 2), (1, 3), (1, 2), (1, 1)) if len(plan.jobs) == 1 else ((2, 3), (2, 2))
-    for warpgroups, stages in choices:
-        chosen = dataclasses.replace(plan, warpgroups=warpgroups, stages=stages)
+    choices = ((2, 1, 3), (2, 1, 2), (1, 1, 3), (1, 1, 2), (1, 1, 1))
+    if len(plan.jobs) > 1:
+        choices = choices[:2]
+    elif pairs and tiles == 1:
+        choices = ((2, 2, 3), (2, 2, 2), *choices)
+    for warpgroups, heads, stages in choices:
+        chosen = dataclasses.replace(plan, warpgroups=warpgroups, heads=heads, stages=stages)
         if tiles % chosen.tiles == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
             return chosen
     needed = smem_bytes(chosen, inner, outer) + 1024

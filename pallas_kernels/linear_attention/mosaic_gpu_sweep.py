@@ -8,8 +8,9 @@ of 64 tokens
 
 **Tiles.** Everything on chip is a tile of 64×64: tokens × channels, tokens × tokens, channels × channels. A warpgroup
 owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators in registers from the first chunk to the
-last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. Warpgroups share
-nothing but the tiles that they read, so no barrier stands between them; the scores are computed by each of them.
+last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. The second warpgroup of
+a CTA has another tile of the head, another job, or another head. Warpgroups share nothing but the tiles that they read,
+so no barrier stands between them; the scores are computed by each of them.
 One more warpgroup issues the copies: boxes of 64 tokens × 64 channels straight out of (B, N, H, D), two or three chunks
 ahead. The copy engine fills tokens beyond the arrays with zeros and does not store them; Mosaic's tiling of it wants
 arrays of a multiple of 8 tokens, `ROWS`.
@@ -101,16 +102,16 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         out_types["sums"] = struct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
 
     loaded = {name: blocks[name] if plan.whole(name) else tiles for name in plan.arrays}
-    scratch = {name: shared(plan.stages, count, dtype=dtype) for name, count in loaded.items()}
+    scratch = {name: shared(plan.stages, plan.heads, count, dtype=dtype) for name, count in loaded.items()}
     scratch["state"] = shared(wgs, inner // TILE, dtype=STATE_DTYPE)
     scratch["weighted"] = shared(wgs, dtype=dtype)
     if plan.outputs:
         scratch["out"] = shared(wgs, dtype=dtype)
     if plan.decay == "token":
-        scratch["decay"] = plgpu.SMEM((plan.stages, TILE), jnp.float32)
+        scratch["decay"] = plgpu.SMEM((plan.stages, plan.heads, TILE), jnp.float32)
     if plan.sums:
         scratch["sums"] = plgpu.SMEM((wgs, 2, TILE), jnp.float32)
-    copies = sum(loaded.values()) + (plan.decay == "token")
+    copies = plan.heads * (sum(loaded.values()) + (plan.decay == "token"))
     scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
     scratch["free"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages)
 
@@ -120,12 +121,18 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         # CTAs of one head are neighbours: what they all read comes from memory once.
         row, group = lax.div(cta, jnp.int32(groups)), lax.rem(cta, jnp.int32(groups))
+        rows_of_batch = jnp.int32(heads // plan.heads)
+        of_head = lax.rem(warpgroup, jnp.int32(tiles * plan.heads))  # warpgroups of one job: by head, then by tile
+        own = lax.div(of_head, jnp.int32(tiles))
+        first_head = lax.rem(row, rows_of_batch) * plan.heads
         place = _Place(
-            batch=lax.div(row, jnp.int32(heads)),
-            head=lax.rem(row, jnp.int32(heads)),
+            batch=lax.div(row, rows_of_batch),
+            first_head=first_head,
+            head=first_head + own,
+            own=own,
             group=group,
             warpgroup=warpgroup,
-            tile=group * tiles + lax.rem(warpgroup, jnp.int32(tiles)),
+            tile=group * tiles + lax.rem(of_head, jnp.int32(tiles)),
             heads=heads,
             chunks=chunks,
             length=length,
@@ -133,7 +140,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
 
         for number, job in enumerate(plan.jobs):
 
-            @pl.when((warpgroup >= number * tiles) & (warpgroup < (number + 1) * tiles))
+            @pl.when(lax.div(warpgroup, jnp.int32(tiles * plan.heads)) == number)
             def _(job=job):
                 plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
                 _compute(plan, place, gmem, smem, job, inner // TILE)
@@ -147,7 +154,7 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
         body,
         out_type=list(out_types.values()),
         scratch_types=list(scratch.values()),
-        grid=(batch * heads * groups,),
+        grid=(batch * heads // plan.heads * groups,),
         grid_names=("cta",),
         num_threads=wgs + 1,
         thread_name="warpgroup",
@@ -163,10 +170,25 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
 
 
 class _Place(NamedTuple):
-    """Where a warpgroup stands in the grid, and the sizes that it must know."""
+    """Where a warpgroup stands in the grid, and the sizes that it must know.
+
+    Attributes:
+      batch: its sequence.
+      first_head: of its CTA.
+      head: its own.
+      own: number of its head in the CTA.
+      group: number of its CTA among those of the same heads.
+      warpgroup: its number in the CTA.
+      tile: its columns of the output.
+      heads: H.
+      chunks: of the sequence.
+      length: N.
+    """
 
     batch: jax.Array
+    first_head: jax.Array
     head: jax.Array
+    own: jax.Array
     group: jax.Array
     warpgroup: jax.Array
     tile: jax.Array
@@ -194,15 +216,16 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
         def _():
             plgpu.barrier_wait(smem["free"].at[slot])
 
-        for name in plan.arrays:
-            head = lax.div(place.head, jnp.int32(place.heads // gmem[name].shape[2]))
-            for block in range(smem[name].shape[1]):
-                channel = block if plan.whole(name) else place.group * plan.tiles + block
-                source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot, block], smem["full"].at[slot])
-        if plan.decay == "token":
-            source = gmem["decay"].at[place.batch, place.head, tokens]
-            plgpu.copy_gmem_to_smem(source, smem["decay"].at[slot], smem["full"].at[slot])
+        for own in range(plan.heads):
+            for name in plan.arrays:
+                head = lax.div(place.first_head + own, jnp.int32(place.heads // gmem[name].shape[2]))
+                for block in range(smem[name].shape[2]):
+                    channel = block if plan.whole(name) else place.group * plan.tiles + block
+                    source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
+                    plgpu.copy_gmem_to_smem(source, smem[name].at[slot, own, block], smem["full"].at[slot])
+            if plan.decay == "token":
+                source = gmem["decay"].at[place.batch, place.first_head + own, tokens]
+                plgpu.copy_gmem_to_smem(source, smem["decay"].at[slot, own], smem["full"].at[slot])
 
 
 # ---- the warpgroups that compute
@@ -275,9 +298,9 @@ def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
             return jnp.exp2(jnp.maximum(later - earlier, 0).astype(jnp.float32) * g)
 
     else:
-        total = smem["decay"].at[slot]
+        total = smem["decay"].at[slot, place.own]
         rows = load(plan.interpreted, total, layout=BY_ROW)
-        end = smem["decay"][slot, TILE - 1]
+        end = smem["decay"][slot, place.own, TILE - 1]
         since_start = jnp.exp2(rows)
         until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
         whole = jnp.exp2(end)
@@ -296,8 +319,9 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
     """One chunk: writes its output, and returns the state (list of tiles) after it."""
     own = place.warpgroup
     blocks = range(len(states))
-    column = [smem[job.column].at[slot, block] for block in blocks]
-    value = smem[job.value].at[slot, place.tile if plan.whole(job.value) else own]
+    column = [smem[job.column].at[slot, place.own, block] for block in blocks]
+    tile = place.tile if plan.whole(job.value) else lax.rem(own, jnp.int32(plan.tiles))
+    value = smem[job.value].at[slot, place.own, tile]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored still stands in the buffers below
 
     if plan.outputs:
@@ -307,7 +331,7 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
         plgpu.commit_smem()
         if plan.keep and job is plan.jobs[0]:
             _keep(plan, place, gmem, operand, job, step, len(states))
-        row = [smem[job.row].at[slot, block] for block in blocks]
+        row = [smem[job.row].at[slot, place.own, block] for block in blocks]
         scores, inter = products(
             plan.interpreted,
             (None, [(row[block], Transposed(column[block])) for block in blocks]),
@@ -325,7 +349,7 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
         if weights.border is not None:
             inter = inter * by_row(weights.border)
         if summed:
-            partner = load(plan.interpreted, smem[job.partner].at[slot, place.tile]).astype(jnp.float32)
+            partner = load(plan.interpreted, smem[job.partner].at[slot, place.own, place.tile]).astype(jnp.float32)
             _write_sums(plan, place, gmem, smem, 0, place.tile, step, jnp.sum(inter * partner, axis=1))
         (out,) = products(plan.interpreted, (inter, [(scores.astype(value.dtype), value)]))
         if scale is not None and not plan.reverse:
@@ -381,8 +405,8 @@ def _sum_inside(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, sco
 
     @pl.when(place.tile == 0)
     def _():
-        blocks = range(smem[job.partner].shape[1])
-        pairs = [(smem[job.partner].at[slot, b], Transposed(smem[job.value].at[slot, b])) for b in blocks]
+        partner, value = (smem[name].at[slot, place.own] for name in (job.partner, job.value))
+        pairs = [(partner.at[b], Transposed(value.at[b])) for b in range(smem[job.partner].shape[2])]
         (other,) = products(plan.interpreted, (None, pairs))
         others = iota(plan.interpreted, 0) != iota(plan.interpreted, 1)
         sums = jnp.sum(jnp.where(others, scores * other, 0.0), axis=1)

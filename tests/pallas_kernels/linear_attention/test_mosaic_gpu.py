@@ -89,59 +89,60 @@ def errors(arguments: dict, options: dict, run):
 
 # ---- numbers
 
+# A case, its scale, and how it is cut; with one multiprocessor two heads share a CTA.
 CASES = {
-    "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), jnp.bfloat16, None, 1),
-    "head, E=128": (Case("head", 1, 70, heads=1, key_size=64, value_size=128, decay="head"), jnp.bfloat16, 0.7, 1),
-    "token, D=E=128": (
-        Case("both", 1, 130, heads=1, key_size=128, decay="token", initial_state=True),
-        jnp.bfloat16,
-        0.7,
-        1,
-    ),
+    "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), None, {}),
+    "head, E=128": (Case("head", 1, 70, heads=1, key_size=64, value_size=128, decay="head"), 0.7, {}),
+    "token, D=E=128": (Case("both", 1, 130, heads=1, key_size=128, decay="token", initial_state=True), 0.7, {}),
     "head, several borders": (
         Case("head_640", 1, 640, 1, 64, decay="head", strength=0.05, initial_state=True),
-        jnp.bfloat16,
         None,
-        1,
+        {},
     ),
-    "head, -20": (Case("h20", 1, 100, 1, 64, decay="head", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
-    "token, grouped": (
-        Case("token", 1, 70, 2, 64, kv_heads=1, decay="token", initial_state=True),
-        jnp.bfloat16,
-        0.7,
-        1,
-    ),
-    "token, several borders": (Case("long", 1, 650, 1, 64, decay="token", strength=0.1), jnp.bfloat16, None, 1),
-    "token, -20": (Case("t20", 1, 130, 1, 64, decay="token", strength=20.0, uniform=True), jnp.bfloat16, None, 1),
-    "token, one": (Case("one", 1, 1, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.0, 1),
-    "segments": (Case("packed", 1, 130, 1, 64, segments=3, decay="head", initial_state=True), jnp.bfloat16, None, 1),
-    "token, splits": (Case("splits", 1, 256, 1, 64, decay="token", initial_state=True), jnp.bfloat16, 0.7, 2),
-    "head, splits": (Case("head_in_splits", 1, 128, 1, 64, decay="head", strength=0.05), jnp.bfloat16, None, 2),
+    "head, -20": (Case("h20", 1, 100, 1, 64, decay="head", strength=20.0, uniform=True), None, {}),
+    "token, grouped": (Case("token", 1, 70, 2, 64, kv_heads=1, decay="token", initial_state=True), 0.7, {}),
+    "token, several borders": (Case("long", 1, 650, 1, 64, decay="token", strength=0.1), None, {}),
+    "token, -20": (Case("t20", 1, 130, 1, 64, decay="token", strength=20.0, uniform=True), None, {}),
+    "token, one": (Case("one", 1, 1, 1, 64, decay="token", initial_state=True), 0.0, {}),
+    "segments": (Case("packed", 1, 130, 1, 64, segments=3, decay="head", initial_state=True), None, {}),
+    "token, splits": (Case("splits", 1, 256, 1, 64, decay="token", initial_state=True), 0.7, {"splits": 2}),
+    "token, pairs": (Case("pairs", 1, 130, 2, 64, kv_heads=1, decay="token"), None, {"processors": 1}),
+    "head, splits": (Case("head_in_splits", 1, 128, 1, 64, decay="head", strength=0.05), None, {"splits": 2}),
 }
 
 
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name, interpreter):
-    case, dtype, scale, splits = CASES[name]
-    arguments, options = case.arguments(dtype)
+    case, scale, how = CASES[name]
+    how = {"splits": 1} | how
+    arguments, options = case.arguments(jnp.bfloat16)
     if scale is not None:
         arguments["scale"] = jnp.float32(scale)
-    interpret = interpreter(case.length // splits)
-    found, gradients = errors(
-        arguments, options, lambda args: implementation.run(args, interpret=interpret, splits=splits)
-    )
+    interpret = interpreter(case.length // how["splits"])
+    found, gradients = errors(arguments, options, lambda args: implementation.run(args, interpret=interpret, **how))
     assert max(found) <= BOUND, found
     assert set(gradients) == set(arguments)
     assert max(gradients.values()) <= 2 * BOUND, gradients
 
 
 @interpreted
-def test_barriers_order_all_accesses(interpreter):
-    arguments, options = Case("races", 1, 256, 1, 64, 128, decay="token").arguments(jnp.bfloat16)
-    args = api.normal_form(**arguments, **options)
-    y, _ = jax.jit(lambda args: implementation.run(args, interpret=interpreter(256, detect_races=True), splits=1))(args)
-    assert np.isfinite(np.asarray(y, np.float32)).all()
+@pytest.mark.parametrize(
+    "case",
+    [Case("tiles", 1, 256, 1, 64, 128, decay="token"), Case("heads", 1, 256, 2, 64, decay="token")],
+    ids=["tiles", "heads"],
+)
+def test_barriers_order_all_accesses(case, interpreter):
+    """Of two tiles of a head and, in the second case, of two heads; and of dk and dv."""
+    arguments, options = case.arguments(jnp.bfloat16)
+    interpret = interpreter(256, detect_races=True)
+
+    def loss(arguments):
+        args = api.normal_form(**arguments, **options)
+        return jnp.sum(implementation.run(args, interpret=interpret, splits=1, processors=1)[0].astype(jnp.float32))
+
+    gradients = jax.jit(jax.grad(loss))(arguments)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients.values())
     assert not get_races().races_found
 
 
@@ -271,6 +272,26 @@ def test_both_gradients_of_the_keys_fit_in_a_cta(size):
 def test_other_gradients_of_the_keys_do_not(sizes, message):
     with pytest.raises(ValueError, match=message):
         plans.with_blocks(plans.Plan((plans.DK, plans.DV), reverse=True), *sizes)
+
+
+@pytest.mark.parametrize("inner", implementation.SIZES)
+def test_two_heads_of_a_tile_each_share_a_cta(inner):
+    plan = plans.with_blocks(plans.Plan((plans.FORWARD,), decay="token"), inner, 64, pairs=True)
+    assert plan.heads == (2 if inner <= 128 else 1)  # the tiles of more channels fill shared memory
+    assert plan.warpgroups == plan.heads * plan.tiles
+    assert plans.smem_bytes(plan, inner, 64) + 1024 <= plans.SMEM_BYTES
+
+
+def test_pairs_of_heads_lower_for_cuda():
+    q, g = jax.ShapeDtypeStruct((2, 80, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 80, 4), jnp.float32)
+
+    def loss(q, g):
+        y, _ = implementation.run(api.normal_form(q, q, q, log_decay=g), processors=1)
+        return jnp.sum(y.astype(jnp.float32))
+
+    with dispatch.target("gpu", device_kind=H200):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, g)
+        assert launches(traced.lower(lowering_platforms=("cuda",)).as_text()) == 2
 
 
 def test_budgets_of_the_forward_sweep():
