@@ -435,6 +435,30 @@ def test_launch_gives_jax_triton_what_the_kernel_names(monkeypatch):
     assert calls == [("sweep", 90), ("backward", 90), ("sweep", None), ("backward", None)]
 
 
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("shape", [(1, 1024, 8, 128), (8, 1024, 8, 64), (4, 2048, 16, 128), (1, 8192, 96, 128)])
+def test_what_launches_keep_is_a_fifth_of_the_arrays(shape, decay, monkeypatch):
+    """Kept states and scratch, over q, k, v, y, dy and three gradients; a launch each for the shapes of fla's table."""
+    written = []
+
+    def launch(kernel, arrays, tokens, shapes, *how):
+        written.append(sum(x.size * x.dtype.itemsize for x in shapes))
+        return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+
+    def loss(q, k, v, log_decay):
+        args = api.normal_form(q, k, v, log_decay=log_decay)
+        return jnp.sum(implementation.run(args)[0].astype(jnp.float32))
+
+    monkeypatch.setattr(triton_calls, "_launch", launch)
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    g = jax.ShapeDtypeStruct(shape[2:3] if decay == "head" else shape[:3], jnp.float32)
+    with dispatch.target("gpu", "NVIDIA H200"):
+        jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, q, q, g)
+    size = 2 * q.size
+    assert sum(written) - 4 * size <= 0.2 * 8 * size  # beside y, dq, dk and dv
+    assert len(written) == (2 if shape[3] == 64 else 3)  # where D is tiled, dv is a sweep of its own
+
+
 def test_lowering_for_cuda():
     """The call in its compiled form, where JAX has its CUDA plugin; no GPU is needed."""
     try:
