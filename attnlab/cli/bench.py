@@ -35,7 +35,7 @@ SHAPES = {
         "8x1024x8x64",
     ),
 }
-LENGTHS = {"cpu": tuple(2**i for i in range(10, 17)), "accelerator": tuple(2**i for i in range(10, 21, 2))}
+LENGTHS = {"cpu": tuple(2**i for i in range(10, 15)), "accelerator": tuple(2**i for i in range(10, 21, 2))}
 HEADS, SIZE = {"cpu": 8, "accelerator": 16}, {"cpu": 64, "accelerator": 128}
 DECODE_BATCH = 64
 
@@ -61,7 +61,7 @@ class BenchOptions:
     dtypes: tuple[str, ...] | None = None
     decays: tuple[str, ...] = ("head", "token")
     modes: tuple[str, ...] = ("forward", "gradient", "decode")
-    lengths: Annotated[tuple[int, ...] | None, tyro.conf.arg(help_behavior_hint="(default: up to 64k or 1M)")] = None
+    lengths: Annotated[tuple[int, ...] | None, tyro.conf.arg(help_behavior_hint="(default: up to 16k or 1M)")] = None
     decode_batch: int = DECODE_BATCH
     peers: bool = True
     torch_python: str | None = None
