@@ -7,8 +7,8 @@ cumulated inside chunks by XLA, in a (B, H, N) array.
 
 **Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy). Up
 to D = E = 128 one launch reads q, k, v and dy once for both: of the two warpgroups of a CTA one computes dk, the other
-dv. The tiles of larger heads, or of D ≠ E, leave no room for that; there they are two launches. Nothing is kept from
-the forward pass but its inputs: each sweep builds the states that it needs.
+dv. The tiles of larger heads leave no room for that, and with D ≠ E the two would need different numbers of CTAs; there
+they are two launches. Nothing is kept from the forward pass but its inputs: each sweep builds the states that it needs.
 
 **Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
