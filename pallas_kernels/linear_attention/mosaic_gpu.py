@@ -5,10 +5,12 @@ One kernel, `mosaic_gpu_sweep.sweep`, does all of it; README.md derives the chun
 **Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
 cumulated inside chunks by XLA, in a (B, H, N) array.
 
-**Backward.** dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and (k, q, dy). Up
-to D = E = 128 one launch reads q, k, v and dy once for both: of the two warpgroups of a CTA one computes dk, the other
-dv. The tiles of larger heads leave no room for that, and with D ≠ E the two would need different numbers of CTAs; there
-they are two launches. Nothing is kept from the forward pass but its inputs: each sweep builds the states that it needs.
+**Backward.** One launch: dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and
+(k, q, dy). Up to D = E = 128 the last two are one sweep, which reads q, k, v and dy once: of the two warpgroups of a
+CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the two need
+different numbers of CTAs; there CTAs of dk and of dv stand side by side and read the same chunks at the same time, so
+that the second-level cache answers the second of them. Nothing is kept from the forward pass but its inputs: each sweep
+builds the states that it needs.
 
 **Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
@@ -43,7 +45,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import dispatch, partition
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
-from pallas_kernels.linear_attention.mosaic_gpu_plan import DK, DQ, DV, FORWARD, Job, Plan, with_blocks
+from pallas_kernels.linear_attention.mosaic_gpu_plan import DV, FORWARD, Plan, backward, with_blocks
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
@@ -54,7 +56,6 @@ OTHER_DTYPES = {
     "float16": "scores are operands too, and overflow above 65504",
 }
 HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
-BOTH = 128  # head size up to which dk and dv share a launch; of larger ones no two stages fit into shared memory
 KEEP = 4  # chunks between the borders where Y is known
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
@@ -133,8 +134,8 @@ def split_count(processors: int, batch: int, length: int, heads: int, key_size: 
 
     Splits are equal and whole chunks, at least eight of them each, so the count divides N / 64.
     """
-    plan = with_blocks(Plan((FORWARD,)), key_size, value_size)
-    ctas = batch * heads * value_size // TILE // plan.warpgroups
+    plan = with_blocks(Plan((FORWARD,), key_size, value_size))
+    ctas = batch * heads * plan.groups
     if 2 * ctas > processors or length % TILE:
         return 1
     chunks = length // TILE
@@ -222,12 +223,12 @@ def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | 
     """
     common = _Common(config, q.shape[2], decay, scale, q.shape[1])
     arrays = {"q": q, "k": k, "v": v}
-    starts = None
+    sizes, starts = (q.shape[3], v.shape[3]), None
     if config.splits > 1:
-        own = common.sweep((FORWARD,), arrays, outputs=False)["final y"]
+        own = common.launch(arrays, {}, Plan((FORWARD,), *sizes, outputs=False, final=True))["final y"]
         starts = common.states_before(own, state)
         state = starts
-    outputs = common.sweep((FORWARD,), arrays, initial={"y": state}, final=config.return_state)
+    outputs = common.launch(arrays, {"y": state}, Plan((FORWARD,), *sizes, final=config.return_state))
     last = outputs["final y"] if config.return_state else None
     if config.splits > 1 and last is not None:
         last = last[:, -1]
@@ -250,35 +251,30 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     """
     common = _Common(config, q.shape[2], decay, scale, q.shape[1])
     arrays = {"q": q, "k": k, "v": v, "dy": dy}
-    given, ends = state, dlast
+    sizes, given, ends = (q.shape[3], v.shape[3]), state, dlast
     if config.splits > 1:
-        own = common.sweep((DV,), arrays, reverse=True, outputs=False)["final dv"]
+        own = common.launch(arrays, {}, Plan((DV,), *sizes, reverse=True, outputs=False, final=True))["final dv"]
         given, ends = starts, common.states_before(own, dlast, reverse=True)
     decays = config.decay_gradient
-    sums = {"sums": decays or config.scale_gradient, "keep": KEEP if decays else 0}
-    of_q = common.sweep((DQ,), arrays, initial={"dq": _swap(given)}, **sums)
-    first = {"final": state is not None or (decays and given is not None)}
-    initial = {"dk": _swap(ends), "dv": ends}
-    if q.shape[3] == v.shape[3] <= BOTH:
-        of_keys = common.sweep((DK, DV), arrays, reverse=True, initial=initial, **sums, **first)
-    else:
-        of_keys = common.sweep((DK,), arrays, reverse=True, initial=initial, **sums, **first)
-        of_keys |= common.sweep((DV,), arrays, reverse=True, initial=initial)
-    dk, dv = (_per_key_head(of_keys[name], k.shape[2]) for name in ("dk", "dv"))
-    starting = _swap(of_keys["final dk"]) if first["final"] else None
+    wants_start = state is not None or (decays and given is not None)
+    of_dq = {"sums": decays or config.scale_gradient, "keep": KEEP if decays else 0}
+    plans = backward(*sizes, **of_dq, final=wants_start)
+    found = common.launch(arrays, {"dq": _swap(given), "dk": _swap(ends), "dv": ends}, *plans)
+    dk, dv = (_per_key_head(found[name], k.shape[2]) for name in ("dk", "dv"))
+    starting = _swap(found["final dk"]) if wants_start else None
     dstate = starting
     if config.splits > 1 and starting is not None:
         dstate = starting[:, 0]
     ddecay = dscale = None
     if config.scale_gradient:
-        dscale = jnp.sum(common.of_batch(of_q["sums"]), axis=(-1, -2)) + _own_scores(q, k, v, dy)
+        dscale = jnp.sum(common.of_batch(found["sums dq"]), axis=(2, 3, 4)) + _own_scores(q, k, v, dy)
     if decays:
-        rows = of_q["sums"] if scale is None else of_q["sums"] * scale
+        rows, columns = found["sums dq"], found["sums dk"]
+        rows = rows if scale is None else rows * scale
         first = None if given is None else _inner(given, starting)
-        kept = (of_q["kept dq"], of_keys["kept dk"])
-        crossing = _crossing(common, rows, of_keys["sums"], *kept, first, _swap(ends))
-        ddecay = _decay_gradient(common, rows, of_keys["sums"], crossing)
-    return of_q["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
+        crossing = _crossing(common, rows, columns, found["kept dq"], found["kept dk"], first, _swap(ends))
+        ddecay = _decay_gradient(common, rows, columns, crossing)
+    return found["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
 
 
 # ---- calls of the kernel
@@ -326,48 +322,50 @@ class _Common:
         """(B·S, H, ...) summed over splits."""
         return x if self.config.splits == 1 else jnp.sum(x.reshape(-1, self.config.splits, *x.shape[1:]), axis=1)
 
-    def sweep(
-        self,
-        jobs: tuple[Job, ...],
-        arrays: dict[str, jax.Array],
-        initial: dict[str, jax.Array | None] | None = None,
-        **options: Any,
+    def launch(
+        self, arrays: dict[str, jax.Array], initial: dict[str, jax.Array | None], *plans: Plan
     ) -> dict[str, jax.Array]:
         """`mosaic_gpu_sweep.sweep` of folded arrays; with splits, states have an axis S after B.
 
-        A sweep without outputs gives the states that come of its own tokens.
+        Args:
+          arrays: token arrays by name.
+          initial: states before the first chunk visited, by the names of outputs; None for zeros.
+          *plans: the sweeps, without what all of this call have in common, and without blocks.
         """
-        options.setdefault("outputs", True)
-        states = {name: x for name, x in (initial or {}).items() if x is not None and name in [j.out for j in jobs]}
-        plan = Plan(
-            jobs,
-            decay=None if self.decay is None else "head" if self.decay.ndim == 1 else "token",
-            scaled=self.scale is not None and (options["outputs"] or options.get("reverse", False)),
-            initial=bool(states),
-            interpret=self.config.interpret,
-            **{"final": not options["outputs"]} | options,
-        )
+        states = {name: x for name, x in initial.items() if x is not None}
+        plans = [
+            dataclasses.replace(
+                plan,
+                decay=None if self.decay is None else "head" if self.decay.ndim == 1 else "token",
+                scaled=self.scale is not None and (plan.outputs or plan.reverse),
+                initial=any(job.out in states for job in plan.jobs),
+                interpret=self.config.interpret,
+            )
+            for plan in plans
+        ]
         missing = -self.length % ROWS
-        given = {name: self.fold(arrays[name]) for name in plan.arrays}
+        given = {name: self.fold(arrays[name]) for plan in plans for name in plan.arrays}
         if missing:
             given = {name: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for name, x in given.items()}
-        if plan.decay is not None:
-            given["decay"] = self.decay.astype(jnp.float32) if plan.decay == "head" else self.cumulated
-        if plan.scaled:
+        batch = next(iter(given.values())).shape[0]
+        if self.decay is not None:
+            given["decay"] = self.decay.astype(jnp.float32) if self.decay.ndim == 1 else self.cumulated
+        if self.scale is not None:
             given["scale"] = self.scale.astype(jnp.float32).reshape(1)
         splits = self.config.splits
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
-        sizes = (arrays[jobs[0].column].shape[3], arrays[jobs[0].value].shape[3])
-        # With fewer heads, one each for more multiprocessors is better than two for some.
-        rows = arrays[jobs[0].column].shape[0] * splits * self.heads
-        pairs = self.heads % 2 == 0 and rows > self.config.processors
-        outputs = sweep(with_blocks(plan, *sizes, pairs), self.length // splits, self.heads, given)
+        chosen = [with_blocks(plan) for plan in plans]
+        # With fewer CTAs, one head each for more multiprocessors is better than two for some.
+        if self.heads % 2 == 0 and batch * self.heads * sum(plan.groups for plan in chosen) > self.config.processors:
+            chosen = [with_blocks(plan, pairs=True) for plan in plans]
+        outputs = sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
-                whole = name in {job.out for job in jobs}
-                shape = (-1, self.length, *x.shape[2:]) if whole else (-1, splits, *x.shape[1:])
-                outputs[name] = x if name == "sums" else x.reshape(shape)
+                if name.startswith(("final", "kept")):
+                    outputs[name] = x.reshape(-1, splits, *x.shape[1:])
+                elif not name.startswith("sums"):
+                    outputs[name] = x.reshape(-1, self.length, *x.shape[2:])
         return outputs
 
     def states_before(self, own: jax.Array, first: jax.Array | None, reverse: bool = False) -> jax.Array:
@@ -396,8 +394,8 @@ def _decay_gradient(common: _Common, rows, columns, crossing) -> jax.Array:
 
     Args:
       common: what the sweeps share.
-      rows: sums of dL over earlier tokens, "sums" of the sweep of dq, (B·S, H, tiles + 1, T·64).
-      columns: sums of dL over later tokens, "sums" of the sweep of dk.
+      rows: sums of dL over earlier tokens, "sums dq", (B·S, H, 2, tiles, T·64).
+      columns: sums of dL over later tokens, "sums dk".
       crossing: X of each chunk, (B·S, H, T).
     """
     (a, row_sums), (b, column_sums) = _parts(rows), _parts(columns)
@@ -414,8 +412,8 @@ def _decay_gradient(common: _Common, rows, columns, crossing) -> jax.Array:
 
 def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens outside of the chunk and inside, (B·S, H, T, 64) each."""
-    sums = sums.reshape(*sums.shape[:3], -1, TILE)
-    return jnp.sum(sums[:, :, :-1], axis=2), sums[:, :, -1]
+    sums = jnp.sum(sums, axis=3)
+    return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, TILE) for part in range(2))
 
 
 def _crossing(common: _Common, rows, columns, kept, kept_cotangents, first, ends) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is static in a sweep on Mosaic GPU, and the shared memory and registers that it takes.
+"""What is static in a launch on Mosaic GPU, and the shared memory and registers that it takes.
 
 With P_ij the decay between tokens i and j, a sweep computes for tokens in order, or in reverse,
 
@@ -11,11 +11,15 @@ and the four outputs of the op are jobs of this form:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE, tile_bytes, tile_registers
 
 SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
+ALIGNMENT = 1024  # of each array in it, in bytes
+MARGIN = 64  # bytes for the barriers of the other sweeps of a launch
+OUT, WEIGHTED = 0, 1  # tiles of a warpgroup where its output and its weighted values stand
 
 
 class Job(NamedTuple):
@@ -42,12 +46,17 @@ DK = Job("v", "dy", "q", "dk", "k")
 DV = Job("k", "q", "dy", "dv", "v")
 
 
+BOTH = 128  # head size up to which dk and dv share CTAs; of larger ones no two stages fit into shared memory
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static in one launch.
+    """What is static in one sweep. A launch makes one or several, each in CTAs of its own.
 
     Attributes:
       jobs: outputs to compute, of one inner and one outer size; each warpgroup works at one of them.
+      inner: rows of a state.
+      outer: columns of a state.
       reverse: whether tokens are visited from the last to the first.
       decay: None, "head" for (H,), "token" for cumulated log decays.
       scaled: whether there is a scale.
@@ -63,6 +72,8 @@ class Plan:
     """
 
     jobs: tuple[Job, ...]
+    inner: int
+    outer: int
     reverse: bool = False
     decay: str | None = None
     scaled: bool = False
@@ -82,70 +93,135 @@ class Plan:
         return self.interpret is not None
 
     @property
+    def blocks(self) -> int:
+        """Tiles of the state of one warpgroup."""
+        return self.inner // TILE
+
+    @property
+    def short_of_registers(self) -> bool:
+        """Whether the state leaves few registers: then nothing is held that can be computed again."""
+        return self.blocks > 2
+
+    @property
     def tiles(self) -> int:
         """Tiles of each output and head that a CTA computes, one per warpgroup."""
         return self.warpgroups // len(self.jobs) // self.heads
+
+    @property
+    def groups(self) -> int:
+        """CTAs of one head, or of `heads` heads."""
+        return self.outer // TILE // self.tiles
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the token arrays that the sweep reads."""
         names: list[str] = []
         for job in self.jobs:
-            names += (job.row,) * self.outputs + (job.column, job.value) + (job.partner,) * self.sums
+            names += (job.row,) * self.outputs + (job.column, job.value)
+        names += (self.jobs[0].partner,) * self.sums
         return tuple(dict.fromkeys(names))
 
     def whole(self, name: str) -> bool:
         """Whether a warpgroup reads all channels of the array, not its own tile of them alone."""
-        wanted = {name for job in self.jobs for name in (job.row, job.column)}
-        if self.sums:  # scores between partner and value
-            wanted |= {self.jobs[0].partner, self.jobs[0].value}
-        return name in wanted
+        return any(name in (job.row, job.column) for job in self.jobs)
+
+    # ---- tiles of shared memory, in this order: tokens by stage, head of the CTA and array; then those of warpgroups
+
+    def loaded(self, name: str) -> int:
+        """Tiles of a chunk of the array and one head."""
+        return self.blocks if self.whole(name) else self.tiles
+
+    @property
+    def per_head(self) -> int:
+        """Tiles of a chunk of all arrays and one head."""
+        return sum(map(self.loaded, self.arrays))
+
+    def tokens_at(self, name: str) -> int:
+        """First of the tiles of an array, counted from those of its stage and head."""
+        return sum(map(self.loaded, self.arrays[: self.arrays.index(name)]))
+
+    @property
+    def own_at(self) -> int:
+        """First tile of the first warpgroup: what it computes follows the tokens."""
+        return self.stages * self.heads * self.per_head
+
+    @property
+    def per_warpgroup(self) -> int:
+        """Tiles of a warpgroup: the state; once that is read, the output and the weighted values stand in its place."""
+        return max(self.blocks, WEIGHTED + 1)
+
+    @property
+    def smem_tiles(self) -> int:
+        """All of them."""
+        return self.own_at + self.warpgroups * self.per_warpgroup
 
 
-def smem_bytes(plan: Plan, inner: int, outer: int) -> int:
-    """Shared memory of a CTA, in bytes, without a kilobyte for barriers and alignment; 16-bit inputs."""
-    sizes = {}
-    for job in plan.jobs:
-        sizes |= {job.row: inner, job.column: inner, job.value: outer, job.partner: outer}
-    loaded = sum(sizes[name] // TILE if plan.whole(name) else plan.tiles for name in plan.arrays)
-    per_warpgroup = inner // TILE + 1 + int(plan.outputs)
-    vectors = TILE * 4 * (plan.stages * plan.heads * (plan.decay == "token") + 2 * plan.warpgroups * plan.sums)
-    return tile_bytes() * (plan.stages * plan.heads * loaded + plan.warpgroups * per_warpgroup) + vectors
+def vectors(plans: Sequence[Plan]) -> dict[str, int]:
+    """Vectors of 64 float32 in shared memory by what they hold: decays, sums, and zeros (see `mosaic_gpu_sweep`)."""
+    return {
+        "decay": max(plan.stages * plan.heads * (plan.decay == "token") for plan in plans),
+        "sums": 2 * max(plan.warpgroups for plan in plans) * any(plan.sums for plan in plans),
+        "zero": int(any(plan.short_of_registers for plan in plans)),
+    }
 
 
-def registers(plan: Plan, inner: int) -> int:
+def smem_bytes(*plans: Plan) -> int:
+    """Shared memory of a CTA of a launch, in bytes: tiles of 16-bit numbers, vectors, and two barriers per stage."""
+    tiles = tile_bytes() * max(plan.smem_tiles for plan in plans)
+    others = TILE * 4 * sum(vectors(plans).values())
+    return tiles + -(-others // ALIGNMENT) * ALIGNMENT + 16 * sum(plan.stages for plan in plans)
+
+
+def registers(plan: Plan) -> int:
     """Estimate of the 32-bit registers of a compute thread: state, scores, weights and output, and 40 others."""
-    live = inner // TILE + (3 + plan.sums if plan.outputs else 1)
+    live = plan.blocks + (3 + plan.sums if plan.outputs else 1)
     return tile_registers() * live + 40
 
 
-def with_blocks(plan: Plan, inner: int, outer: int, pairs: bool = False) -> Plan:
+def backward(key_size: int, value_size: int, *, sums: bool = False, keep: int = 0, final: bool = False) -> list[Plan]:
+    """The sweeps of the backward pass, without blocks.
+
+    Args:
+      key_size: D.
+      value_size: E.
+      sums: whether dq's sums are wanted, for the gradient of decays or scale.
+      keep: chunks between two kept states, and then dk's sums too, for the gradient of decays; 0 without it.
+      final: whether the gradient of the initial state is wanted, "final dk".
+    """
+    plans = [Plan((DQ,), value_size, key_size, sums=sums, keep=keep)]
+    rest = {"sums": keep > 0, "keep": keep, "final": final, "reverse": True}
+    if key_size == value_size <= BOTH:
+        return [*plans, Plan((DK, DV), key_size, value_size, **rest)]
+    keys, values = Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)
+    return [*plans, keys, values]
+
+
+def with_blocks(plan: Plan, pairs: bool = False) -> Plan:
     """The plan with warpgroups and stages that fit in shared memory: two warpgroups and three stages if possible.
 
     A multiprocessor has registers for two compute warpgroups, and for one CTA alone: the second warpgroup has another
-    tile of the same head, the other job, or, where a head has a single tile, another head. A single stage, which leaves
-    nothing to copy ahead into, is for a single job: two jobs are better two launches.
+    tile of the same head, the other job, or, where a head has a single tile, another head. There are at least two
+    stages: a chunk is copied while the one before it is computed.
 
     Args:
       plan: without blocks.
-      inner: rows of a state.
-      outer: columns of a state.
       pairs: whether a CTA may take two heads.
 
     Raises:
       ValueError: if nothing fits; the message says how much is missing.
     """
-    if len(plan.jobs) > 1 and inner != outer:
-        raise ValueError(f"two outputs of one sweep need one head size, got {inner} and {outer}")
-    tiles = outer // TILE
-    choices = ((2, 1, 3), (2, 1, 2), (1, 1, 3), (1, 1, 2), (1, 1, 1))
+    if len(plan.jobs) > 1 and plan.inner != plan.outer:
+        raise ValueError(f"two outputs of one sweep need one head size, got {plan.inner} and {plan.outer}")
+    tiles = plan.outer // TILE
+    choices = ((2, 1, 3), (2, 1, 2), (1, 1, 3), (1, 1, 2))
     if len(plan.jobs) > 1:
         choices = choices[:2]
     elif pairs and tiles == 1:
         choices = ((2, 2, 3), (2, 2, 2), *choices)
     for warpgroups, heads, stages in choices:
         chosen = dataclasses.replace(plan, warpgroups=warpgroups, heads=heads, stages=stages)
-        if tiles % chosen.tiles == 0 and smem_bytes(chosen, inner, outer) + 1024 <= SMEM_BYTES:
+        if tiles % chosen.tiles == 0 and smem_bytes(chosen) + MARGIN <= SMEM_BYTES:
             return chosen
-    needed = smem_bytes(chosen, inner, outer) + 1024
-    raise ValueError(f"head sizes {inner} and {outer} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")
+    needed = smem_bytes(chosen)
+    sizes = f"{plan.inner} and {plan.outer}"
+    raise ValueError(f"head sizes {sizes} need {needed} bytes of shared memory, a CTA has {SMEM_BYTES}")

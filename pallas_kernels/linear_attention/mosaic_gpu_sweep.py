@@ -1,4 +1,4 @@
-"""One sweep of chunked linear attention over the tokens, as a Pallas Mosaic GPU kernel for Hopper.
+"""Sweeps of chunked linear attention over the tokens, as a Pallas Mosaic GPU kernel for Hopper.
 
 Forward and backward pass of causal linear attention are four sweeps of one form, see `mosaic_gpu_plan`. A sweep reads
 three arrays, row, column and value, and holds the state S = Σ_j P_j column_jᵀ value_j, (inner, outer); for each chunk
@@ -10,17 +10,21 @@ of 64 tokens
 owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators in registers from the first chunk to the
 last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. The second warpgroup of
 a CTA has another tile of the head, another job, or another head. Warpgroups share nothing but the tiles that they read,
-so no barrier stands between them; the scores are computed by each of them.
+so no barrier stands between them; the scores are computed by each of them. Once S is read, the output and the weighted
+values of the chunk stand in its tiles: that leaves room for two stages of tokens at 256 channels.
 One more warpgroup issues the copies: boxes of 64 tokens × 64 channels straight out of (B, N, H, D), two or three chunks
 ahead. The copy engine fills tokens beyond the arrays with zeros and does not store them; Mosaic's tiling of it wants
 arrays of a multiple of 8 tokens, `ROWS`.
+
+**Launches.** A launch makes one sweep or several side by side, each in CTAs of its own. Those of one head are
+neighbours in the grid: what more than one of them reads in the same order comes from memory once.
 
 Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention-3 (arXiv:2407.08608) for warpgroups
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import partition
-from pallas_kernels.linear_attention.mosaic_gpu_plan import Job, Plan
+from pallas_kernels.linear_attention.mosaic_gpu_plan import OUT, WEIGHTED, Job, Plan, vectors
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -51,11 +55,11 @@ FLOOR = -128.0  # exp of a log decay below it is 0
 STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept
 
 
-def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Runs one sweep; every array has B at axis 0.
+def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Makes the sweeps of one launch; every array has B at axis 0.
 
     Args:
-      plan: see `Plan`.
+      plans: see `Plan`; all with the same decay and interpreter.
       length: N, at most that of the arrays, whose tokens from N on are zeros.
       heads: H.
       arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16;
@@ -66,107 +70,126 @@ def sweep(plan: Plan, length: int, heads: int, arrays: dict[str, jax.Array]) -> 
     Returns:
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
       "final <out>": (B, H, inner, outer) float32;
-      "kept <out>" of the first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0, keep,
-      2·keep, ..., and at place X - 1 that in front of the last chunk. In reverse places 0 and X - 1 are not written;
-      "sums" of the first job: (B, H, outer/64 + 1, T·64) float32: Σ_j P_ij (row_i·column_j)(partner_i·value_j) of each
-      token i. The last place of axis 2 holds the sum over the other tokens j of the chunk, the places before it, to be
-      added up, that over the tokens before the chunk (behind it, in reverse). In reverse they hold the scale, too.
+      "kept <out>" of a plan's first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0,
+      keep, 2·keep, ..., and at place X - 1 that in front of the last chunk. In reverse places 0 and X - 1 are not
+      written;
+      "sums <out>" of a plan's first job: (B, H, 2, outer/64, T·64) float32, for each token i shares, one per tile of
+      channels, of Σ_j P_ij (row_i·column_j)(partner_i·value_j). Place 0 of axis 2 is about the tokens j before the
+      chunk (behind it, in reverse), place 1 about the other tokens of the chunk. In reverse they hold the scale, too.
     """
-    blocks = {name: arrays[name].shape[3] // TILE for name in plan.arrays}
-    first = plan.jobs[0]
-    batch, rows = arrays[first.column].shape[:2]
-    inner, outer = (arrays[name].shape[3] for name in (first.column, first.value))
-    chunks, dtype = -(-length // TILE), arrays[first.column].dtype
-    wgs, tiles = plan.warpgroups, plan.tiles
-    groups = outer // TILE // tiles
+    common = plans[0]
+    wgs, chunks = max(plan.warpgroups for plan in plans), -(-length // TILE)
+    column = arrays[common.jobs[0].column]
+    batch, rows, dtype = column.shape[0], column.shape[1], column.dtype
+    # A tile that reaches beyond an array the interpreter does not store, the copy engine stores what fits.
+    rows = chunks * TILE if common.interpreted else rows
 
-    names = list(plan.arrays)
-    names += ["decay"] * (plan.decay is not None) + ["scale"] * plan.scaled
-    names += [f"initial {job.out}" for job in plan.jobs if plan.initial]
+    names = list(dict.fromkeys(name for plan in plans for name in plan.arrays))
+    names += ["decay"] * (common.decay is not None) + ["scale"] * any(plan.scaled for plan in plans)
+    names += [f"initial {job.out}" for plan in plans if plan.initial for job in plan.jobs]
 
     def struct(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         return partition.struct(shape, dtype, *(arrays[name] for name in names))
 
     out_types: dict[str, jax.ShapeDtypeStruct] = {}
-    for job in plan.jobs:
-        if plan.outputs:
-            # Of a tile that reaches beyond an array the interpreter stores nothing, the copy engine what fits.
-            rows = chunks * TILE if plan.interpreted else rows
-            out_types[job.out] = struct((batch, rows, heads, outer), dtype)
-        if plan.final:
-            out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
-    if plan.keep:
-        borders = _borders(plan, chunks) + 1
-        out_types[f"kept {first.out}"] = struct((batch, heads, borders, inner, outer), STATE_DTYPE)
-    if plan.sums:
-        out_types["sums"] = struct((batch, heads, outer // TILE + 1, chunks * TILE), jnp.float32)
+    for plan in plans:
+        inner, outer, first = plan.inner, plan.outer, plan.jobs[0].out
+        for job in plan.jobs:
+            if plan.outputs:
+                out_types[job.out] = struct((batch, rows, heads, outer), dtype)
+            if plan.final:
+                out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
+        if plan.keep:
+            out_types[f"kept {first}"] = struct((batch, heads, _borders(plan, chunks) + 1, inner, outer), STATE_DTYPE)
+        if plan.sums:
+            out_types[f"sums {first}"] = struct((batch, heads, 2, outer // TILE, chunks * TILE), jnp.float32)
 
-    loaded = {name: blocks[name] if plan.whole(name) else tiles for name in plan.arrays}
-    scratch = {name: shared(plan.stages, plan.heads, count, dtype=dtype) for name, count in loaded.items()}
-    scratch["state"] = shared(wgs, inner // TILE, dtype=STATE_DTYPE)
-    scratch["weighted"] = shared(wgs, dtype=dtype)
-    if plan.outputs:
-        scratch["out"] = shared(wgs, dtype=dtype)
-    if plan.decay == "token":
-        scratch["decay"] = plgpu.SMEM((plan.stages, plan.heads, TILE), jnp.float32)
-    if plan.sums:
-        scratch["sums"] = plgpu.SMEM((wgs, 2, TILE), jnp.float32)
-    copies = plan.heads * (sum(loaded.values()) + (plan.decay == "token"))
-    scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
-    scratch["free"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages)
+    scratch = {"tiles": shared(max(plan.smem_tiles for plan in plans), dtype=dtype)}
+    rows_for = vectors(plans)
+    if any(rows_for.values()):
+        scratch["vectors"] = plgpu.SMEM((sum(rows_for.values()), TILE), jnp.float32)
+    for number, plan in enumerate(plans):
+        copies = plan.heads * (plan.per_head + (plan.decay == "token"))
+        scratch[f"full {number}"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
+        scratch[f"free {number}"] = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages)
+
+    # CTAs of one head, or of two where one of the plans takes two, are neighbours.
+    together = max(plan.heads for plan in plans)
+    ctas = [together // plan.heads * plan.groups for plan in plans]
+    firsts = [sum(ctas[:number]) for number in range(len(plans))]
 
     def body(*refs):
         gmem = dict(zip([*names, *out_types], refs, strict=False))
         smem = dict(zip(scratch, refs[len(gmem) :], strict=True))
+        first_row = 0
+        for name, count in rows_for.items():
+            if count:
+                smem[name] = smem["vectors"].at[pl.ds(first_row, count)]
+            first_row += count
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        # CTAs of one head are neighbours: what they all read comes from memory once.
-        row, group = lax.div(cta, jnp.int32(groups)), lax.rem(cta, jnp.int32(groups))
-        rows_of_batch = jnp.int32(heads // plan.heads)
-        of_head = lax.rem(warpgroup, jnp.int32(tiles * plan.heads))  # warpgroups of one job: by head, then by tile
-        own = lax.div(of_head, jnp.int32(tiles))
-        first_head = lax.rem(row, rows_of_batch) * plan.heads
-        place = _Place(
-            batch=lax.div(row, rows_of_batch),
-            first_head=first_head,
-            head=first_head + own,
-            own=own,
-            group=group,
-            warpgroup=warpgroup,
-            tile=group * tiles + lax.rem(of_head, jnp.int32(tiles)),
-            heads=heads,
-            chunks=chunks,
-            length=length,
-        )
+        row, rest = lax.div(cta, jnp.int32(sum(ctas))), lax.rem(cta, jnp.int32(sum(ctas)))
+        batch_row, unit = lax.div(row, jnp.int32(heads // together)), lax.rem(row, jnp.int32(heads // together))
 
-        for number, job in enumerate(plan.jobs):
+        def of_each_plan(work: Callable[[Plan, "_Place", dict[str, Any]], None]) -> None:
+            for number, (plan, first, count) in enumerate(zip(plans, firsts, ctas, strict=True)):
 
-            @pl.when(lax.div(warpgroup, jnp.int32(tiles * plan.heads)) == number)
-            def _(job=job):
-                plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
-                _compute(plan, place, gmem, smem, job, inner // TILE)
+                @pl.when((rest >= first) & (rest < first + count))
+                def _(number=number, plan=plan, first=first):
+                    cta_of_plan = rest - first
+                    of_head = lax.rem(warpgroup, jnp.int32(plan.tiles * plan.heads))  # by head, then by tile
+                    own = lax.div(of_head, jnp.int32(plan.tiles))
+                    group = lax.rem(cta_of_plan, jnp.int32(plan.groups))
+                    first_head = unit * together + lax.div(cta_of_plan, jnp.int32(plan.groups)) * plan.heads
+                    place = _Place(
+                        batch=batch_row,
+                        first_head=first_head,
+                        head=first_head + own,
+                        own=own,
+                        group=group,
+                        warpgroup=warpgroup,
+                        tile=group * plan.tiles + lax.rem(of_head, jnp.int32(plan.tiles)),
+                        heads=heads,
+                        chunks=chunks,
+                        length=length,
+                    )
+                    work(plan, place, smem | {"full": smem[f"full {number}"], "free": smem[f"free {number}"]})
+
+        def compute(plan: Plan, place: _Place, smem: dict[str, Any]) -> None:
+            for number, job in enumerate(plan.jobs):
+
+                @pl.when(lax.div(warpgroup, jnp.int32(plan.tiles * plan.heads)) == number)
+                def _(job=job):
+                    _compute(plan, place, gmem, smem, job)
+
+        @pl.when(warpgroup < wgs)
+        def _():
+            plgpu.set_max_registers(240 if wgs == 2 else 248, action="increase")
+            of_each_plan(compute)
 
         @pl.when(warpgroup == wgs)
         def _():
             plgpu.set_max_registers(24, action="decrease")
-            _copy(plan, place, gmem, smem)
+            of_each_plan(lambda plan, place, smem: _copy(plan, place, gmem, smem))
 
     outputs = plgpu.kernel(
         body,
         out_type=list(out_types.values()),
         scratch_types=list(scratch.values()),
-        grid=(batch * heads // plan.heads * groups,),
+        grid=(batch * heads // together * sum(ctas),),
         grid_names=("cta",),
         num_threads=wgs + 1,
         thread_name="warpgroup",
         # The layouts below are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plan.interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # sums run along rows, and each is within one warp
+        ),
+        interpret=common.interpret,
     )(*(arrays[name] for name in names))
     outputs = dict(zip(out_types, outputs, strict=True))
-    for job in plan.jobs:
-        if plan.outputs:
-            outputs[job.out] = outputs[job.out][:, :length]
-    return outputs
+    tokens = {job.out for plan in plans for job in plan.jobs}
+    return {name: x[:, :length] if name in tokens else x for name, x in outputs.items()}
 
 
 class _Place(NamedTuple):
@@ -200,6 +223,22 @@ class _Place(NamedTuple):
         """The chunk visited at `step`."""
         return self.chunks - 1 - step if plan.reverse else step
 
+    def tiles_of_warpgroup(self, plan: Plan, smem: dict[str, Any], zero: jax.Array | int):
+        """Tiles that this warpgroup computes, in shared memory."""
+        return smem["tiles"].at[pl.ds(plan.own_at + self.warpgroup * plan.per_warpgroup + zero, plan.per_warpgroup)]
+
+    def columns(self, plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array):
+        """The tile of an array whose columns are those of this warpgroup, in shared memory."""
+        tile = self.tile if plan.whole(name) else lax.rem(self.warpgroup, jnp.int32(plan.tiles))
+        return _tokens(plan, smem, name, slot, self.own).at[tile]
+
+
+def _tokens(plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array, own: jax.Array | int):
+    """Tiles of an array in shared memory, in a stage and of a head of the CTA."""
+    first = (slot * plan.heads + own) * plan.per_head + plan.tokens_at(name)
+    # Not .at[first + block] of all tiles: the compiler would keep an address in registers for each block.
+    return smem["tiles"].at[pl.ds(first, plan.loaded(name))]
+
 
 # ---- the warpgroup that copies
 
@@ -219,37 +258,43 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
         for own in range(plan.heads):
             for name in plan.arrays:
                 head = lax.div(place.first_head + own, jnp.int32(place.heads // gmem[name].shape[2]))
-                for block in range(smem[name].shape[2]):
+                for block in range(plan.loaded(name)):
                     channel = block if plan.whole(name) else place.group * plan.tiles + block
                     source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
-                    plgpu.copy_gmem_to_smem(source, smem[name].at[slot, own, block], smem["full"].at[slot])
+                    target = _tokens(plan, smem, name, slot, own).at[block]
+                    plgpu.copy_gmem_to_smem(source, target, smem["full"].at[slot])
             if plan.decay == "token":
                 source = gmem["decay"].at[place.batch, place.first_head + own, tokens]
-                plgpu.copy_gmem_to_smem(source, smem["decay"].at[slot, own], smem["full"].at[slot])
+                plgpu.copy_gmem_to_smem(source, smem["decay"].at[slot * plan.heads + own], smem["full"].at[slot])
 
 
 # ---- the warpgroups that compute
 
 
-def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any], job: Job, blocks: int) -> None:
-    """Walks over the chunks with the state of the job in registers: `blocks` tiles of (64, 64)."""
+def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any], job: Job) -> None:
+    """Walks over the chunks with the state of the job in registers: `plan.blocks` tiles of (64, 64)."""
 
     def state_at(name: str, block: int):
         channels = pl.ds(place.tile * TILE, TILE)
         return gmem[f"{name} {job.out}"].at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
 
-    states = [zeros(plan.interpreted)] * blocks
+    states = [zeros(plan.interpreted)] * plan.blocks
     if plan.initial:
         # The sum, because inside shard_map a loaded value alone has mesh axes in its type, which the loop would lose.
-        given = [load(plan.interpreted, state_at("initial", block), optimized=False) for block in range(blocks)]
+        given = [load(plan.interpreted, state_at("initial", block), optimized=False) for block in range(plan.blocks)]
         states = [zero + x for zero, x in zip(states, given, strict=True)]
     scale = gmem["scale"][0] if plan.scaled else None
+    if plan.short_of_registers:
+        smem["zero"][0, place.warpgroup] = jnp.float32(0)
 
     def chunk(step, states):
         slot = lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem["full"].at[slot])
-        weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step))
-        after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states)
+        # A zero that the compiler does not know: what depends on it, addresses and masks, is computed in every chunk
+        # anew. Without it some hundred registers would hold it all through the loop.
+        zero = smem["zero"][0, place.warpgroup].astype(jnp.int32) if plan.short_of_registers else 0
+        weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step), zero)
+        after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
 
         @pl.when(step + plan.stages < place.chunks)
         def _():
@@ -259,9 +304,9 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
 
     states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
     if plan.final:
-        for block in range(blocks):
+        for block, state in enumerate(states):
             target = state_at("final", block)
-            target[...] = states[block]
+            target[...] = state
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -281,26 +326,27 @@ class _Weights(NamedTuple):
     whole: jax.Array | None = None
 
 
-def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
+def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk, zero) -> _Weights:
     """Every exponent is at most 0; a token's weight in itself, and the last one's up to the end, are exactly 1."""
     if plan.decay is None:
         return _Weights()
     if plan.decay == "head":
         g = jnp.maximum(gmem["decay"][place.head], FLOOR) * LOG2_E
         valid = jnp.minimum(place.length - chunk * TILE, TILE)
-        token = iota(plan.interpreted, None)
+        token = iota(plan.interpreted, None) + zero
         since_start = jnp.exp2((token + 1).astype(jnp.float32) * g)
         until_end = jnp.exp2(jnp.maximum(valid - 1 - token, 0).astype(jnp.float32) * g)
         whole = jnp.exp2(valid.astype(jnp.float32) * g)
 
         def between() -> jax.Array:
             later, earlier = (iota(plan.interpreted, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
-            return jnp.exp2(jnp.maximum(later - earlier, 0).astype(jnp.float32) * g)
+            return jnp.exp2(jnp.maximum(later + zero - earlier, 0).astype(jnp.float32) * g)
 
     else:
-        total = smem["decay"].at[slot, place.own]
+        of_slot = slot * plan.heads + place.own
+        total = smem["decay"].at[of_slot]
         rows = load(plan.interpreted, total, layout=BY_ROW)
-        end = smem["decay"][slot, place.own, TILE - 1]
+        end = smem["decay"][of_slot, TILE - 1]
         since_start = jnp.exp2(rows)
         until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
         whole = jnp.exp2(end)
@@ -315,62 +361,72 @@ def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk) -> _Weights:
     return _Weights(between, since_start, until_end, whole)
 
 
-def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states):
+def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states, zero):
     """One chunk: writes its output, and returns the state (list of tiles) after it."""
-    own = place.warpgroup
-    blocks = range(len(states))
-    column = [smem[job.column].at[slot, place.own, block] for block in blocks]
-    tile = place.tile if plan.whole(job.value) else lax.rem(own, jnp.int32(plan.tiles))
-    value = smem[job.value].at[slot, place.own, tile]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored still stands in the buffers below
+
+    def all_channels(name: str) -> list[Any]:
+        tokens = _tokens(plan, smem, name, slot, place.own)
+        return [tokens.at[block] for block in range(plan.blocks)]
+
+    own = place.tiles_of_warpgroup(plan, smem, zero)
+    column, value = all_channels(job.column), place.columns(plan, smem, job.value, slot)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored still stands in the tiles below
 
     if plan.outputs:
-        operand = smem["state"].at[own]
-        for block in blocks:
-            operand.at[block][...] = states[block].astype(STATE_DTYPE)
+        operand = [own.at[block] for block in range(plan.blocks)]
+        for target, state in zip(operand, states, strict=True):
+            target[...] = state.astype(STATE_DTYPE)
         plgpu.commit_smem()
         if plan.keep and job is plan.jobs[0]:
-            _keep(plan, place, gmem, operand, job, step, len(states))
-        row = [smem[job.row].at[slot, place.own, block] for block in blocks]
-        scores, inter = products(
-            plan.interpreted,
-            (None, [(row[block], Transposed(column[block])) for block in blocks]),
-            (None, [(row[block], operand.at[block]) for block in blocks]),
-        )
+            _keep(plan, place, gmem, operand, job, step)
+        row = all_channels(job.row)
+        of_scores = (None, [(x, Transposed(y)) for x, y in zip(row, column, strict=True)])
+        of_state = (None, list(zip(row, operand, strict=True)))
+        at_once = not plan.short_of_registers
+        scores, *inter = products(plan.interpreted, of_scores, *([of_state] if at_once else []))
         if weights.between is not None:
             scores = scores * weights.between()
         if scale is not None and plan.reverse:  # S holds the scale already
             scores = scores * scale
-        i, j = iota(plan.interpreted, 0), iota(plan.interpreted, 1)
+        i, j = iota(plan.interpreted, 0) + zero, iota(plan.interpreted, 1)
         scores = jnp.where(i <= j if plan.reverse else i >= j, scores, 0.0)
         summed = plan.sums and job is plan.jobs[0]
         if summed:
-            _sum_inside(plan, place, gmem, smem, job, slot, step, scores)
+            partner = place.columns(plan, smem, job.partner, slot)
+            (other,) = products(plan.interpreted, (None, [(partner, Transposed(value))]))
+            inside = jnp.sum(jnp.where(i != j, scores * other, 0.0), axis=1)
+            _write_sums(plan, place, gmem, smem, job, 1, step, inside)
+        scores = scores.astype(value.dtype)
+        (inter,) = inter if at_once else products(plan.interpreted, of_state)
         if weights.border is not None:
             inter = inter * by_row(weights.border)
         if summed:
-            partner = load(plan.interpreted, smem[job.partner].at[slot, place.own, place.tile]).astype(jnp.float32)
-            _write_sums(plan, place, gmem, smem, 0, place.tile, step, jnp.sum(inter * partner, axis=1))
-        (out,) = products(plan.interpreted, (inter, [(scores.astype(value.dtype), value)]))
+            outside = jnp.sum(inter * load(plan.interpreted, partner).astype(jnp.float32), axis=1)
+            _write_sums(plan, place, gmem, smem, job, 0, step, outside)
+        (out,) = products(plan.interpreted, (inter, [(scores, value)]))
         if scale is not None and not plan.reverse:
             out = out * scale
-        smem["out"].at[own][...] = out.astype(value.dtype)
+        # The whole warpgroup has read the state, and so have the stores of a kept one.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staged = own.at[OUT]
+        staged[...] = out.astype(value.dtype)
         plgpu.commit_smem()
         tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
         target = gmem[job.out].at[place.batch, tokens, place.head, pl.ds(place.tile * TILE, TILE)]
-        plgpu.copy_smem_to_gmem(smem["out"].at[own], target)
+        plgpu.copy_smem_to_gmem(staged, target)
 
     weight = weights.value
     if scale is not None and plan.reverse:
         weight = scale if weight is None else weight * scale
     if weight is not None:
         weighted = load(plan.interpreted, value).astype(jnp.float32) * (weight if weight is scale else by_row(weight))
-        smem["weighted"].at[own][...] = weighted.astype(value.dtype)
+        value = own.at[WEIGHTED]
+        value[...] = weighted.astype(value.dtype)
         plgpu.commit_smem()
-        value = smem["weighted"].at[own]
     if weights.whole is not None:
         states = [state * weights.whole for state in states]
-    return products(plan.interpreted, *((states[block], [(Transposed(column[block]), value)]) for block in blocks))
+    terms = ((state, [(Transposed(x), value)]) for state, x in zip(states, column, strict=True))
+    return products(plan.interpreted, *terms)
 
 
 def _borders(plan: Plan, chunks: int) -> int:
@@ -378,16 +434,16 @@ def _borders(plan: Plan, chunks: int) -> int:
     return -(-chunks // plan.keep)
 
 
-def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int) -> None:
+def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step) -> None:
     """Stores the state in front of the chunk (behind it, in reverse) if it is one of those to keep."""
     border = place.chunk(plan, step) + int(plan.reverse)
 
     def store(at):
-        for block in range(blocks):
+        for block, staged in enumerate(operand):
             target = gmem[f"kept {job.out}"].at[
                 place.batch, place.head, at, pl.ds(block * TILE, TILE), pl.ds(place.tile * TILE, TILE)
             ]
-            plgpu.copy_smem_to_gmem(operand.at[block], target)
+            plgpu.copy_smem_to_gmem(staged, target)
 
     @pl.when((lax.rem(border, jnp.int32(plan.keep)) == 0) & (border < place.chunks))
     def _():
@@ -400,23 +456,11 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step, blocks: int)
             store(_borders(plan, place.chunks))
 
 
-def _sum_inside(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, scores) -> None:
-    """Sums of the weighted scores times partner_i·value_j in a chunk; the warpgroup of the first tile writes them."""
-
-    @pl.when(place.tile == 0)
-    def _():
-        partner, value = (smem[name].at[slot, place.own] for name in (job.partner, job.value))
-        pairs = [(partner.at[b], Transposed(value.at[b])) for b in range(smem[job.partner].shape[2])]
-        (other,) = products(plan.interpreted, (None, pairs))
-        others = iota(plan.interpreted, 0) != iota(plan.interpreted, 1)
-        sums = jnp.sum(jnp.where(others, scores * other, 0.0), axis=1)
-        _write_sums(plan, place, gmem, smem, 1, gmem["sums"].shape[2] - 1, step, sums)
-
-
-def _write_sums(plan: Plan, place: _Place, gmem, smem, buffer: int, where, step, sums) -> None:
+def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where: int, step, sums) -> None:
     """Stores one number per token of the chunk at place `where` of "sums"."""
-    staged = smem["sums"].at[place.warpgroup, buffer]
+    staged = smem["sums"].at[2 * place.warpgroup + where]
     staged[...] = sums
     plgpu.commit_smem()
     tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
-    plgpu.copy_smem_to_gmem(staged, gmem["sums"].at[place.batch, place.head, where, tokens])
+    target = gmem[f"sums {job.out}"].at[place.batch, place.head, where, place.tile, tokens]
+    plgpu.copy_smem_to_gmem(staged, target)
