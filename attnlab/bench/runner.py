@@ -92,7 +92,7 @@ def run(
 
 
 def _solve(problem: Problem, settings: Settings, torch: TorchPeers | None) -> Iterator[Result]:
-    machine = measure_machine(problem.dtype)
+    machine = measure_machine(problem.dtype, problem.minimum_bytes())
     arrays = problem.draw()
     linear = gates.make(problem, arrays)
     softmax = gates.make(problem, arrays, softmax=True) if settings.peers and problem.mode != "decode" else None
@@ -156,8 +156,6 @@ def _structs(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
 
 def save(results: Sequence[Result], path: Path, command: str) -> None:
     """Writes everything that was measured, and on what, as JSON."""
-    dtypes = sorted({result.problem.dtype for result in results})
-    machine = {dtype: dataclasses.asdict(measure_machine(dtype)) for dtype in dtypes}
     versions = {"attnlab": attnlab.__version__, "python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
     rows = [
@@ -165,12 +163,13 @@ def save(results: Sequence[Result], path: Path, command: str) -> None:
         | {
             "minimum_bytes": result.problem.minimum_bytes(),
             "operations": result.problem.operations(),
+            "machine": dataclasses.asdict(measure_machine(result.problem.dtype, result.problem.minimum_bytes())),
             "bytes_per_second": result.bytes_per_second,
             "operations_per_second": result.operations_per_second,
             "tokens_per_second": result.tokens_per_second,
         }
         for result in results
     ]
-    text = json.dumps({"command": command, "versions": versions, "machine": machine, "results": rows}, indent=1)
+    text = json.dumps({"command": command, "versions": versions, "results": rows}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")

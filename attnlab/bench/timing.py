@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -32,9 +33,9 @@ def median_seconds(call: Callable[[], Any], budget: float = 0.5, wait: Callable[
         wait(result)
         return (time.perf_counter() - start) / count
 
-    first = min(run(1), run(1))
-    count = max(1, min(1000, int(ROUND / max(first, 1e-7))))
-    times: list[float] = []
+    first = [run(1), run(1)]
+    count = max(1, min(1000, int(ROUND / max(min(first), 1e-7))))
+    times = first if count == 1 else []
     while len(times) < 3 or sum(times) * count < budget:
         times.append(run(count))
     return statistics.median(times)
@@ -46,7 +47,7 @@ class Machine:
 
     Attributes:
       kind: of the device, as JAX names it.
-      bandwidth: bytes read and written per second by an array operation too large for any cache.
+      bandwidth: bytes read and written per second by an array operation on as many bytes as a task moves.
       rate: floating-point operations per second of a large square matrix product.
     """
 
@@ -59,19 +60,35 @@ class Machine:
         return max(minimum_bytes / self.bandwidth, operations / self.rate)
 
 
-@functools.cache
-def measure_machine(dtype: str) -> Machine:
-    """Bandwidth of the default device, and its rate in `dtype`."""
+def measure_machine(dtype: str, minimum_bytes: int) -> Machine:
+    """The default device, in `dtype`, for tasks that move about so many bytes: few of them stay in a cache."""
     device = jax.devices()[0]
-    small = device.platform == "cpu"
-    x = jnp.zeros(2**26 if small else 2**29, jnp.bfloat16 if not small else jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    add(x).block_until_ready()
-    moved = 2 * x.nbytes / median_seconds(lambda: add(x))
+    most = 2**28 if device.platform == "cpu" else 2**30  # too large for any cache
+    size = min(most, 2 ** math.ceil(math.log2(max(minimum_bytes, 2))))
+    return Machine(device.device_kind, _bandwidth(size), _rate(dtype))
+
+
+@functools.cache
+def _bandwidth(size: int) -> float:
+    """Bytes per second of adding one to an array of so many bytes, in its place: new memory is not what is measured."""
+    x = jnp.zeros(size // 4, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def call() -> jax.Array:
+        nonlocal x
+        x = add(x)
+        return x
+
+    return 2 * size / median_seconds(call)
+
+
+@functools.cache
+def _rate(dtype: str) -> float:
+    """Operations per second of a matrix product."""
+    small = jax.devices()[0].platform == "cpu"
     side = 2048 if small else 8192
-    a = jnp.ones((side, side), dtype)
     # XLA's products of half precision on a CPU are no measure of what it can do.
-    a = a.astype(jnp.float32) if small else a
+    a = jnp.ones((side, side), jnp.float32 if small else dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
-    return Machine(device.device_kind, moved, 2 * side**3 / median_seconds(lambda: product(a)))
+    return 2 * side**3 / median_seconds(lambda: product(a))

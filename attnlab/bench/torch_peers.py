@@ -189,8 +189,8 @@ def _chunked(q: Any, k: Any, v: Any, log_decay: Any = None) -> Any:
     constant = log_decay.ndim == 1
     g = log_decay[None, :, None].expand(1, -1, length) if constant else log_decay.transpose(1, 2)
     outputs, total = [], None
-    for start in range(0, length, CHUNK):
-        a, b, c, d = (x[:, :, start : start + CHUNK] for x in (q, k, v, g))
+    # Not a slice in every step: the gradient of each would be an array of all tokens.
+    for a, b, c, d in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v, g)), strict=True):
         if not constant or total is None or d.shape[-1] < CHUNK:  # the same in every whole chunk
             total = d.cumsum(-1)
             weights = (total[..., :, None] - total[..., None, :]).clamp(max=0).exp().tril()
