@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Huge pages for what programs allocate: XLA takes new memory for every step, page by page otherwise. Other C libraries
+# than glibc 2.35 and newer do not know the name.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help setup demo test test-slow lint format table clean
 
