@@ -79,6 +79,7 @@ def _bandwidth(size: int) -> float:
         x = add(x)
         return x
 
+    call().block_until_ready()
     return 2 * size / median_seconds(call)
 
 

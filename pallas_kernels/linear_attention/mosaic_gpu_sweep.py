@@ -236,7 +236,6 @@ class _Place(NamedTuple):
 def _tokens(plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array, own: jax.Array | int):
     """Tiles of an array in shared memory, in a stage and of a head of the CTA."""
     first = (slot * plan.heads + own) * plan.per_head + plan.tokens_at(name)
-    # Not .at[first + block] of all tiles: the compiler would keep an address in registers for each block.
     return smem["tiles"].at[pl.ds(first, plan.loaded(name))]
 
 
