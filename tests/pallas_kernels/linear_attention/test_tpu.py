@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels import NormalizedState, linear_attention
 from pallas_kernels.linear_attention.cases import SMALL, Case
+from tests.pallas_kernels.accuracy import assert_close
 from tests.pallas_kernels.linear_attention.tpu_interpreter import check, interpreted
-from tests.quick import quick_jit
 
 CASES = {case.name: case for case in SMALL}
 HALF = ("one_token", "head_97", "token_300", "channel_150", "normalized_token")
@@ -33,7 +33,7 @@ def test_chunk_size_changes_nothing(chunk_size):
     arguments, options = CASES["channel_150"].arguments()
     want = linear_attention(**arguments, **options, implementation="xla")
     with interpreted():
-        got = quick_jit(lambda a: linear_attention(**a, **options, chunk_size=chunk_size, implementation="tpu"))(
+        got = jax.jit(lambda a: linear_attention(**a, **options, chunk_size=chunk_size, implementation="tpu"))(
             arguments
         )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -54,15 +54,14 @@ def test_scale_and_its_gradient_at_zero_too(options):
             y = linear_attention(**arguments | {"q": q}, **options, scale=scale, implementation=implementation)
             return jnp.sum(y * weights), y
 
-        gradient = quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         return [gradient(jnp.float32(scale), arguments["q"]) for scale in (0.5, 0.0)]
 
     want = gradients("reference")
     with interpreted():
         got = gradients("tpu")
     for ((dscale, dq), y), ((want_dscale, want_dq), want_y) in zip(got, want, strict=True):
-        np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dq, want_dq, rtol=1e-4, atol=1e-5)
+        assert_close((y, dq), (want_y, want_dq))
         if case.normalize:  # a normalised output does not depend on it
             assert dscale == 0 and abs(want_dscale) < 1e-3
         else:
@@ -79,7 +78,7 @@ def test_rows_that_read_nothing_are_zeros_with_zero_gradients():
         return jnp.sum(y**2), y
 
     with interpreted():
-        dq, y = quick_jit(jax.grad(loss, has_aux=True))(arguments["q"])
+        dq, y = jax.jit(jax.grad(loss, has_aux=True))(arguments["q"])
     assert not np.any(y[:, 3:90]) and not np.any(dq[:, 3:90])
     assert np.all(np.isfinite(dq)) and np.all(np.abs(y[:, 90:]).max(-1) > 0)
 
@@ -94,7 +93,7 @@ def test_float16_does_not_overflow_in_states():
             y, state = linear_attention(**arguments, **options, return_state=True, implementation=implementation)
             return jnp.sum(1e-7 * y.astype(jnp.float32) ** 2), (y, state)
 
-        return quick_jit(jax.grad(loss, has_aux=True))(arguments)
+        return jax.jit(jax.grad(loss, has_aux=True))(arguments)
 
     want, (want_y, want_state) = gradient("reference")
     with interpreted():
@@ -111,11 +110,9 @@ def test_a_padded_state_is_cut_to_its_size():
     arguments, options = Case("state", 1, 20, 3, 20, 24, normalize=True, initial_state=True).arguments()
     want = linear_attention(**arguments, **options, return_state=True, implementation="reference")[1]
     with interpreted():
-        got = quick_jit(lambda a: linear_attention(**a, **options, return_state=True, implementation="tpu")[1])(
-            arguments
-        )
+        got = jax.jit(lambda a: linear_attention(**a, **options, return_state=True, implementation="tpu")[1])(arguments)
     assert isinstance(got, NormalizedState) and got.kv.shape == (1, 3, 20, 24)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
+    assert_close(got, want, tolerance=1e-5)
 
 
 def test_vmap_is_a_loop():
@@ -126,8 +123,8 @@ def test_vmap_is_a_loop():
         return jax.grad(lambda a: jnp.sum(linear_attention(**a, **options, implementation="tpu") ** 2))(arguments)
 
     with interpreted():
-        got = quick_jit(jax.vmap(grads))(stacked)
-        one = quick_jit(grads)
+        got = jax.jit(jax.vmap(grads))(stacked)
+        one = jax.jit(grads)
         want = [one(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     for i in range(2):
-        jax.tree.map(lambda g, w, i=i: np.testing.assert_allclose(g[i], w, rtol=1e-4, atol=1e-5), got, want[i])
+        assert_close(jax.tree.map(lambda g, i=i: g[i], got), want[i], tolerance=1e-5)

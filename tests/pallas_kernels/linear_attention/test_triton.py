@@ -186,7 +186,7 @@ def test_outputs_and_gradients(name, dtype, errors, interpreted):
         interpreted.choices["chunk"] = 32  # the interpreter's time is per chunk
     found = errors(case, jnp.dtype(dtype), "triton")
     assert {"sweep", "backward" if case.causal or case.segments else "read"} <= set(interpreted.names())
-    assert ("['log_decay']" in found.gradients) == (case.decay is not None)
+    assert ("log_decay" in found.gradients) == (case.decay is not None)
     assert_accurate(found, dtype)
 
 
