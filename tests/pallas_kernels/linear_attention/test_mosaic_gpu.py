@@ -65,6 +65,7 @@ def errors(arguments: dict, options: dict, run) -> Results:
 # ---- numbers
 
 # A case, its scale, and how it is cut; with one multiprocessor two heads share a CTA.
+# One head's gradient of a constant decay is a single number that may all but cancel: the first such case has two.
 CASES = {
     "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), None, {}),
     "head, E=128": (Case("head", 1, 70, heads=2, key_size=64, value_size=128, decay="head"), 0.7, {}),
