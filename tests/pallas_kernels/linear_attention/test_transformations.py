@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.cases import SMALL, Case
-from tests.pallas_kernels.accuracy import assert_close
 
 CASES = {case.name: case for case in SMALL}
 DECAYS = (None, "head", "token", "channel")
@@ -68,7 +67,7 @@ def test_jit_is_eager_and_remat_changes_nothing(name):
 
     want = jax.value_and_grad(loss)(arguments)
     for variant in (jax.jit(jax.value_and_grad(loss)), jax.value_and_grad(jax.checkpoint(loss))):
-        assert_close(variant(arguments), want, tolerance=1e-5)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), variant(arguments), want)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -82,7 +81,7 @@ def test_vmap_is_a_loop(decay):
     got = jax.vmap(grads)(stacked)
     for i in range(3):
         want = grads(jax.tree.map(lambda x, i=i: x[i], stacked))
-        assert_close(jax.tree.map(lambda g, i=i: g[i], got), want, tolerance=1e-5)
+        jax.tree.map(lambda g, w, i=i: np.testing.assert_allclose(g[i], w, rtol=1e-4, atol=1e-4), got, want)
 
 
 def test_scan_over_layers():
@@ -120,7 +119,7 @@ def test_shard_map_over_the_batch(name):
     local = jax.shard_map(run, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"))
     got = jax.jit(jax.grad(loss(local)))(arguments)  # also sums the gradient of a replicated decay over the shards
     want = jax.grad(loss(run))(arguments)
-    assert_close(got, want, tolerance=1e-5)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -131,4 +130,4 @@ def test_sharded_arrays_are_accepted(kind):
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda x: jax.device_put(x, P("data", None, "model")), arguments)
         got = jax.jit(jax.grad(lambda a: jnp.sum(linear_attention(**a) ** 2)))(placed)
-    assert_close(got, want, tolerance=1e-5)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
