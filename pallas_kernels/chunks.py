@@ -1,8 +1,9 @@
 """A sweep over chunks of tokens with a state at hand, and its derivative in memory linear in the number of tokens.
 
 An op gives the function of one chunk; `sweep` walks over all of them. Its backward pass goes from the last chunk to the
-first with the cotangent of the state at hand. It keeps the inputs and about √T states of the T chunks, rebuilds the
-states between two kept ones when it gets there, and differentiates one chunk at a time.
+first with the cotangent of the state at hand, and differentiates one chunk at a time, by those of its inputs whose
+gradient is asked for. It keeps the inputs, and the state before every chunk; where the states would be large beside the
+tokens (`KEPT`), before every second, third, … chunk, and rebuilds those between when it gets there.
 """
 
 import dataclasses
@@ -14,7 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.symbolic_zeros import cotangent
+
 Tokens = dict[str, jax.Array]
+KEPT = 0.25  # bytes of the kept states at most, as a part of those of tokens, outputs, and the gradients of both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,17 @@ class Plan:
     size: int
     chunk: Callable[[Any, Tokens, jax.Array], tuple[jax.Array, jax.Array]]
     empty: Callable[[Tokens], jax.Array]
+
+    def count(self, tokens: Tokens) -> int:
+        """Chunks of the tokens, T."""
+        return jax.tree.leaves(tokens)[0].shape[1] // self.size
+
+    def every(self, tokens: Tokens, state: jax.Array) -> int:
+        """Chunks from one kept state to the next."""
+        arrays = (*tokens.values(), jax.eval_shape(self.empty, tokens))
+        room = KEPT * 2 * sum(x.size * x.dtype.itemsize for x in arrays)
+        states = self.count(tokens) * state.size * state.dtype.itemsize
+        return max(1, min(self.count(tokens), math.ceil(states / room)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -50,64 +65,88 @@ def sweep(plan: Plan, shared: Any, tokens: Tokens, state: jax.Array) -> tuple[ja
 
 
 def _sweep_forward(plan: Plan, shared: Any, tokens: Tokens, state: jax.Array):
-    every = math.ceil(math.sqrt(_count(plan, tokens)))
-    y, last, kept = _walk(plan, shared, tokens, state, every)
-    return (y, last), (shared, tokens, kept)
+    inputs, state = (shared, tokens), state.value
+    wanted = jax.tree.map(lambda x: x.value if x.perturbed else None, inputs)
+    others = jax.tree.map(lambda x: None if x.perturbed else x.value, inputs)
+    shared, tokens = _joined(wanted, others)
+    y, last, kept = _walk(plan, shared, tokens, state, plan.every(tokens, state))
+    return (y, last), (wanted, others, kept)
 
 
 def _sweep_backward(plan: Plan, residuals, cotangents):
-    (shared, tokens, kept), (dy, dstate) = residuals, cotangents
-    count = _count(plan, tokens)
-    every = math.ceil(math.sqrt(count))
+    (wanted, others, kept), (dy, dlast) = residuals, map(cotangent, cotangents)
+    shared, tokens = _joined(wanted, others)
+    dy = plan.empty(tokens) if dy is None else dy
+    dlast = jnp.zeros_like(kept[0]) if dlast is None else dlast
+    count, every = plan.count(tokens), plan.every(tokens, kept[0])
 
-    def span(number, carry):  # the chunks between two kept states, the last span first
+    def backward(t, start, carry):
+        (dshared, dtokens), dstate = carry
+        rest = others[0], _slice(plan, others[1], t)
+        _, pullback = jax.vjp(
+            lambda wanted, state: plan.chunk(*_joined(wanted, rest), state),
+            (wanted[0], _slice(plan, wanted[1], t)),
+            start,
+        )
+        (dshared_t, dtokens_t), dstate = pullback((_slice(plan, dy, t), dstate))
+        return (jax.tree.map(jnp.add, dshared, dshared_t), _write(plan, dtokens, dtokens_t, t)), dstate
+
+    def span(number, carry):  # the chunks from one kept state to the next, the last span first
         number = kept.shape[0] - 1 - number
         first = number * every
-        last = jnp.minimum(first + every, count)
+        last = jnp.minimum(first + every, count) - 1
 
-        def rebuild(t, carry):
-            state, starts = carry
-            starts = jax.lax.dynamic_update_index_in_dim(starts, state, t - first, 0)
-            return plan.chunk(shared, _slice(plan, tokens, t), state)[1], starts
+        def rebuild(t, starts):
+            state = plan.chunk(shared, _slice(plan, tokens, t), starts[t - first])[1]
+            return jax.lax.dynamic_update_index_in_dim(starts, state, t - first + 1, 0)
 
-        def backward(step, carry):
-            dshared, dtokens, dstate = carry
-            t = last - 1 - step
-            _, pullback = jax.vjp(plan.chunk, shared, _slice(plan, tokens, t), starts[t - first])
-            dshared_t, dtokens_t, dstate = pullback((_slice(plan, dy, t), dstate))
-            dshared = jax.tree.map(jnp.add, dshared, dshared_t)
-            return dshared, _write(plan, dtokens, dtokens_t, t), dstate
+        def step(back, carry):
+            return backward(last - back, starts[last - back - first], carry)
 
-        empty = jnp.zeros_like(jnp.broadcast_to(kept[:1], (every, *kept.shape[1:])))
-        _, starts = jax.lax.fori_loop(first, last, rebuild, (kept[number], empty))
-        return jax.lax.fori_loop(0, last - first, backward, carry)
+        if every == 1:
+            return backward(number, kept[number], carry)
+        starts = jnp.zeros_like(jnp.broadcast_to(kept[:1], (every, *kept.shape[1:]))).at[0].set(kept[number])
+        starts = jax.lax.fori_loop(first, last, rebuild, starts)
+        return jax.lax.fori_loop(0, last - first + 1, step, carry)
 
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return jax.lax.fori_loop(0, kept.shape[0], span, (zeros(shared), zeros(tokens), dstate))
+    carry = jax.tree.map(jnp.zeros_like, wanted), dlast
+    (dshared, dtokens), dstate = jax.lax.fori_loop(0, kept.shape[0], span, carry)
+    return dshared, dtokens, dstate
 
 
-sweep.defvjp(_sweep_forward, _sweep_backward)
+sweep.defvjp(_sweep_forward, _sweep_backward, symbolic_zeros=True)
 
 
 def _walk(plan: Plan, shared: Any, tokens: Tokens, state: jax.Array, every: int | None):
     """Outputs, last state, and the state before each `every`-th chunk (None when `every` is)."""
-    count = _count(plan, tokens)
-    spans = 0 if every is None else math.ceil(count / every)
-    kept = jnp.zeros_like(jnp.broadcast_to(state, (spans + 1, *state.shape))).at[0].set(state)
+    count = plan.count(tokens)
 
-    def body(t, carry):
-        state, y, kept = carry
+    def chunk(t, carry):
+        state, y = carry
         y_chunk, state = plan.chunk(shared, _slice(plan, tokens, t), state)
-        if every is not None:  # the last chunk of a span writes last
-            kept = jax.lax.dynamic_update_index_in_dim(kept, state, t // every + 1, 0)
-        return state, _write(plan, y, y_chunk, t), kept
+        return state, _write(plan, y, y_chunk, t)
 
-    state, y, kept = jax.lax.fori_loop(0, count, body, (state, plan.empty(tokens), kept))
-    return y, state, kept[:spans]
+    def span(number, carry):
+        (state, y), kept = carry
+        kept = jax.lax.dynamic_update_index_in_dim(kept, state, number, 0)
+        if every == 1:
+            return chunk(number, (state, y)), kept
+        first = number * every
+        return jax.lax.fori_loop(first, jnp.minimum(first + every, count), chunk, (state, y)), kept
+
+    start = state, plan.empty(tokens)
+    if every is None:
+        state, y = jax.lax.fori_loop(0, count, chunk, start)
+        return y, state, None
+    spans = math.ceil(count / every)
+    kept = jnp.zeros_like(jnp.broadcast_to(state, (spans, *state.shape)))
+    (state, y), kept = jax.lax.fori_loop(0, spans, span, (start, kept))
+    return y, state, kept
 
 
-def _count(plan: Plan, tokens: Tokens) -> int:
-    return jax.tree.leaves(tokens)[0].shape[1] // plan.size
+def _joined(wanted, others):
+    """Two trees, each with None where the other has an array, as one."""
+    return jax.tree.map(lambda a, b: b if a is None else a, wanted, others, is_leaf=lambda x: x is None)
 
 
 def _slice(plan: Plan, tree, t):

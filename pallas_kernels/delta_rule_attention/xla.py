@@ -25,9 +25,9 @@ from pallas_kernels.chunks import Plan, Tokens, sweep
 from pallas_kernels.delta_rule_attention.arguments import Arguments
 from pallas_kernels.linear_attention.arguments import decay_of_segments
 from pallas_kernels.linear_attention.xla import (
-    Decay,
     constant_decay,
     decay_of_chunk,
+    decayed,
     grouped,
     merged,
     product_precision,
@@ -71,16 +71,15 @@ class _Chunk:
             decay = scalar_decay(grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
         elif decay is not None:
             decay = decay_of_chunk(size, *decay)
-        else:
-            decay = Decay(jnp.tril(jnp.ones((size, size), dtype)))
-        since_start = 1 if decay.since_start is None else decay.since_start[..., None]
-        until_end = 1 if decay.until_end is None else decay.until_end[..., None]
-        whole = 1 if decay.whole is None else decay.whole[..., None, None]
+        since_start = until_end = whole = 1
+        if decay is not None:
+            since_start, until_end = decay.since_start[..., None], decay.until_end[..., None]
+            whole = decay.whole[..., None, None]
 
-        overlap = pairs("bgrid,bgrjd->bgrij", k, k) * decay.between
+        overlap = decayed(pairs("bgrid,bgrjd->bgrij", k, k), decay)
         predicted = since_start * product("bgsjd,bgrde->bgrje", k, state)
         writes = _solve(self.precision, jnp.tril(beta * overlap, -1), beta * (v - predicted))
-        scores = pairs("bgrid,bgsjd->bgrij", q, k) * decay.between
+        scores = decayed(pairs("bgrid,bgsjd->bgrij", q, k), decay)
         y = product("bgrij,bgrje->bgrie", scores, writes) + since_start * product("bgrid,bgrde->bgrie", q, state)
         y = y if scale is None else scale * y
         k = jnp.broadcast_to(k * until_end, q.shape)

@@ -40,9 +40,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import dispatch, partition
+from pallas_kernels import dispatch, partition, symbolic_zeros
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
 from pallas_kernels.linear_attention.mosaic_gpu_plan import DV, FORWARD, Plan, backward, with_blocks
@@ -159,18 +158,15 @@ def _attend(config: Config, q, k, v, decay, scale, state):
 
 
 def _attend_forward(config: Config, *arrays):
-    perturbed = [x is not None and x.perturbed for x in arrays]
-    arrays = [None if x is None else x.value for x in arrays]
+    marks, arrays = symbolic_zeros.primals(arrays, decay=3, scale=4)
     y, last, starts = _partitioned_forward(config, *arrays)
-    # What is static travels in the structure of the residuals.
-    marks = {name: () for name, mark in zip(("decay", "scale"), perturbed[3:5], strict=True) if mark}
     return (y, last), (marks, *arrays, starts)
 
 
 def _attend_backward(config: Config, residuals, cotangents):
     marks, *arrays = residuals
     q, v, decay = arrays[0], arrays[2], arrays[3]
-    dy, dlast = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    dy, dlast = map(symbolic_zeros.cotangent, cotangents)
     dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
     config = dataclasses.replace(config, decay_gradient="decay" in marks, scale_gradient="scale" in marks)
     *gradients, ddecay, dscale, dstate = _partitioned_backward(config, *arrays, dy, dlast)

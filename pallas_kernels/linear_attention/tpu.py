@@ -25,13 +25,15 @@ Sources: Lightning Attention-2 (arXiv:2401.04658) and TransNormerLLM (arXiv:2405
 attention (arXiv:2312.06635) for decay per channel, Mamba-2 (arXiv:2405.21060) for the form of the chunks.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import dispatch, partition
+from pallas_kernels import dispatch, partition, symbolic_zeros
 from pallas_kernels.linear_attention import tpu_plan
 from pallas_kernels.linear_attention.arguments import (
     Arguments,
@@ -225,19 +227,24 @@ def _attend(config: Config, q, k, v, decay, scale, initial) -> tuple[jax.Array, 
     return y, final
 
 
-def _attend_forward(config: Config, q, k, v, decay, scale, initial):
+def _attend_forward(config: Config, *arrays):
+    marks, (q, k, v, decay, scale, initial) = symbolic_zeros.primals(arrays, decay=3, scale=4)
     y, final, kept = _spread_out(_forward, config, keep=True)(q, k, v, decay, scale, initial)
-    return (y, final), (q, k, v, decay, scale, kept)
+    return (y, final), (marks, q, k, v, decay, scale, kept)
 
 
 def _attend_backward(config: Config, residuals, cotangents):
-    dq, dk, dv, ddecay, dscale, dinitial = _spread_out(_backward, config)(*residuals, *cotangents)
-    if config.decay == "head":
+    marks, *arrays = residuals
+    cotangents = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents]
+    arrays = partition.same_manual_axes((*arrays, *cotangents))
+    config = dataclasses.replace(config, decay_gradient="decay" in marks, scale_gradient="scale" in marks)
+    dq, dk, dv, ddecay, dscale, dinitial = _spread_out(_backward, config)(*arrays)
+    if ddecay is not None and config.decay == "head":
         ddecay = jnp.sum(ddecay, axis=0)
     return dq, dk, dv, ddecay, None if dscale is None else jnp.sum(dscale), dinitial
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _spread_out(fn, config: Config, **static):
@@ -250,8 +257,9 @@ def _spread_out(fn, config: Config, **static):
     else:
         inputs = ("BNHD", "BNGD", "BNGE", decay, "", "BTEHD", "BNHE", "BHDE")
         summed = "BH" if config.decay == "head" else decay
-        scale = "BH" if config.scaled else None
-        outputs = ("BNHD", "BNGD", "BNGE", summed if config.decay else None, scale, initial)
+        ddecay = summed if config.decay and config.decay_gradient else None
+        dscale = "BH" if config.scaled and config.scale_gradient else None
+        outputs = ("BNHD", "BNGD", "BNGE", ddecay, dscale, initial)
     return partition.batched_and_partitioned(functools.partial(fn, config, **static), inputs, outputs)
 
 
@@ -281,23 +289,28 @@ def _forward(config: Config, q, k, v, decay, scale, initial, *, keep: bool):
 
 
 def _backward(config: Config, q, k, v, decay, scale, kept, dy, dfinal):
-    """The backward kernel on whole arrays: gradients of what `_forward` reads, None where that is.
+    """The backward kernel on whole arrays: gradients of what `_forward` reads, None where none is asked for.
 
     Those of a decay per head and of the scale are (B, H) each, to be summed over what they were shared by.
     """
-    plan = _plan_of(config, q, k, v)
+    # The blocks are those of the forward pass, which kept a state before each.
+    plan = _plan_of(dataclasses.replace(config, decay_gradient=True, scale_gradient=True), q, k, v)
+    plan = dataclasses.replace(plan, config=config)
     arrays = _tokens(plan, q=q, k=k, v=v, dy=dy) | _options(plan, decay, scale, dfinal=dfinal)
     out = call(plan, "backward", arrays | {"kept": kept.reshape(*kept.shape[:3], -1)})
     dq = out["dq"].reshape(q.shape)
     dk, dv = (_from_shared(plan, out[name], x) for name, x in (("dk", k), ("dv", v)))
-    by_head = out["sums"].reshape(plan.batch, 8, plan.heads, -1).sum(-1) if "sums" in out else None
-    ddecay = by_head[:, 0] if config.decay == "head" else out.get("ddecay")
-    if config.decay == "channel":
-        ddecay = ddecay.reshape(q.shape)
-    elif config.decay == "token":
-        ddecay = jnp.transpose(ddecay, (0, 2, 4, 1, 3)).reshape(plan.batch, -1, plan.heads)[:, : plan.length]
+    by_head = out["sums"].reshape(plan.batch, 8, plan.heads, -1).sum(-1) if config.sums else None
+    ddecay = out.get("ddecay")
+    match config.decay if config.decay_gradient else None:
+        case "head":
+            ddecay = by_head[:, 0]
+        case "token":
+            ddecay = jnp.transpose(ddecay, (0, 2, 4, 1, 3)).reshape(plan.batch, -1, plan.heads)[:, : plan.length]
+        case "channel":
+            ddecay = ddecay.reshape(q.shape)
     dscale = None
-    if config.scaled:  # a normalised output does not depend on it
+    if config.scaled and config.scale_gradient:  # a normalised output does not depend on it
         dscale = jnp.zeros_like(dq[:, 0, :, 0], jnp.float32) if config.normalize else by_head[:, 1]
     return dq, dk, dv, ddecay, dscale, _from_rows(plan, out.get("dinitial"))
 
@@ -423,8 +436,15 @@ def _read(config: Config, q: jax.Array, scale: jax.Array | None, total: jax.Arra
     return partition.batched_and_partitioned(read, ("BNHD", "", "BHDE"), ("BNHE",))(q, scale, total)[0]
 
 
+def _read_forward(config: Config, *arrays):
+    marks, arrays = symbolic_zeros.primals(arrays, scale=1)
+    return _read(config, *arrays), (marks, *arrays)
+
+
 def _read_backward(config: Config, residuals, dy):
-    scaled = config.scaled
+    marks, *arrays = residuals
+    config = dataclasses.replace(config, scale_gradient="scale" in marks)
+    scaled = config.scaled and config.scale_gradient
 
     def read_backward(q, scale, total, dy):
         plan = _full_plan(config, q, q.shape[3], dy.shape[3])
@@ -437,8 +457,8 @@ def _read_backward(config: Config, residuals, dy):
         return out["dq"].reshape(q.shape), dscale, _from_rows(plan, out["dtotal"])
 
     axes = ("BNHD", "", "BHDE", "BNHE"), ("BNHD", "BH" if scaled else None, "BHDE")
-    dq, dscale, dtotal = partition.batched_and_partitioned(read_backward, *axes)(*residuals, dy)
+    dq, dscale, dtotal = partition.batched_and_partitioned(read_backward, *axes)(*arrays, dy)
     return dq, None if dscale is None else jnp.sum(dscale), dtotal
 
 
-_read.defvjp(lambda config, q, scale, total: (_read(config, q, scale, total), (q, scale, total)), _read_backward)
+_read.defvjp(_read_forward, _read_backward, symbolic_zeros=True)

@@ -169,13 +169,14 @@ def _backward(plan: Plan, refs: Refs) -> None:
             if group.first % plan.repeats == plan.repeats - 1 or plan.repeats == 1:
                 refs.dk[rows, group.k] = shared["dk"].astype(refs.dk.dtype)
                 refs.dv[rows, group.v] = shared["dv"].astype(refs.dv.dtype)
-            if plan.config.decay == "channel":
-                refs.ddecay[rows, group.q] = ddecay
-            elif plan.config.decay == "token":
-                for a, row in enumerate(ddecay):
-                    refs.ddecay[t, pl.ds(group.first + a, 1), :] = row
-            elif plan.config.decay == "head":
-                refs.sums[0:1, group.q] += ddecay
+            match plan.config.decay if plan.config.decay_gradient else None:
+                case "channel":
+                    refs.ddecay[rows, group.q] = ddecay
+                case "token":
+                    for a, row in enumerate(ddecay):
+                        refs.ddecay[t, pl.ds(group.first + a, 1), :] = row
+                case "head":
+                    refs.sums[0:1, group.q] += ddecay
             if dscale is not None:
                 refs.sums[1:2, group.q] += dscale
 
@@ -189,7 +190,10 @@ def _backward(plan: Plan, refs: Refs) -> None:
 
 
 def _chunk_backward(plan: Plan, tile: Tile, decay: Decay, q, k, v, dy, state, dstate, scale):
-    """Gradients of q, k, v (c, ·), of the state before the chunk, of the decay, and of the scale (1, p·D) or None."""
+    """Gradients of q, k, v (c, ·), of the state before the chunk, of the decay, and of the scale (1, p·D).
+
+    The last two are None where they are not asked for.
+    """
     dtype, p, d, e, c = plan.dtype, tile.pack, plan.key_size, plan.value_size, plan.chunk
     (s, z), (ds, dz) = _split(plan, state), _split(plan, dstate)
     scores = decay.scores(q, k)
@@ -208,8 +212,9 @@ def _chunk_backward(plan: Plan, tile: Tile, decay: Decay, q, k, v, dy, state, ds
         dz_read = jnp.sum(q_start * spread(dden, d), axis=0, keepdims=True)
         q_read, read = q_start * spread(r, d), scores * spread(r, c)
     elif scale is not None:
-        inside = sums(jnp.sum(scores * dscores, axis=0, keepdims=True), p, c)
-        dscale = tile.first_lanes(inside) + jnp.sum(q_start * dq_start, axis=0, keepdims=True)
+        if plan.config.scale_gradient:
+            inside = sums(jnp.sum(scores * dscores, axis=0, keepdims=True), p, c)
+            dscale = tile.first_lanes(inside) + jnp.sum(q_start * dq_start, axis=0, keepdims=True)
         dscores, dq_start = dscores * scale, dq_start * scale
         q_read, read = q_start * scale, scores * scale
     else:
@@ -220,7 +225,7 @@ def _chunk_backward(plan: Plan, tile: Tile, decay: Decay, q, k, v, dy, state, ds
     dk_end = dk_end if dz is None else dk_end + dz
     dv = fold(product(dtype, read, dy, "tn"), p, e) + product(dtype, k_end, wide_ds, "nt")
     ddecay = None
-    if plan.config.decay is not None:
+    if plan.config.decay is not None and plan.config.decay_gradient:
         whole = decay.whole * jnp.sum(state.astype(WIDE) * dstate, axis=0, keepdims=True)
         ddecay = decay.gradient(earned, q_start * dq_start, k_end * dk_end, whole)
     added = fold(product(dtype, dy, q_read, "tn"), p, d)
@@ -286,7 +291,8 @@ def _read_backward(plan: Plan, refs: Refs) -> None:
             dz = q * spread(dden, d)
             dq, q = dq * spread(r, d) + spread(dden, d) * z, q * spread(r, d)
         elif scale is not None:
-            refs.sums[1:2, group.q] += jnp.sum(q * dq, axis=0, keepdims=True)
+            if refs.sums is not None:
+                refs.sums[1:2, group.q] += jnp.sum(q * dq, axis=0, keepdims=True)
             dq, q = dq * scale, q * scale
         refs.dq[:, group.q] = dq.astype(refs.dq.dtype)
         return _joined(plan, fold(product(plan.dtype, dy, q, "tn"), p, d), dz)

@@ -74,6 +74,8 @@ class Config:
       decay: None, "head", "token" or "channel".
       normalize: as in `linear_attention`.
       scaled: whether there is a scale.
+      decay_gradient: whether the backward pass computes the gradient of the decay.
+      scale_gradient: likewise for the scale.
       initial: whether there is an initial state.
       final: whether the last state is asked for.
       chunk: tokens per chunk; None for `chunk_size(...)`.
@@ -85,10 +87,21 @@ class Config:
     decay: str | None = None
     normalize: bool = False
     scaled: bool = False
+    decay_gradient: bool = True
+    scale_gradient: bool = True
     initial: bool = False
     final: bool = False
     chunk: int | None = None
     block_tokens: int = BLOCK_TOKENS
+
+    @property
+    def sums(self) -> bool:
+        """Whether a backward pass sums something over the tokens: the gradient of a decay per head, or of the scale.
+
+        A normalised output does not depend on the scale.
+        """
+        decay = self.decay == "head" and self.decay_gradient
+        return decay or (self.scaled and self.scale_gradient and not self.normalize)
 
 
 class Operand(NamedTuple):
@@ -284,6 +297,8 @@ class Plan:
             return Operand(name, shape, jnp.float32, (None, rows, hb * d), lambda b, h, n: (b, 0, h))
 
         match name:
+            case "ddecay" if not config.decay_gradient:
+                return None
             case "q" | "dq":
                 return of_tokens(d, self.dtype)
             case "k" | "dk":
@@ -312,7 +327,7 @@ class Plan:
             case "kept":
                 shape, block = (self.batch, self.blocks, rows, self.heads * d), (None, None, rows, hb * d)
                 return Operand(name, shape, self.dtype, block, lambda b, h, n: (b, time(n), 0, h))
-            case "sums" if config.decay == "head" or (config.scaled and not config.normalize):
+            case "sums" if config.sums:
                 return Operand(
                     name, (self.batch, 8, self.heads * d), jnp.float32, (None, 8, hb * d), lambda b, h, n: (b, 0, h)
                 )

@@ -41,9 +41,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import dispatch, partition
+from pallas_kernels import dispatch, partition, symbolic_zeros
 from pallas_kernels.linear_attention.arguments import (
     EPSILON,
     Arguments,
@@ -131,19 +130,17 @@ def _attend(config: Config, q, k, v, decay, scale, state, sums):
 
 
 def _attend_forward(config: Config, *arrays):
-    perturbed = [x is not None and x.perturbed for x in arrays]
-    arrays = [None if x is None else x.value for x in arrays]
+    marks, arrays = symbolic_zeros.primals(arrays, decay=3)
     y, last, last_sums, *kept = _spread_forward(dataclasses.replace(config, residuals=True), *arrays)
     q, k, v, decay, scale, state, _ = arrays
-    # What is static travels in the structure of the residuals.
-    marks = {"decay": perturbed[3], "state": state is not None}
-    marks = {name: () for name, mark in marks.items() if mark}
+    if state is not None:
+        marks["state"] = ()
     return (y, last, last_sums), (marks, q, k, v, decay, scale, y if config.normalize else None, *kept)
 
 
 def _attend_backward(config: Config, residuals, cotangents):
     marks, q, k, v, *rest = residuals
-    dy, dlast, dlast_sums = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    dy, dlast, dlast_sums = map(symbolic_zeros.cotangent, cotangents)
     dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
     config = dataclasses.replace(config, decay_gradient="decay" in marks)
     dq, dk, dv, ddecay, dscale, dstate, dsums = _spread_backward(config, q, k, v, *rest, dy, dlast, dlast_sums)

@@ -6,8 +6,8 @@ per channel as in gated linear attention, arXiv:2312.06635). For a chunk, with G
     y  = ((q kᵀ) ∘ P) v + exp(G) (q S)           P_ij = exp(G_i - G_j), i ≥ j
     S' = exp(G_end) S + (exp(G_end - G) k)ᵀ v
 
-`chunks.sweep` walks, and back from the last chunk to the first with dS at hand: it keeps the inputs and about √T states
-of the T chunks, rebuilds the states between two kept ones when it gets there, and differentiates one chunk at a time.
+`chunks.sweep` walks, and back from the last chunk to the first with dS at hand. It keeps the inputs and the state
+before every chunk, or before some of them where all would be large beside the inputs.
 
 No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `Decay`
 cumulates a coarse part, exact in the accumulator, and a small rest, so that one strong decay early in a chunk leaves
@@ -47,15 +47,15 @@ class Decay(NamedTuple):
 
     Attributes:
       between: exp(G_i - G_j) for i ≥ j, else 0, (..., c, c).
-      since_start: exp(G_i), (..., c), or None for 1.
-      until_end: exp(G_end - G_j), (..., c), or None for 1.
-      whole: exp(G_end), (...,), or None for 1.
+      since_start: exp(G_i), (..., c).
+      until_end: exp(G_end - G_j), (..., c).
+      whole: exp(G_end), (...,).
     """
 
     between: jax.Array
-    since_start: jax.Array | None = None
-    until_end: jax.Array | None = None
-    whole: jax.Array | None = None
+    since_start: jax.Array
+    until_end: jax.Array
+    whole: jax.Array
 
 
 def supports(args: Arguments) -> str | None:
@@ -179,35 +179,100 @@ def _chunk(precision: jax.lax.Precision, out_dtype: jnp.dtype, shared, tokens: d
     Returns:
       Outputs (B, c, H, E), and the state after it.
     """
-    dtype, groups = state.dtype, tokens["k"].shape[2]
-    product = functools.partial(jnp.einsum, precision=precision)
+    dtype, (size, groups) = state.dtype, tokens["k"].shape[1:3]
     q = jnp.transpose(grouped(tokens["q"].astype(dtype), groups), (0, 2, 3, 1, 4))
     k, v = (jnp.swapaxes(tokens[name].astype(dtype), 1, 2) for name in "kv")
     if "g" in tokens and tokens["g"].ndim == 4:
         g = jnp.transpose(grouped(tokens["g"], groups), (0, 2, 3, 1, 4))
-        scores, since_start, until_end = _channel_scores(product, q, k[:, :, None], g)
-        inter = product("bgrid,bgrde->bgrie", q * since_start, state)
-        state = state * since_start[..., -1, :, None]
-        keys, values = k[:, :, None] * until_end, v[:, :, None]
+        y, state = _channel_chunk(precision, q, k, v, g, state)
     else:
-        size = q.shape[3]
+        decay = None
         if "g" in tokens:
             decay = scalar_decay(grouped(jnp.swapaxes(tokens["g"], 1, 2), groups, axis=1))
         elif shared is not None:
             decay = decay_of_chunk(size, *shared)
-        else:
-            decay = Decay(jnp.tril(jnp.ones((size, size), dtype)))
-        scores = product("bgrid,bgjd->bgrij", q, k) * decay.between
-        inter = product("bgrid,bgrde->bgrie", q, state)
-        keys, values = k[:, :, None], v[:, :, None]
-        if decay.whole is not None:
-            inter = inter * decay.since_start[..., None]
-            state = state * decay.whole[..., None, None]
-            values = values * decay.until_end[..., None]  # not the keys: their transpose then serves both products
-    y = product("bgrij,bgje->bgrie", scores, v) + inter
-    keys, values = (jnp.broadcast_to(x, (*q.shape[:4], x.shape[-1])) for x in (keys, values))
-    state = state + product("bgrjd,bgrje->bgrde", keys, values)
+        y, state = _scalar_chunk(precision, q, k, v, decay, state)
     return merged(jnp.transpose(y, (0, 3, 1, 2, 4)), 2).astype(out_dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scalar_chunk(precision: jax.lax.Precision, q, k, v, decay: Decay | None, state: jax.Array):
+    """One chunk whose decay is a number per token: outputs (B, G, R, c, E) and the state after it.
+
+    Args:
+      precision: of the products.
+      q: (B, G, R, c, D).
+      k: (B, G, c, D).
+      v: (B, G, c, E).
+      decay: weights for every B, G and R, or None without a decay.
+      state: (B, G, R, D, E).
+    """
+    product = functools.partial(jnp.einsum, precision=precision)
+    scores = decayed(product("bgrid,bgjd->bgrij", q, k), decay)
+    inter = product("bgrid,bgrde->bgrie", q, state)
+    values = v[:, :, None]
+    if decay is not None:
+        inter = inter * decay.since_start[..., None]
+        state = state * decay.whole[..., None, None]
+        values = values * decay.until_end[..., None]
+    y = product("bgrij,bgje->bgrie", scores, v) + inter
+    keys, values = (jnp.broadcast_to(x, (*q.shape[:4], x.shape[-1])) for x in (k[:, :, None], values))
+    return y, state + product("bgrjd,bgrje->bgrde", keys, values)
+
+
+def _scalar_chunk_forward(precision: jax.lax.Precision, *arrays):
+    return _scalar_chunk(precision, *arrays), arrays
+
+
+def _scalar_chunk_backward(precision: jax.lax.Precision, residuals, cotangents):
+    """With A the undecayed scores, dA = dy vᵀ and S, dS' the state before the chunk and the cotangent of that after it,
+
+        dq = (P ∘ dA) k + exp(G) (dy Sᵀ)          dk = (P ∘ dA)ᵀ q + exp(G_end - G) (v dS'ᵀ)
+        dS = exp(G_end) dS' + (exp(G) q)ᵀ dy      dv = (P ∘ A)ᵀ dy + exp(G_end - G) (k dS')
+
+    and the cotangents of the weights are A ∘ dA, q·(dy Sᵀ), k·(v dS'ᵀ) and <S, dS'>.
+    """
+    (q, k, v, decay, state), (dy, dstate) = residuals, cotangents
+    product = functools.partial(jnp.einsum, precision=precision)
+    scores, dscores = product("bgrid,bgjd->bgrij", q, k), product("bgrie,bgje->bgrij", dy, v)
+    weighted, dweighted = decayed(scores, decay), decayed(dscores, decay)
+    dq, dk = product("bgrie,bgrde->bgrid", dy, state), product("bgje,bgrde->bgrjd", v, dstate)
+    dv = product("bgjd,bgrde->bgrje", k, dstate)
+    ddecay, queries, dbefore = None, q, dstate
+    if decay is not None:
+        ddecay = Decay(
+            scores * dscores, _row_sums(q * dq), _row_sums(k[:, :, None] * dk), jnp.sum(state * dstate, axis=(-2, -1))
+        )
+        since_start, until_end = decay.since_start[..., None], decay.until_end[..., None]
+        dq, dk, dv, queries = dq * since_start, dk * until_end, dv * until_end, q * since_start
+        dbefore = dstate * decay.whole[..., None, None]
+    dq = dq + product("bgrij,bgjd->bgrid", dweighted, k)
+    dk = jnp.sum(dk, axis=2) + product("bgrij,bgrid->bgjd", dweighted, q)
+    dv = jnp.sum(dv, axis=2) + product("bgrij,bgrie->bgje", weighted, dy)
+    return dq, dk, dv, ddecay, dbefore + product("bgrid,bgrie->bgrde", queries, dy)
+
+
+_scalar_chunk.defvjp(_scalar_chunk_forward, _scalar_chunk_backward)
+
+
+def decayed(scores: jax.Array, decay: Decay | None) -> jax.Array:
+    """Scores (B, G, R, c, c) with the weight of each pair of tokens, 0 for i < j."""
+    return jnp.tril(scores) if decay is None else scores * decay.between
+
+
+def _row_sums(x: jax.Array) -> jax.Array:
+    """Sums over the last axis, as a product, which on a CPU takes a third of the time."""
+    return jnp.einsum("...d,d->...", x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
+
+
+def _channel_chunk(precision: jax.lax.Precision, q, k, v, g: jax.Array, state: jax.Array):
+    """As `_scalar_chunk`, with log decays (B, G, R, c, D); differentiated by JAX."""
+    product = functools.partial(jnp.einsum, precision=precision)
+    scores, since_start, until_end = _channel_scores(product, q, k[:, :, None], g)
+    inter = product("bgrid,bgrde->bgrie", q * since_start, state)
+    y = product("bgrij,bgje->bgrie", scores, v) + inter
+    keys, values = k[:, :, None] * until_end, jnp.broadcast_to(v[:, :, None], (*q.shape[:4], v.shape[-1]))
+    return y, state * since_start[..., -1, :, None] + product("bgrjd,bgrje->bgrde", keys, values)
 
 
 def constant_decay(log_decay: jax.Array, size: int, groups: int) -> Decay:

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from attnlab.nn.masking import attention_mask, masked_softmax, segment_positions
 from attnlab.nn.softmax import attention_weights, softmax_attention
 from pallas_kernels.masks import SlidingWindow
 from tests.accuracy import relative_rms
+from tests.jaxprs import largest_array
 
 
 def draw(seed, *shapes, dtype=np.float32):
@@ -93,17 +93,7 @@ def test_blocks_never_hold_all_scores():
         def loss(q, k, v):
             return softmax_attention(q, k, v, block_size=block_size, causal=True).sum()
 
-        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, q, q)
-        sizes = []
-
-        def walk(jaxpr):
-            for equation in jaxpr.eqns:
-                sizes.extend(v.aval.size for v in equation.outvars)
-                for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                    walk(inner)
-
-        walk(jaxpr.jaxpr)
-        return max(sizes)
+        return largest_array(jax.grad(loss, (0, 1, 2)), q, q, q)
 
     assert largest(None) >= whole
     assert largest(32) <= whole // 16

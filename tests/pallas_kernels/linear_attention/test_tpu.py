@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import NormalizedState, linear_attention
 from pallas_kernels.linear_attention.cases import SMALL, Case
+from tests.jaxprs import equations
 from tests.pallas_kernels.accuracy import assert_close
 from tests.pallas_kernels.linear_attention.tpu_interpreter import check, interpreted
 
@@ -68,6 +69,29 @@ def test_scale_and_its_gradient_at_zero_too(options):
         else:
             assert abs(want_dscale) > 1
             np.testing.assert_allclose(dscale, want_dscale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"decay": d} for d in ("head", "token", "channel")] + [{"causal": False}], ids=str)
+def test_gradients_that_nobody_asks_for_are_not_written(options):
+    arguments, options = Case("some", 1, 140, 2, 16, **options).arguments()
+    arguments |= {"scale": jnp.float32(0.5)}
+
+    def gradients(names):
+        def loss(wanted):
+            return jnp.sum(linear_attention(**arguments | wanted, **options, implementation="tpu") ** 2)
+
+        wanted = {name: arguments[name] for name in names}
+        run = jax.jit(jax.grad(loss))
+        kernels = [x for x in equations(run, wanted) if x.primitive.name == "pallas_call"]
+        return run(wanted), sum(x.aval.size for kernel in kernels for x in kernel.outvars)
+
+    with interpreted():
+        everything, all_numbers = gradients(arguments)
+        tokens, some_numbers = gradients("qkv")
+    for name in "qkv":
+        np.testing.assert_array_equal(tokens[name], everything[name])
+        assert np.any(tokens[name])
+    assert some_numbers < all_numbers
 
 
 def test_rows_that_read_nothing_are_zeros_with_zero_gradients():

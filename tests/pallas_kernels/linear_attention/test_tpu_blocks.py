@@ -14,6 +14,7 @@ from pallas_kernels import dispatch, linear_attention
 from pallas_kernels.linear_attention import tpu, tpu_kernels, tpu_plan
 from pallas_kernels.linear_attention.api import normal_form
 from pallas_kernels.linear_attention.cases import Case
+from tests.jaxprs import equations
 from tests.pallas_kernels.linear_attention.tpu_interpreter import check
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, device_kind, kernels_of, needs_tpu_compiler, shape
 
@@ -147,14 +148,14 @@ def test_bytes_are_those_of_the_blocks_that_the_kernels_use():
     args = shapes(jnp.bfloat16, 64, "token", length=3000)
     with dispatch.target("tpu", "TPU v5e"):
         (plan,), moved = tpu.plans(args), tpu.traffic(args)
-        traced = jax.make_jaxpr(
-            jax.grad(
-                lambda q, k, v, g: jnp.sum(
-                    linear_attention(q, k, v, log_decay=g, implementation="tpu").astype(jnp.float32)
-                )
-            )
-        )(args.q, args.k, args.v, args.log_decay)
-    kernels = list(_grid_mappings(traced.jaxpr))
+        gradient = jax.grad(
+            lambda q, k, v, g: jnp.sum(
+                linear_attention(q, k, v, log_decay=g, implementation="tpu").astype(jnp.float32)
+            ),
+            argnums=(0, 3),
+        )
+        traced = equations(gradient, args.q, args.k, args.v, args.log_decay)
+        kernels = [x.params["grid_mapping"] for x in traced if "grid_mapping" in x.params]
     assert len(kernels) == 2
     for mapping, total in zip(kernels, (moved["forward"], moved["backward"]), strict=True):
         assert mapping.grid == plan.grid == (1, 1, 3)
@@ -163,16 +164,6 @@ def test_bytes_are_those_of_the_blocks_that_the_kernels_use():
             size = np.prod([getattr(x, "block_size", 1) for x in block.block_shape])
             fetched += size * block.array_aval.dtype.itemsize * 3  # every block has another index at every step
         assert fetched == total * 3000 * 8
-
-
-def _grid_mappings(jaxpr):
-    for equation in jaxpr.eqns:
-        if "grid_mapping" in equation.params:
-            yield equation.params["grid_mapping"]
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _grid_mappings(inner)
 
 
 @pytest.mark.parametrize("kind", KINDS)

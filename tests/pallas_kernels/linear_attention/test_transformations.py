@@ -8,19 +8,10 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention.cases import SMALL, Case
+from tests.jaxprs import largest_array
 
 CASES = {case.name: case for case in SMALL}
 DECAYS = (None, "head", "token", "channel")
-
-
-def sizes(jaxpr):
-    """Number of elements of every intermediate, those inside loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.size for variable in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
 
 
 def gradient(case: Case):
@@ -34,8 +25,7 @@ def test_no_intermediate_grows_faster_than_the_inputs(options):
     size = {}
     for length in (2048, 8192):
         run, arguments = gradient(Case("memory", 1, length, 1, 8, **options))
-        traced = jax.jit(run).trace(arguments)
-        size[length] = max(sizes(traced.jaxpr.jaxpr))
+        size[length] = largest_array(run, arguments)
         assert size[length] <= max(128 * 128, 10 * length), size
     assert size[8192] <= 4 * size[2048]
 
