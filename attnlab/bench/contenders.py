@@ -93,16 +93,18 @@ def measure(
     if contender.softmax:
         arrays = {name: arrays[name] for name in "qkv"}
     if problem.mode == "gradient":
+        names = tuple("qkv") if contender.softmax else problem.differentiated
 
         def run(arrays: dict[str, jax.Array], dy: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            y, pullback = jax.vjp(function, arrays)
+            wanted = {name: arrays[name] for name in names}
+            y, pullback = jax.vjp(lambda wanted: function(arrays | wanted), wanted)
             return y, pullback(dy)[0]
 
         dense = jax.random.normal(jax.random.key(1), problem.output_shape, problem.dtype)
         masked = _scatter(jnp.zeros_like(dense), gate)
         compiled = jax.jit(run).lower(arrays, dense).compile()
         y, gradients = compiled(arrays, masked)
-        got = {"y": y} | {name: gradients[name] for name in "qkv"}
+        got = {"y": y} | gradients
         call = functools.partial(compiled, arrays, dense)
     elif problem.mode == "decode":
         # The state is given away and comes back, as in a loop that generates.

@@ -127,6 +127,15 @@ class Problem:
         return sizes
 
     @property
+    def differentiated(self) -> tuple[str, ...]:
+        """Arguments whose gradients mode "gradient" takes: all that are made of tokens.
+
+        A decay per head is a constant, as it is in lightning attention and retention.
+        """
+        names = {"none": (), "head": ()}.get(self.decay, ("log_decay",))
+        return ("q", "k", "v", *(("beta",) if OPS[self.op].corrects else ()), *names)
+
+    @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """(B, N, H, E)."""
         return (self.shape.batch, self.shape.length, self.shape.heads, self.shape.value_size)
@@ -139,7 +148,9 @@ class Problem:
         read = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.inputs().items()}
         output = math.prod(self.output_shape) * jnp.dtype(self.dtype).itemsize
         forward = sum(read.values()) + output + read.get("state", 0)
-        return forward + (2 * sum(read.values()) + output if self.mode == "gradient" else 0)
+        if self.mode != "gradient":
+            return forward
+        return forward + sum(read.values()) + output + sum(read[name] for name in self.differentiated)
 
     def operations(self) -> int:
         """Floating-point operations of the recurrence; three times as many with the gradient."""

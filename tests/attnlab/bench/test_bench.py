@@ -33,6 +33,9 @@ def test_least_bytes_and_operations():
     assert forward.minimum_bytes() == tokens * 8 * 128
     assert gradient.minimum_bytes() == tokens * (8 + 14) * 128
     assert forward.operations() == tokens * 4 * 128 * 128
+    # A decay per token is read twice, and its gradient written; one per head has none.
+    assert dataclasses.replace(gradient, decay="token").minimum_bytes() == gradient.minimum_bytes() + 3 * 4 * tokens
+    assert dataclasses.replace(gradient, decay="head").minimum_bytes() == gradient.minimum_bytes() + 2 * 4 * 96
     decode = dataclasses.replace(forward, mode="decode")
     assert decode.minimum_bytes() == 2 * 96 * 128 * 128 * 4 + 96 * 8 * 128
 
@@ -79,6 +82,15 @@ def test_a_gradient_that_is_wrong_is_found():
 
     wrong = contenders.Contender("attnlab stopped", stopped, own=True)
     assert contenders.measure(wrong, problem, arrays, gate.make(problem, arrays), 1e-3, 0.0).seconds is None
+
+
+@pytest.mark.parametrize(("op", "decay"), [(op.name, decay) for op in OPS.values() for decay in op.decays])
+def test_gradients_are_those_of_what_is_made_of_tokens(op, decay):
+    problem = Problem(op, SMALL, decay, "float32", "gradient")
+    arrays = problem.draw()
+    constant = {"log_decay"} if decay == "head" else set()
+    assert set(problem.differentiated) == set(arrays) - constant
+    assert set(gate.make(problem, arrays).expected) == {"y", *problem.differentiated}
 
 
 def test_softmax_peers_have_a_gate_of_their_own():
