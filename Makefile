@@ -27,7 +27,7 @@ test: $(READY) lint ## lint, and run the tests that need no accelerator
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(READY) ## the tests that take minutes
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .

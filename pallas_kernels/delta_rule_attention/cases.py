@@ -112,10 +112,12 @@ REFLECTIONS = (
 
 # A long sequence of each decay; with those of 1 and 63 tokens in `SMALL`, where accuracy is promised.
 ACCURACY = tuple(
-    Case(f"accuracy_{decay or 'none'}_1000", 1, 1000, key_size=32, beta="wide", decay=decay, strength=strength)
+    Case(f"accuracy_{decay or 'none'}_{length}", 1, length, key_size=32, beta="wide", decay=decay, strength=strength)
+    for length in (63, 1000, 4097)
     for decay, strength in ((None, 0.0), ("head", 0.05), ("token", 0.5))
 ) + tuple(
-    Case(f"accuracy_minus_20_{decay}_1000", 1, 1000, key_size=32, decay=decay, strength=20.0, uniform=True)
+    Case(f"accuracy_minus_20_{decay}_{length}", 1, length, key_size=32, decay=decay, strength=20.0, uniform=True)
+    for length in (63, 1000, 4097)
     for decay in ("head", "token")
 )
 

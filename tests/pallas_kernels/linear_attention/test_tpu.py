@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import NormalizedState, linear_attention
-from pallas_kernels.linear_attention.cases import SMALL, Case
+from pallas_kernels.linear_attention import tpu_plan
+from pallas_kernels.linear_attention.cases import ACCURACY, SMALL, Case
 from tests.jaxprs import equations
 from tests.pallas_kernels.accuracy import assert_close
-from tests.pallas_kernels.linear_attention.tpu_interpreter import check, interpreted
+from tests.pallas_kernels.linear_attention.tpu_interpreter import BOUND, check, interpreted
 
 CASES = {case.name: case for case in SMALL}
 HALF = ("one_token", "head_97", "token_300", "channel_150", "normalized_token")
@@ -23,6 +24,13 @@ def test_float32_in_blocks_of_one_chunk(case, errors):
 @pytest.mark.parametrize("name", HALF)
 def test_bfloat16_in_blocks_of_two_chunks(name, errors):
     check(errors, CASES[name], "bfloat16", tokens=256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("case", ACCURACY, ids=lambda case: case.name)
+def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors):
+    check(errors, case, dtype, tokens=tpu_plan.BLOCK_TOKENS)
 
 
 def test_a_state_is_decayed_by_the_tokens_that_exist(errors):

@@ -18,7 +18,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import api
-from pallas_kernels.linear_attention.cases import SMALL, Case
+from pallas_kernels.linear_attention.cases import ACCURACY, SMALL, Case
 
 tl = pytest.importorskip("triton.language")
 
@@ -188,6 +188,13 @@ def test_outputs_and_gradients(name, dtype, errors, interpreted):
     assert {"sweep", "backward" if case.causal or case.segments else "read"} <= set(interpreted.names())
     assert ("log_decay" in found.gradients) == (case.decay is not None)
     assert_accurate(found, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [case for case in ACCURACY if case.decay != "channel"], ids=lambda case: case.name)
+def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors, interpreted):
+    assert_accurate(errors(case, jnp.dtype(dtype), "triton"), dtype)
 
 
 @pytest.mark.parametrize("name", ["token_300", "normalized", "full"])
