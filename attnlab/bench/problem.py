@@ -132,8 +132,9 @@ class Problem:
 
         A decay per head is a constant, as it is in lightning attention and retention.
         """
-        names = {"none": (), "head": ()}.get(self.decay, ("log_decay",))
-        return ("q", "k", "v", *(("beta",) if OPS[self.op].corrects else ()), *names)
+        beta = ("beta",) if OPS[self.op].corrects else ()
+        decay = ("log_decay",) if self.decay in ("token", "channel") else ()
+        return ("q", "k", "v", *beta, *decay)
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:

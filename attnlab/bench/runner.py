@@ -135,7 +135,8 @@ def _result(problem: Problem, machine: Machine, contender: Contender, measured: 
         reason = f"its relative error is {measured.error:.1e}, above {allowed:.0e}: a wrong result is not timed"
         return Result(problem, contender.name, contender.own, error=measured.error, reason=reason, failed=contender.own)
     bound = machine.bound(problem.minimum_bytes(), problem.operations())
-    # What a call holds at least: inputs, outputs and, with the gradient, dy and the gradients. Those inputs move twice.
+    # What a call holds at least: inputs, outputs and, with the gradient, dy and the gradients:
+    # what moves, but the inputs once, which the backward pass reads again.
     inputs = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(_structs(problem)))
     least = problem.minimum_bytes() - (inputs if problem.mode == "gradient" else 0)
     return Result(

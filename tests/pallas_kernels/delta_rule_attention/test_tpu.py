@@ -57,11 +57,14 @@ def test_relative_rms_error(case, dtype, chunk, block, errors, monkeypatch):
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("case", ACCURACY, ids=lambda case: case.name)
 def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors):
-    """But for the float32 gradient of a decay per head: a sum over all tokens, whose rounding is that of its order."""
+    """The float32 gradient of a decay per head is a sum over tokens, and rounds as the root of their number.
+
+    How far depends on the order in which XLA takes the sum.
+    """
     with interpreted():
         found = errors(case, jnp.dtype(dtype), implementation="tpu")
     if case.decay == "head" and dtype == "float32":
-        assert found.gradients.pop("log_decay") <= case.length * np.finfo(np.float32).eps
+        assert found.gradients.pop("log_decay") <= 2 * case.length**0.5 * np.finfo(np.float32).eps, found.gradients
     assert max(found.outputs) <= BOUND[dtype], found.outputs
     assert max(found.gradients.values()) <= 2 * BOUND[dtype], found.gradients
 
