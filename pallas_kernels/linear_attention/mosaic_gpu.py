@@ -19,9 +19,17 @@ builds the states that it needs.
 where a_i belongs to the pairs of i and the tokens before the chunk, b_j to those of j and the tokens behind it, and
 X = exp(G_end) ⟨S, dS'⟩ to the pairs on either side. The sweeps of dq and dk write row and column sums of dL over other
 tokens, in float32: their difference is the first term exactly, and every number carries its decay. X needs the states
-of both sweeps. They write them, in bf16, at every `KEEP`-th border between chunks, where Y = ⟨S, dS⟩ is then known; in
-between Y' = Y - Σa + Σb leads from border to border, from either side, and X is the mean of the two, weighted by
-distance. Where a chunk forgets (exp(G_end) < 4e-4) X is 0. Only a call that differentiates the decay pays for this.
+of both sweeps, which no CTA has at one time.
+
+A decay per head needs ΣX over all chunks alone, a sum over pairs of tokens by the chunks between them. One more sweep
+in the same launch, `TANGENT`, holds beside S what it becomes by the decays of whole chunks, T' = exp(G_end) (T + n S),
+n the tokens of the chunk: then Σ n X = Σ_i dy_i·(exp(G_i) q_i T).
+
+With a decay per token the sweeps write their states, in bf16, at every fourth border between chunks (at D = E = 256 at
+every eighth: `chunks_between_kept`), where Y = ⟨S, dS⟩ is then known; in between Y' = Y - Σa + Σb leads from border to
+border, from either side, and X is the mean of the two, weighted by distance. Where a chunk forgets
+(exp(G_end) < 4e-4) X is 0. Y does not carry the decay of the chunk, and its rounding shows in sums over many tokens.
+Only a call that differentiates the decay pays for any of this.
 
 **Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
@@ -44,7 +52,14 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, partition, symbolic_zeros
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
-from pallas_kernels.linear_attention.mosaic_gpu_plan import DV, FORWARD, Plan, backward, with_blocks
+from pallas_kernels.linear_attention.mosaic_gpu_plan import (
+    DV,
+    FORWARD,
+    Plan,
+    backward,
+    chunks_between_kept,
+    with_blocks,
+)
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
@@ -55,7 +70,6 @@ OTHER_DTYPES = {
     "float16": "scores are operands too, and overflow above 65504",
 }
 HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
-KEEP = 4  # chunks between the borders where Y is known
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
 
@@ -251,25 +265,21 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     if config.splits > 1:
         own = common.launch(arrays, {}, Plan((DV,), *sizes, reverse=True, outputs=False, final=True))["final dv"]
         given, ends = starts, common.states_before(own, dlast, reverse=True)
-    decays = config.decay_gradient
-    wants_start = state is not None or (decays and given is not None)
-    of_dq = {"sums": decays or config.scale_gradient, "keep": KEEP if decays else 0}
-    plans = backward(*sizes, **of_dq, final=wants_start)
-    found = common.launch(arrays, {"dq": _swap(given), "dk": _swap(ends), "dv": ends}, *plans)
+    kind = common.kind if config.decay_gradient else None
+    start = state is not None or (kind == "token" and given is not None)
+    plans = backward(*sizes, decay=kind, scale=config.scale_gradient, start=start, end=ends is not None)
+    initial = {"dq": _swap(given), "dk": _swap(ends), "dv": ends}
+    found = common.launch(arrays, initial | ({"tangent": given} if kind == "head" else {}), *plans)
     dk, dv = (_per_key_head(found[name], k.shape[2]) for name in ("dk", "dv"))
-    starting = _swap(found["final dk"]) if wants_start else None
+    starting = _swap(found["final dk"]) if start else None
     dstate = starting
     if config.splits > 1 and starting is not None:
         dstate = starting[:, 0]
     ddecay = dscale = None
     if config.scale_gradient:
         dscale = jnp.sum(common.of_batch(found["sums dq"]), axis=(2, 3, 4)) + _own_scores(q, k, v, dy)
-    if decays:
-        rows, columns = found["sums dq"], found["sums dk"]
-        rows = rows if scale is None else rows * scale
-        first = None if given is None else _inner(given, starting)
-        crossing = _crossing(common, rows, columns, found["kept dq"], found["kept dk"], first, _swap(ends))
-        ddecay = _decay_gradient(common, rows, columns, crossing)
+    if kind is not None:
+        ddecay = _decay_gradient(common, found, starting if given is not None else None, given, ends)
     return found["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
 
 
@@ -299,10 +309,15 @@ class _Common:
         """Chunks of a split."""
         return -(-self.length // self.config.splits // TILE)
 
+    @property
+    def kind(self) -> str | None:
+        """Kind of the decay, as in `Plan`."""
+        return None if self.decay is None else "head" if self.decay.ndim == 1 else "token"
+
     @functools.cached_property
     def cumulated(self) -> jax.Array | None:
         """Base-2 log decays from the start of each chunk, (B·S, H, chunks·64), of a decay per token."""
-        if self.decay is None or self.decay.ndim == 1:
+        if self.kind != "token":
             return None
         g = jnp.swapaxes(self.fold(jnp.maximum(self.decay, FLOOR)), 1, 2)
         g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % TILE)))
@@ -332,7 +347,7 @@ class _Common:
         plans = [
             dataclasses.replace(
                 plan,
-                decay=None if self.decay is None else "head" if self.decay.ndim == 1 else "token",
+                decay=self.kind,
                 scaled=self.scale is not None and (plan.outputs or plan.reverse),
                 initial=any(job.out in states for job in plan.jobs),
                 interpret=self.config.interpret,
@@ -345,7 +360,7 @@ class _Common:
             given = {name: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for name, x in given.items()}
         batch = next(iter(given.values())).shape[0]
         if self.decay is not None:
-            given["decay"] = self.decay.astype(jnp.float32) if self.decay.ndim == 1 else self.cumulated
+            given["decay"] = self.decay.astype(jnp.float32) if self.kind == "head" else self.cumulated
         if self.scale is not None:
             given["scale"] = self.scale.astype(jnp.float32).reshape(1)
         splits = self.config.splits
@@ -367,9 +382,9 @@ class _Common:
     def states_before(self, own: jax.Array, first: jax.Array | None, reverse: bool = False) -> jax.Array:
         """States before each split, (B, S, H, D, E), from those of their own tokens and the one before all."""
         splits = self.config.splits
-        if self.decay is None:
+        if self.kind is None:
             kept = jnp.ones((1, splits, self.heads), jnp.float32)
-        elif self.decay.ndim == 1:
+        elif self.kind == "head":
             kept = jnp.exp(jnp.maximum(self.decay, FLOOR) * (self.length // splits))[None, None]
             kept = jnp.broadcast_to(kept, (1, splits, self.heads))
         else:
@@ -385,25 +400,34 @@ class _Common:
 # ---- the gradient of the decay
 
 
-def _decay_gradient(common: _Common, rows, columns, crossing) -> jax.Array:
+def _decay_gradient(common: _Common, found: dict[str, jax.Array], start, given, ends) -> jax.Array:
     """Gradient of the log decays, (B, N, H), or (B, H) for a constant decay; see the top of the file.
 
     Args:
       common: what the sweeps share.
-      rows: sums of dL over earlier tokens, "sums dq", (B·S, H, 2, tiles, T·64).
-      columns: sums of dL over later tokens, "sums dk".
-      crossing: X of each chunk, (B·S, H, T).
+      found: what they wrote.
+      start: gradient of the state before the first chunk, (B, H, D, E) or with S after B; None if that state is 0.
+      given: that state, likewise.
+      ends: cotangents behind the last chunk, likewise; None for 0.
     """
-    (a, row_sums), (b, column_sums) = _parts(rows), _parts(columns)
+    scale = 1 if common.scale is None else common.scale  # which reversed sweeps have in their states
+    (a, row_sums), (b, column_sums) = _parts(found["sums dq"] * scale), _parts(found["sums dk"])
     # Row sums less column sums from t on: the pairs i ≥ t > j of the chunk, as all others cancel.
     behind = jnp.flip(jnp.cumsum(jnp.flip(row_sums + a - column_sums, 3), axis=3), 3)
     # b of a token itself, which need not carry its decay, is left out before the sum, not subtracted after it.
     ahead = jnp.cumsum(jnp.pad(b[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=3)
-    gradient = (behind + ahead + crossing[..., None]).reshape(*crossing.shape[:2], -1)
-    gradient = gradient[:, :, : common.length // common.config.splits]
-    if common.decay.ndim == 1:
-        return common.of_batch(jnp.where(common.decay < FLOOR, 0, jnp.sum(gradient, axis=2)))
-    return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
+    gradient = behind + ahead
+    if common.kind == "token":
+        first = None if given is None else _inner(given, start)
+        kept, kept_cotangents = (found[name].reshape(-1, *found[name].shape[-4:]) for name in ("kept dq", "kept dk"))
+        gradient += _crossing(common, a, b, kept, kept_cotangents, first, _swap(ends))[..., None]
+    gradient = gradient.reshape(*gradient.shape[:2], -1)[:, :, : common.length // common.config.splits]
+    if common.kind == "token":
+        return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
+    total = jnp.sum(gradient, axis=2) + jnp.sum(found["sums tangent"] * scale, axis=(2, 3, 4))
+    if ends is not None:
+        total += _inner(found["final tangent"], ends).reshape(total.shape)
+    return common.of_batch(jnp.where(common.decay < FLOOR, 0, total))
 
 
 def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -412,33 +436,31 @@ def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, TILE) for part in range(2))
 
 
-def _crossing(common: _Common, rows, columns, kept, kept_cotangents, first, ends) -> jax.Array:
-    """X of each chunk, (B·S, H, T), from Y at the borders in front of chunks 0, KEEP, ... and the sums between.
+def _crossing(common: _Common, a, b, kept, kept_cotangents, first, ends) -> jax.Array:
+    """X of each chunk, (B·S, H, T), from Y at every K-th border and the sums between.
 
     Args:
       common: what the sweeps share.
-      rows: as in `_decay_gradient`.
-      columns: likewise.
-      kept: states before these chunks and before the last one, (B, H, borders + 1, E, D), or with S after B.
+      a: of each token, (B·S, H, T, 64).
+      b: likewise.
+      kept: states before chunks 0, K, 2K, ... and before the last one, (B·S, H, borders + 1, E, D).
       kept_cotangents: likewise; the first and the last place have no meaning.
       first: Y at the first border, (B, H) or with S, None for 0.
       ends: cotangents behind the last chunk, (B, H, E, D) or with S; None for 0.
     """
-    chunks, heads = common.chunks, common.heads
-    blocks, missing = -(-chunks // KEEP), -chunks % KEEP
-    a, b = _parts(rows)[0], _parts(columns)[0]
-    batch = a.shape[0]
-    kept, kept_cotangents = (x.reshape(-1, *x.shape[-4:]) for x in (kept, kept_cotangents))
+    batch, heads, chunks = a.shape[:3]
+    keep = chunks_between_kept(*kept.shape[-2:])
+    blocks, missing = -(-chunks // keep), -chunks % keep
     nothing = jnp.zeros((batch, heads, 1))
     first = nothing if first is None else first.reshape(batch, heads, 1)
     borders = jnp.concatenate([first, _inner(kept, kept_cotangents)[:, :, 1:-1], nothing], axis=2)
 
     def in_blocks(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(batch, heads, blocks, KEEP)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(batch, heads, blocks, keep)
 
     loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
     # X is known where the chunk forgets, and of the last chunk: Y behind it may be large and carry no decay.
-    weights = _log_of_chunks(common, batch)
+    weights = common.cumulated.reshape(batch, heads, chunks, TILE)[..., -1] / LOG2_E
     last = nothing
     if ends is not None:
         last = _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None]) * jnp.exp(weights[..., -1:])
@@ -446,24 +468,16 @@ def _crossing(common: _Common, rows, columns, kept, kept_cotangents, first, ends
     value = in_blocks(jnp.zeros_like(weights).at[..., -1:].set(last))
     ahead, back = [], []  # from the border in front, and from the border behind
     before, after = borders[..., :-1], borders[..., 1:]
-    for c in range(KEEP):
+    for c in range(keep):
         ahead.append(jnp.where(known[..., c], value[..., c], before - loss[..., c]))
         before = ahead[-1] + gain[..., c]
-    for c in reversed(range(KEEP)):
+    for c in reversed(range(keep)):
         back.insert(0, jnp.where(known[..., c], value[..., c], after - gain[..., c]))
         after = back[0] + loss[..., c]
     # Errors add up chunk by chunk: the mean weighs them by the inverse of their variance.
-    weight = (2 * jnp.arange(KEEP) + 1) / (2 * KEEP)
+    weight = (2 * jnp.arange(keep) + 1) / (2 * keep)
     crossing = jnp.stack(back, axis=-1) * weight + jnp.stack(ahead, axis=-1) * (1 - weight)
     return crossing.reshape(batch, heads, -1)[:, :, :chunks]
-
-
-def _log_of_chunks(common: _Common, batch: int) -> jax.Array:
-    """Log decay of each chunk, (B·S, H, T), natural."""
-    if common.decay.ndim > 1:
-        return common.cumulated.reshape(batch, common.heads, -1, TILE)[..., -1] / LOG2_E
-    tokens = jnp.full((common.chunks,), TILE).at[-1].add(-(-(common.length // common.config.splits) % TILE))
-    return jnp.broadcast_to(jnp.maximum(common.decay, FLOOR)[:, None] * tokens, (batch, common.heads, common.chunks))
 
 
 def _own_scores(q, k, v, dy) -> jax.Array:

@@ -8,6 +8,9 @@ and the four outputs of the op are jobs of this form:
 
     y  = sweep(q, k, v)         dq = sweep(dy, v, k)
     dk = reverse(v, dy, q)      dv = reverse(k, q, dy)
+
+A fifth job has no output: it sums what the gradient of a decay per head takes from pairs of tokens with whole chunks
+between them (`Plan.tangent`).
 """
 
 import dataclasses
@@ -44,6 +47,7 @@ FORWARD = Job("q", "k", "v", "y", "dy")
 DQ = Job("dy", "v", "k", "dq", "q")
 DK = Job("v", "dy", "q", "dk", "k")
 DV = Job("k", "q", "dy", "dv", "v")
+TANGENT = Job("q", "k", "v", "tangent", "dy")
 
 
 BOTH = 128  # head size up to which dk and dv share CTAs; of larger ones no two stages fit into shared memory
@@ -55,7 +59,7 @@ class Plan:
 
     Attributes:
       jobs: outputs to compute, of one inner and one outer size; each warpgroup works at one of them.
-      inner: rows of a state.
+      inner: rows of a state that a warpgroup holds: all, but with a tangent.
       outer: columns of a state.
       reverse: whether tokens are visited from the last to the first.
       decay: None, "head" for (H,), "token" for cumulated log decays.
@@ -65,6 +69,9 @@ class Plan:
       final: whether the states at its end are wanted.
       keep: chunks between two kept states, at least 2; 0 to keep none.
       sums: whether the first job also writes the sums that gradients of decays and scales need.
+      tangent: whether T, the state's derivative by the decays of whole chunks, is held beside it: T' = whole (T + n S),
+        with n tokens in the chunk. Then there is no output, "sums" are of T in place of S, and T is what is "final".
+      parts: cuts of the state's rows, which only a tangent allows: its sums add up over rows.
       warpgroups: compute warpgroups of a CTA, the same number for each job and each head.
       heads: heads of a CTA.
       stages: chunks of tokens in shared memory.
@@ -82,6 +89,8 @@ class Plan:
     final: bool = False
     keep: int = 0
     sums: bool = False
+    tangent: bool = False
+    parts: int = 1
     warpgroups: int = 1
     heads: int = 1
     stages: int = 2
@@ -94,7 +103,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Tiles of the state of one warpgroup."""
+        """Tiles of the state of one warpgroup, and as many of its tangent."""
         return self.inner // TILE
 
     @property
@@ -109,20 +118,25 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """CTAs of one head, or of `heads` heads."""
+        """CTAs of one head, or of `heads` heads, and one part."""
         return self.outer // TILE // self.tiles
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of one head, or of `heads` heads."""
+        return self.parts * self.groups
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the token arrays that the sweep reads."""
         names: list[str] = []
         for job in self.jobs:
-            names += (job.row,) * self.outputs + (job.column, job.value)
+            names += (job.row,) * (self.outputs or self.tangent) + (job.column, job.value)
         names += (self.jobs[0].partner,) * self.sums
         return tuple(dict.fromkeys(names))
 
     def whole(self, name: str) -> bool:
-        """Whether a warpgroup reads all channels of the array, not its own tile of them alone."""
+        """Whether a warpgroup reads all channels of the array, or of its part, not its own tile of them alone."""
         return any(name in (job.row, job.column) for job in self.jobs)
 
     # ---- tiles of shared memory, in this order: tokens by stage, head of the CTA and array; then those of warpgroups
@@ -174,26 +188,53 @@ def smem_bytes(*plans: Plan) -> int:
 
 def registers(plan: Plan) -> int:
     """Estimate of the 32-bit registers of a compute thread: state, scores, weights and output, and 40 others."""
-    live = plan.blocks + (3 + plan.sums if plan.outputs else 1)
+    if plan.tangent:
+        live = 2 * plan.blocks + 2
+    else:
+        live = plan.blocks + (3 + plan.sums if plan.outputs else 1)
     return tile_registers() * live + 40
 
 
-def backward(key_size: int, value_size: int, *, sums: bool = False, keep: int = 0, final: bool = False) -> list[Plan]:
+def chunks_between_kept(key_size: int, value_size: int) -> int:
+    """Chunks between two kept states: 4, or enough that those of both sweeps take an eighth of the arrays at most.
+
+    The arrays are q, k, v, y, dy and three gradients: 4D + 4E numbers of 16 bits for a token, against 2·D·E for the
+    states at a border.
+    """
+    return max(4, -(-key_size * value_size // (TILE // 4 * (key_size + value_size))))
+
+
+def backward(
+    key_size: int,
+    value_size: int,
+    *,
+    decay: str | None = None,
+    scale: bool = False,
+    start: bool = False,
+    end: bool = False,
+) -> list[Plan]:
     """The sweeps of the backward pass, without blocks.
 
     Args:
       key_size: D.
       value_size: E.
-      sums: whether dq's sums are wanted, for the gradient of decays or scale.
-      keep: chunks between two kept states, and then dk's sums too, for the gradient of decays; 0 without it.
-      final: whether the gradient of the initial state is wanted, "final dk".
+      decay: kind of the decay, "head" or "token", whose gradient is wanted; None for none.
+      scale: whether the gradient of the scale is wanted.
+      start: whether the gradient of the initial state is wanted, "final dk".
+      end: whether the last state has a cotangent, which "final tangent" then meets.
     """
-    plans = [Plan((DQ,), value_size, key_size, sums=sums, keep=keep)]
-    rest = {"sums": keep > 0, "keep": keep, "final": final, "reverse": True}
+    keep = chunks_between_kept(key_size, value_size) if decay == "token" else 0
+    plans = [Plan((DQ,), value_size, key_size, sums=scale or decay is not None, keep=keep)]
+    rest = {"sums": decay is not None, "keep": keep, "final": start, "reverse": True}
     if key_size == value_size <= BOTH:
-        return [*plans, Plan((DK, DV), key_size, value_size, **rest)]
-    keys, values = Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)
-    return [*plans, keys, values]
+        plans += [Plan((DK, DV), key_size, value_size, **rest)]
+    else:
+        plans += [Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)]
+    if decay == "head":
+        inner = next(size for size in (2 * TILE, TILE) if key_size % size == 0)  # of more, registers do not hold two
+        parts = key_size // inner
+        plans += [Plan((TANGENT,), inner, value_size, outputs=False, sums=True, tangent=True, parts=parts, final=end)]
+    return plans
 
 
 def with_blocks(plan: Plan, pairs: bool = False) -> Plan:

@@ -69,13 +69,15 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
 
     Returns:
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
-      "final <out>": (B, H, inner, outer) float32;
+      "final <out>": (B, H, inner, outer) float32, of a tangent (B, H, parts·inner, outer);
       "kept <out>" of a plan's first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0,
       keep, 2·keep, ..., and at place X - 1 that in front of the last chunk. In reverse places 0 and X - 1 are not
       written;
       "sums <out>" of a plan's first job: (B, H, 2, outer/64, T·64) float32, for each token i shares, one per tile of
       channels, of Σ_j P_ij (row_i·column_j)(partner_i·value_j). Place 0 of axis 2 is about the tokens j before the
       chunk (behind it, in reverse), place 1 about the other tokens of the chunk. In reverse they hold the scale, too.
+      With a tangent: (B, H, parts, outer/64, T·64), shares of Σ_j P_ij n_ij (row_i·column_j)(partner_i·value_j), where
+      n_ij counts the tokens of the chunks between those of i and j.
     """
     common = plans[0]
     wgs, chunks = max(plan.warpgroups for plan in plans), -(-length // TILE)
@@ -98,11 +100,12 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             if plan.outputs:
                 out_types[job.out] = struct((batch, rows, heads, outer), dtype)
             if plan.final:
-                out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
+                out_types[f"final {job.out}"] = struct((batch, heads, plan.parts * inner, outer), jnp.float32)
         if plan.keep:
             out_types[f"kept {first}"] = struct((batch, heads, _borders(plan, chunks) + 1, inner, outer), STATE_DTYPE)
         if plan.sums:
-            out_types[f"sums {first}"] = struct((batch, heads, 2, outer // TILE, chunks * TILE), jnp.float32)
+            places = plan.parts if plan.tangent else 2
+            out_types[f"sums {first}"] = struct((batch, heads, places, outer // TILE, chunks * TILE), jnp.float32)
 
     scratch = {"tiles": shared(max(plan.smem_tiles for plan in plans), dtype=dtype)}
     rows_for = vectors(plans)
@@ -115,7 +118,7 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
 
     # CTAs of one head, or of two where one of the plans takes two, are neighbours.
     together = max(plan.heads for plan in plans)
-    ctas = [together // plan.heads * plan.groups for plan in plans]
+    ctas = [together // plan.heads * plan.ctas for plan in plans]
     firsts = [sum(ctas[:number]) for number in range(len(plans))]
 
     def body(*refs):
@@ -139,12 +142,14 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
                     of_head = lax.rem(warpgroup, jnp.int32(plan.tiles * plan.heads))  # by head, then by tile
                     own = lax.div(of_head, jnp.int32(plan.tiles))
                     group = lax.rem(cta_of_plan, jnp.int32(plan.groups))
-                    first_head = unit * together + lax.div(cta_of_plan, jnp.int32(plan.groups)) * plan.heads
+                    part = lax.rem(lax.div(cta_of_plan, jnp.int32(plan.groups)), jnp.int32(plan.parts))
+                    first_head = unit * together + lax.div(cta_of_plan, jnp.int32(plan.ctas)) * plan.heads
                     place = _Place(
                         batch=batch_row,
                         first_head=first_head,
                         head=first_head + own,
                         own=own,
+                        part=part,
                         group=group,
                         warpgroup=warpgroup,
                         tile=group * plan.tiles + lax.rem(of_head, jnp.int32(plan.tiles)),
@@ -201,7 +206,8 @@ class _Place(NamedTuple):
       first_head: of its CTA.
       head: its own.
       own: number of its head in the CTA.
-      group: number of its CTA among those of the same heads.
+      part: of the state's rows.
+      group: number of its CTA among those of the same heads and part.
       warpgroup: its number in the CTA.
       tile: its columns of the output.
       heads: H.
@@ -213,6 +219,7 @@ class _Place(NamedTuple):
     first_head: jax.Array
     head: jax.Array
     own: jax.Array
+    part: jax.Array
     group: jax.Array
     warpgroup: jax.Array
     tile: jax.Array
@@ -227,6 +234,11 @@ class _Place(NamedTuple):
     def tiles_of_warpgroup(self, plan: Plan, smem: dict[str, Any], zero: jax.Array | int):
         """Tiles that this warpgroup computes, in shared memory."""
         return smem["tiles"].at[pl.ds(plan.own_at + self.warpgroup * plan.per_warpgroup + zero, plan.per_warpgroup)]
+
+    def rows(self, plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array) -> list[Any]:
+        """Tiles of an array whose columns are the rows of this warpgroup's state, in shared memory."""
+        tokens = _tokens(plan, smem, name, slot, self.own)
+        return [tokens.at[block] for block in range(plan.blocks)]
 
     def columns(self, plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array):
         """The tile of an array whose columns are those of this warpgroup, in shared memory."""
@@ -259,7 +271,8 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
             for name in plan.arrays:
                 head = lax.div(place.first_head + own, jnp.int32(place.heads // gmem[name].shape[2]))
                 for block in range(plan.loaded(name)):
-                    channel = block if plan.whole(name) else place.group * plan.tiles + block
+                    first = place.part * plan.blocks if plan.whole(name) else place.group * plan.tiles
+                    channel = first + block
                     source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
                     target = _tokens(plan, smem, name, slot, own).at[block]
                     plgpu.copy_gmem_to_smem(source, target, smem["full"].at[slot])
@@ -275,14 +288,16 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
     """Walks over the chunks with the state of the job in registers: `plan.blocks` tiles of (64, 64)."""
 
     def state_at(name: str, block: int):
-        channels = pl.ds(place.tile * TILE, TILE)
-        return gmem[f"{name} {job.out}"].at[place.batch, place.head, pl.ds(block * TILE, TILE), channels]
+        rows, channels = (pl.ds(tile * TILE, TILE) for tile in (place.part * plan.blocks + block, place.tile))
+        return gmem[f"{name} {job.out}"].at[place.batch, place.head, rows, channels]
 
     states = [zeros(plan.interpreted)] * plan.blocks
     if plan.initial:
         # The sum, because inside shard_map a loaded value alone has mesh axes in its type, which the loop would lose.
         given = [load(plan.interpreted, state_at("initial", block), optimized=False) for block in range(plan.blocks)]
         states = [zero + x for zero, x in zip(states, given, strict=True)]
+    if plan.tangent:
+        states += [zeros(plan.interpreted)] * plan.blocks
     scale = gmem["scale"][0] if plan.scaled else None
     if plan.short_of_registers:
         smem["zero"][0, place.warpgroup] = jnp.float32(0)
@@ -294,7 +309,10 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
         # anew. Without it some hundred registers would hold it all through the loop.
         zero = smem["zero"][0, place.warpgroup].astype(jnp.int32) if plan.short_of_registers else 0
         weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step), zero)
-        after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
+        if plan.tangent:
+            after = _tangent_chunk(plan, place, gmem, smem, job, slot, step, weights, states)
+        else:
+            after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
 
         @pl.when(step + plan.stages < place.chunks)
         def _():
@@ -304,7 +322,7 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
 
     states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
     if plan.final:
-        for block, state in enumerate(states):
+        for block, state in enumerate(states[-plan.blocks :]):
             target = state_at("final", block)
             target[...] = state
     plgpu.wait_smem_to_gmem(0)
@@ -364,12 +382,8 @@ def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk, zero) -> _Weigh
 def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states, zero):
     """One chunk: writes its output, and returns the state (list of tiles) after it."""
 
-    def all_channels(name: str) -> list[Any]:
-        tokens = _tokens(plan, smem, name, slot, place.own)
-        return [tokens.at[block] for block in range(plan.blocks)]
-
     own = place.tiles_of_warpgroup(plan, smem, zero)
-    column, value = all_channels(job.column), place.columns(plan, smem, job.value, slot)
+    column, value = place.rows(plan, smem, job.column, slot), place.columns(plan, smem, job.value, slot)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk stored still stands in the tiles below
 
     if plan.outputs:
@@ -379,7 +393,7 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
         plgpu.commit_smem()
         if plan.keep and job is plan.jobs[0]:
             _keep(plan, place, gmem, operand, job, step)
-        row = all_channels(job.row)
+        row = place.rows(plan, smem, job.row, slot)
         of_scores = (None, [(x, Transposed(y)) for x, y in zip(row, column, strict=True)])
         of_state = (None, list(zip(row, operand, strict=True)))
         at_once = not plan.short_of_registers
@@ -418,13 +432,37 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
     weight = weights.value
     if scale is not None and plan.reverse:
         weight = scale if weight is None else weight * scale
+    return _add_tokens(plan, own, column, value, weight, weights.whole, states)
+
+
+def _tangent_chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, states):
+    """One chunk: writes the sums of row T partner, and returns the tiles of S and T after it."""
+    states, tangents = states[: plan.blocks], states[plan.blocks :]
+    own = place.tiles_of_warpgroup(plan, smem, 0)
+    row, column = (place.rows(plan, smem, name, slot) for name in (job.row, job.column))
+    value, partner = (place.columns(plan, smem, name, slot) for name in (job.value, job.partner))
+    operand = [own.at[block] for block in range(plan.blocks)]
+    for target, tangent in zip(operand, tangents, strict=True):
+        target[...] = tangent.astype(STATE_DTYPE)
+    plgpu.commit_smem()
+    (inter,) = products(plan.interpreted, (None, list(zip(row, operand, strict=True))))
+    inter = inter * by_row(weights.border) * load(plan.interpreted, partner).astype(jnp.float32)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's sums; and all of the warpgroup have read T
+    _write_sums(plan, place, gmem, smem, job, place.part, step, jnp.sum(inter, axis=1))
+    tokens = jnp.minimum(place.length - place.chunk(plan, step) * TILE, TILE).astype(jnp.float32)
+    tangents = [(tangent + state * tokens) * weights.whole for tangent, state in zip(tangents, states, strict=True)]
+    return [*_add_tokens(plan, own, column, value, weights.value, weights.whole, states), *tangents]
+
+
+def _add_tokens(plan: Plan, own, column, value, weight, whole, states) -> list[jax.Array]:
+    """Tiles of whole S + columnᵀ (weight value); None for weights of 1."""
     if weight is not None:
-        weighted = load(plan.interpreted, value).astype(jnp.float32) * (weight if weight is scale else by_row(weight))
+        weighted = load(plan.interpreted, value).astype(jnp.float32) * (by_row(weight) if jnp.ndim(weight) else weight)
         value = own.at[WEIGHTED]
         value[...] = weighted.astype(value.dtype)
         plgpu.commit_smem()
-    if weights.whole is not None:
-        states = [state * weights.whole for state in states]
+    if whole is not None:
+        states = [state * whole for state in states]
     terms = ((state, [(Transposed(x), value)]) for state, x in zip(states, column, strict=True))
     return products(plan.interpreted, *terms)
 
@@ -456,9 +494,9 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step) -> None:
             store(_borders(plan, place.chunks))
 
 
-def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where: int, step, sums) -> None:
-    """Stores one number per token of the chunk at place `where` of "sums"."""
-    staged = smem["sums"].at[2 * place.warpgroup + where]
+def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where, step, sums) -> None:
+    """Stores one number per token of the chunk at place `where` of "sums"; the second place has a vector of its own."""
+    staged = smem["sums"].at[2 * place.warpgroup + (0 if plan.tangent else where)]
     staged[...] = sums
     plgpu.commit_smem()
     tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
