@@ -70,7 +70,7 @@ def errors(arguments: dict, options: dict, run) -> Results:
 CASES = {
     "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), None, {}),
     "head, E=128": (Case("head", 1, 70, heads=2, key_size=64, value_size=128, decay="head"), 0.7, {}),
-    "head, D=256": (Case("parts", 1, 70, heads=2, key_size=256, value_size=64, decay="head"), 0.7, {}),
+    "head, D=256": (Case("parts", 1, 70, heads=1, key_size=256, value_size=64, decay="head"), 0.7, {}),
     "token, D=192": (Case("large", 1, 70, heads=1, key_size=192, value_size=64, decay="token"), None, {}),
     "token, D=E=128": (Case("both", 1, 130, heads=1, key_size=128, decay="token", initial_state=True), 0.7, {}),
     "head, several borders": (
