@@ -442,12 +442,12 @@ def _tangent_chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, 
     row, column = (place.rows(plan, smem, name, slot) for name in (job.row, job.column))
     value, partner = (place.columns(plan, smem, name, slot) for name in (job.value, job.partner))
     operand = [own.at[block] for block in range(plan.blocks)]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last sums are stored, and all have read the last values
     for target, tangent in zip(operand, tangents, strict=True):
         target[...] = tangent.astype(STATE_DTYPE)
     plgpu.commit_smem()
     (inter,) = products(plan.interpreted, (None, list(zip(row, operand, strict=True))))
     inter = inter * by_row(weights.border) * load(plan.interpreted, partner).astype(jnp.float32)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's sums; and all of the warpgroup have read T
     _write_sums(plan, place, gmem, smem, job, place.part, step, jnp.sum(inter, axis=1))
     tokens = jnp.minimum(place.length - place.chunk(plan, step) * TILE, TILE).astype(jnp.float32)
     tangents = [(tangent + state * tokens) * weights.whole for tangent, state in zip(tangents, states, strict=True)]
