@@ -368,7 +368,7 @@ class _Common:
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
         chosen = [with_blocks(plan) for plan in plans]
         # With fewer CTAs, one head each for more multiprocessors is better than two for some.
-        if self.heads % 2 == 0 and batch * self.heads * sum(plan.groups for plan in chosen) > self.config.processors:
+        if self.heads % 2 == 0 and batch * self.heads * sum(plan.ctas for plan in chosen) > self.config.processors:
             chosen = [with_blocks(plan, pairs=True) for plan in plans]
         outputs = sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:

@@ -6,6 +6,8 @@ of 64 tokens
 
     out = ((row columnᵀ) ∘ P) value + (weight to the chunk's border) row S          S' = whole · S + columnᵀ (w value)
 
+The gradient of a decay per head takes a fifth, which holds S and its tangent T instead of an output (`_tangent_chunk`).
+
 **Tiles.** Everything on chip is a tile of 64×64: tokens × channels, tokens × tokens, channels × channels. A warpgroup
 owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators in registers from the first chunk to the
 last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. The second warpgroup of

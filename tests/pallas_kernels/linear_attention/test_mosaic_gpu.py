@@ -69,8 +69,7 @@ def errors(arguments: dict, options: dict, run) -> Results:
 # One head's gradient of a constant decay is a single number that may all but cancel: the first such case has two.
 CASES = {
     "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), None, {}),
-    "head, E=128": (Case("head", 1, 70, heads=2, key_size=64, value_size=128, decay="head"), 0.7, {}),
-    "head, D=256": (Case("parts", 1, 70, heads=1, key_size=256, value_size=64, decay="head"), 0.7, {}),
+    "head, D=E=128": (Case("head", 1, 70, heads=2, key_size=128, decay="head"), 0.7, {}),
     "token, D=192": (Case("large", 1, 70, heads=1, key_size=192, value_size=64, decay="token"), None, {}),
     "token, D=E=128": (Case("both", 1, 130, heads=1, key_size=128, decay="token", initial_state=True), 0.7, {}),
     "head, several borders": (
@@ -86,6 +85,7 @@ CASES = {
     "segments": (Case("packed", 1, 130, 1, 64, segments=3, decay="head", initial_state=True), None, {}),
     "token, splits": (Case("splits", 1, 256, 1, 64, decay="token", initial_state=True), 0.7, {"splits": 2}),
     "token, pairs": (Case("pairs", 1, 130, 2, 64, kv_heads=1, decay="token"), None, {"processors": 1}),
+    "head, pairs": (Case("pairs", 1, 70, 2, 192, 64, decay="head"), None, {"processors": 1}),
     "head, splits": (Case("head_in_splits", 1, 128, 1, 64, decay="head", strength=0.05), None, {"splits": 2}),
 }
 
