@@ -411,7 +411,7 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
             partner = place.columns(plan, smem, job.partner, slot)
             (other,) = products(plan.interpreted, (None, [(partner, Transposed(value))]))
             inside = jnp.sum(jnp.where(i != j, scores * other, 0.0), axis=1)
-            _write_sums(plan, place, gmem, smem, job, 1, step, inside)
+            _write_sums(plan, place, gmem, smem, job, 1, step, inside, staging=1)
         scores = scores.astype(value.dtype)
         (inter,) = inter if at_once else products(plan.interpreted, of_state)
         if weights.border is not None:
@@ -496,9 +496,9 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step) -> None:
             store(_borders(plan, place.chunks))
 
 
-def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where, step, sums) -> None:
-    """Stores one number per token of the chunk at place `where` of "sums"; the second place has a vector of its own."""
-    staged = smem["sums"].at[2 * place.warpgroup + (0 if plan.tangent else where)]
+def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where, step, sums, staging: int = 0) -> None:
+    """Stores one number per token of the chunk at place `where` of "sums"; what a chunk writes is staged apart."""
+    staged = smem["sums"].at[2 * place.warpgroup + staging]
     staged[...] = sums
     plgpu.commit_smem()
     tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
