@@ -7,7 +7,7 @@ carries the decay that it belongs to: none is a difference of sums without it.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,26 @@ class NoDecay:
         return dq, dk, None
 
 
+class Tables(NamedTuple):
+    """Weights of decays per head, float32.
+
+    Attributes:
+      between: between two tokens, (c, p·c), zero where i < j.
+      since_start: from before the chunk to a token, (c, p·D).
+      until_end: from a token to the end of the chunk, (c, p·D).
+    """
+
+    between: jax.Array
+    since_start: jax.Array
+    until_end: jax.Array
+
+
+def _ages(tile: Tile, valid: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """How many decays act on a token from the start of its chunk, and until the end, (c, 1)."""
+    place = lax.broadcasted_iota(jnp.int32, (tile.chunk, 1), 0)
+    return (place + 1).astype(WIDE), jnp.maximum(valid - 1 - place, 0).astype(WIDE)
+
+
 class HeadDecay(NoDecay):
     """A decay per head: exponents are multiples of it.
 
@@ -82,22 +102,28 @@ class HeadDecay(NoDecay):
       tile: sizes.
       decays: log decays, a scalar per head.
       valid: tokens of the chunk that exist; c but for the last one.
+      tables: what `tables` gave for these decays.
     """
 
-    def __init__(self, tile: Tile, decays: list[jax.Array], valid: jax.Array | int):
+    def __init__(self, tile: Tile, decays: list[jax.Array], valid: jax.Array | int, tables: "Tables"):
         super().__init__(tile)
+        self.between, self.since_start, self.until_end = tables
+        decay = spread_scalars(decays, tile.size)
+        self.valid = valid if isinstance(valid, int) else valid.astype(WIDE)
+        self.age, self.rest = _ages(tile, valid)
+        if not isinstance(valid, int):
+            self.until_end = jnp.exp(self.rest * decay)
+        self.whole = jnp.exp(self.valid * decay)
+
+    @staticmethod
+    def tables(tile: Tile, decays: list[jax.Array]) -> "Tables":
+        """Exponentials that are the same in every chunk of `tile.chunk` tokens."""
         i, j = tile.pairs()
         apart = jnp.maximum(i - j, 0).astype(WIDE)
-        self.between = jnp.where(i >= j, jnp.exp(apart * spread_scalars(decays, tile.chunk)), 0)
-        lanes = 1 if tile.pack == 1 else tile.pack * tile.size
-        place = lax.broadcasted_iota(jnp.int32, (tile.chunk, lanes), 0)
-        decay = spread_scalars(decays, tile.size)
-        self.age = (place + 1).astype(WIDE)
-        self.rest = jnp.maximum(valid - 1 - place, 0).astype(WIDE)
-        self.valid = jnp.float32(valid) if isinstance(valid, int) else valid.astype(WIDE)
-        self.since_start = jnp.exp(self.age * decay)
-        self.until_end = jnp.exp(self.rest * decay)
-        self.whole = jnp.exp(self.valid * decay)
+        between = jnp.where(i >= j, jnp.exp(apart * spread_scalars(decays, tile.chunk)), 0)
+        decay = jnp.broadcast_to(spread_scalars(decays, tile.size), (1, tile.pack * tile.size))
+        age, rest = _ages(tile, tile.chunk)
+        return Tables(between, jnp.exp(age * decay), jnp.exp(rest * decay))
 
     def scores_backward(self, q, k, scores, dscores):
         """As in `NoDecay`; the third result is Σ_ij (i - j) scores dscores, (1, 1) per head."""

@@ -21,20 +21,22 @@ the state, Σk, is one more row of the transposed state.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention.tpu_decay import ChannelDecay, Decay, HeadDecay, NoDecay, Tile, TokenDecay
+from pallas_kernels.linear_attention.tpu_decay import ChannelDecay, Decay, HeadDecay, NoDecay, Tables, Tile, TokenDecay
 from pallas_kernels.linear_attention.tpu_parts import (
     WIDE,
     Refs,
+    Steps,
     fold,
     product,
     reciprocals,
+    run_groups,
     run_plan,
     spread,
     stack,
@@ -86,20 +88,21 @@ def _forward(plan: Plan, refs: Refs) -> None:
 
     if refs.kept is not None:
         refs.kept[...] = refs.state[...].astype(plan.dtype)
-    constant = _constant_decays(plan, refs, groups)
+    _fill_tables(plan, refs, groups)
 
     def chunk(t, _):
-        rows = _rows(plan, t)
-        valid = _valid(plan, n, t)
-        for group, decay in zip(groups, constant, strict=True):
-            decay = decay or _decay(plan, refs, group, t, valid)
+        rows, valid = _rows(plan, t), _valid(plan, n, t)
+
+        def heads(group):
+            decay = _decay(plan, refs, group, t, valid)
             q, k, v = (_load(refs, name, rows, group, valid) for name in "qkv")
-            state = refs.state[:, group.q]
-            y, state = _chunk_forward(plan, group.tile, decay, q, k, v, state, _scale(refs))
+            y, state = yield from _chunk_forward(plan, group, decay, q, k, v, refs.state[:, group.q], _scale(refs))
             refs.state[:, group.q] = state
             refs.y[rows, group.y] = y.astype(refs.y.dtype)
 
-    lax.fori_loop(0, plan.chunks, chunk, None)
+        run_groups(map(heads, groups), plan.in_turns)
+
+    lax.fori_loop(0, plan.chunks, chunk, None, unroll=plan.unroll)
     if refs.final is not None:
 
         @pl.when(n == plan.blocks - 1)
@@ -107,20 +110,23 @@ def _forward(plan: Plan, refs: Refs) -> None:
             refs.final[...] = refs.state[...]
 
 
-def _chunk_forward(plan: Plan, tile: Tile, decay: Decay, q, k, v, state, scale):
+def _chunk_forward(plan: Plan, group: _Group, decay: Decay, q, k, v, state, scale) -> Steps:
     """Outputs (c, p·E) and the state after the chunk, float32."""
-    p, d, e = tile.pack, plan.key_size, plan.value_size
-    s, z = _split(plan, state)
+    p, d, e = group.tile.pack, plan.key_size, plan.value_size
     scores = decay.scores(q, k)
+    yield
+    s, z = _split(plan, state)
     q_start = q * decay.since_start
-    y = product(plan.dtype, scores, stack(v, p, e), "nn")
-    y += product(plan.dtype, q_start, stack(s.astype(plan.dtype), p, d), "nt")
+    before = product(plan.dtype, q_start, stack(s.astype(plan.dtype), p, d), "nt")
+    after = _next_state(plan, group.tile, decay, k, v, state)
+    yield
+    y = product(plan.dtype, scores, stack(v, p, e), "nn") + before
     if plan.config.normalize:
-        inside, before = sums(scores, p, plan.chunk), sums(q_start * z, p, d)
-        y *= spread(reciprocals([a + b for a, b in zip(inside, before, strict=True)], scale), e)
+        inside, earlier = sums(scores, p, plan.chunk), sums(q_start * z, p, d)
+        y *= spread(reciprocals([a + b for a, b in zip(inside, earlier, strict=True)], scale), e)
     elif scale is not None:
         y *= scale
-    return y, _next_state(plan, tile, decay, k, v, state)
+    return y, after
 
 
 def _next_state(plan: Plan, tile: Tile, decay: Decay, k, v, state):
@@ -138,14 +144,14 @@ def _backward(plan: Plan, refs: Refs) -> None:
         if refs.sums is not None:
             refs.sums[...] = jnp.zeros_like(refs.sums)
 
-    constant = _constant_decays(plan, refs, groups)
+    _fill_tables(plan, refs, groups)
     refs.state[...] = refs.kept[...].astype(WIDE)
     refs.states[0] = refs.kept[...]
 
     def rebuild(t, _):
         rows, valid = _rows(plan, t), _valid(plan, n, t)
-        for group, decay in zip(groups, constant, strict=True):
-            decay = decay or _decay(plan, refs, group, t, valid)
+        for group in groups:
+            decay = _decay(plan, refs, group, t, valid)
             k, v = (_load(refs, name, rows, group, valid) for name in "kv")
             state = _next_state(plan, group.tile, decay, k, v, refs.state[:, group.q])
             refs.state[:, group.q] = state
@@ -153,35 +159,36 @@ def _backward(plan: Plan, refs: Refs) -> None:
 
     def reverse(step, _):
         t = plan.chunks - 1 - step
-        rows, valid = _rows(plan, t), _valid(plan, n, t)
-        shared = {}
-        for group, decay in zip(groups, constant, strict=True):
-            decay = decay or _decay(plan, refs, group, t, valid)
+        rows, valid, shared = _rows(plan, t), _valid(plan, n, t), {}
+
+        def heads(group):
+            decay = _decay(plan, refs, group, t, valid)
             q, k, v, dy = (_load(refs, name, rows, group, valid) for name in ("q", "k", "v", "dy"))
-            before, after = refs.states[t, :, group.q], refs.dstate[:, group.q]
-            dq, dk, dv, dstate, ddecay, dscale = _chunk_backward(
-                plan, group.tile, decay, q, k, v, dy, before, after, _scale(refs)
-            )
-            refs.dq[rows, group.q] = dq.astype(refs.dq.dtype)
-            refs.dstate[:, group.q] = dstate
-            first = group.first % plan.repeats == 0
-            shared = {"dk": dk, "dv": dv} if first else {"dk": shared["dk"] + dk, "dv": shared["dv"] + dv}
-            if group.first % plan.repeats == plan.repeats - 1 or plan.repeats == 1:
-                refs.dk[rows, group.k] = shared["dk"].astype(refs.dk.dtype)
-                refs.dv[rows, group.v] = shared["dv"].astype(refs.dv.dtype)
+            states = refs.states[t, :, group.q], refs.dstate[:, group.q]
+            gradients = yield from _chunk_backward(plan, group, decay, q, k, v, dy, *states, _scale(refs))
+            refs.dq[rows, group.q] = gradients.q.astype(refs.dq.dtype)
+            refs.dstate[:, group.q] = gradients.state
+            for name, lanes in (("k", group.k), ("v", group.v)):
+                gradient = getattr(gradients, name)
+                shared[name] = gradient if group.first % plan.repeats == 0 else shared[name] + gradient
+                if group.first % plan.repeats == plan.repeats - 1 or plan.repeats == 1:
+                    ref = getattr(refs, f"d{name}")
+                    ref[rows, lanes] = shared[name].astype(ref.dtype)
             match plan.config.decay if plan.config.decay_gradient else None:
                 case "channel":
-                    refs.ddecay[rows, group.q] = ddecay
+                    refs.ddecay[rows, group.q] = gradients.decay
                 case "token":
-                    for a, row in enumerate(ddecay):
+                    for a, row in enumerate(gradients.decay):
                         refs.ddecay[t, pl.ds(group.first + a, 1), :] = row
                 case "head":
-                    refs.sums[0:1, group.q] += ddecay
-            if dscale is not None:
-                refs.sums[1:2, group.q] += dscale
+                    refs.sums[0:1, group.q] += gradients.decay
+            if gradients.scale is not None:
+                refs.sums[1:2, group.q] += gradients.scale
 
-    lax.fori_loop(0, plan.chunks - 1, rebuild, None)
-    lax.fori_loop(0, plan.chunks, reverse, None)
+        run_groups(map(heads, groups), plan.in_turns)
+
+    lax.fori_loop(0, plan.chunks - 1, rebuild, None, unroll=plan.unroll > 1)
+    lax.fori_loop(0, plan.chunks, reverse, None, unroll=plan.unroll)
     if refs.dinitial is not None:
 
         @pl.when(n == 0)
@@ -189,17 +196,34 @@ def _backward(plan: Plan, refs: Refs) -> None:
             refs.dinitial[...] = refs.dstate[...]
 
 
-def _chunk_backward(plan: Plan, tile: Tile, decay: Decay, q, k, v, dy, state, dstate, scale):
+class _Gradients(NamedTuple):
     """Gradients of q, k, v (c, ·), of the state before the chunk, of the decay, and of the scale (1, p·D).
 
     The last two are None where they are not asked for.
     """
-    dtype, p, d, e, c = plan.dtype, tile.pack, plan.key_size, plan.value_size, plan.chunk
-    (s, z), (ds, dz) = _split(plan, state), _split(plan, dstate)
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    state: jax.Array
+    decay: Any
+    scale: jax.Array | None
+
+
+def _chunk_backward(plan: Plan, group: _Group, decay: Decay, q, k, v, dy, state, dstate, scale) -> Steps:
+    """`_Gradients` of a chunk."""
+    dtype, tile, p, d, e, c = plan.dtype, group.tile, group.tile.pack, plan.key_size, plan.value_size, plan.chunk
     scores = decay.scores(q, k)
-    q_start, k_end = q * decay.since_start, k * decay.until_end
     dscores = product(dtype, dy, stack(v, p, e), "nt")
+    yield
+    (s, z), (ds, dz) = _split(plan, state), _split(plan, dstate)
+    q_start, k_end = q * decay.since_start, k * decay.until_end
+    wide_ds = stack(ds.astype(dtype), p, d)
     dq_start = product(dtype, dy, stack(s, p, d), "nn")
+    dk_end = product(dtype, v, wide_ds, "nn")
+    dk_end = dk_end if dz is None else dk_end + dz
+    dv_end = product(dtype, k_end, wide_ds, "nt")
+    yield
     dscale, q_read, dz_read = None, q_start, None
     if plan.config.normalize:
         z = z.astype(WIDE)
@@ -220,17 +244,17 @@ def _chunk_backward(plan: Plan, tile: Tile, decay: Decay, q, k, v, dy, state, ds
     else:
         read = scores
     dq, dk, earned = decay.scores_backward(q, k, scores, dscores)
-    wide_ds = stack(ds.astype(dtype), p, d)
-    dk_end = product(dtype, v, wide_ds, "nn")
-    dk_end = dk_end if dz is None else dk_end + dz
-    dv = fold(product(dtype, read, dy, "tn"), p, e) + product(dtype, k_end, wide_ds, "nt")
+    yield
+    dv = fold(product(dtype, read, dy, "tn"), p, e) + dv_end
+    yield
     ddecay = None
     if plan.config.decay is not None and plan.config.decay_gradient:
         whole = decay.whole * jnp.sum(state.astype(WIDE) * dstate, axis=0, keepdims=True)
         ddecay = decay.gradient(earned, q_start * dq_start, k_end * dk_end, whole)
     added = fold(product(dtype, dy, q_read, "tn"), p, d)
     dstate = dstate * decay.whole + _joined(plan, added, dz_read)
-    return dq + dq_start * decay.since_start, dk + dk_end * decay.until_end, dv, dstate, ddecay, dscale
+    dq, dk = dq + dq_start * decay.since_start, dk + dk_end * decay.until_end
+    return _Gradients(dq, dk, dv, dstate, ddecay, dscale)
 
 
 # ---- not causal
@@ -356,26 +380,39 @@ def _scale(refs: Refs) -> jax.Array | None:
     return None if refs.scale is None else refs.scale[0]
 
 
-def _constant_decays(plan: Plan, refs: Refs, groups: Sequence[_Group]) -> list[Decay | None]:
-    """Decays that are the same in every chunk, by group; None where they are not."""
-    if plan.config.decay is None:
-        return [NoDecay(group.tile) for group in groups]
-    if plan.config.decay == "head" and not plan.tail:
-        return [_decay(plan, refs, group, 0, None) for group in groups]
-    return [None] * len(groups)
+def _fill_tables(plan: Plan, refs: Refs, groups: Sequence[_Group]) -> None:
+    """Computes in the first block of a sequence what decays per head are in every chunk."""
+    if plan.config.decay != "head":
+        return
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for number, group in enumerate(groups):
+            between, since_start, until_end = HeadDecay.tables(group.tile, _head_decays(plan, refs, group))
+            refs.between[number, :, : between.shape[1]] = between
+            refs.since_start[:, group.q], refs.until_end[:, group.q] = since_start, until_end
+
+
+def _head_decays(plan: Plan, refs: Refs, group: _Group) -> list[jax.Array]:
+    first = pl.program_id(1) * plan.block_heads + group.first
+    return [refs.decay[first + a] for a in range(group.tile.pack)]
 
 
 def _decay(plan: Plan, refs: Refs, group: _Group, t: jax.Array | int, valid: jax.Array | None) -> Decay:
     tile = group.tile
-    if plan.config.decay == "channel":
-        return ChannelDecay(tile, _load(refs, "decay", _rows(plan, t), group, valid))
-    if plan.config.decay == "token":
-        parts = range(group.first, plan.decay_rows, plan.block_heads)
-        totals = [[refs.decay[t, pl.ds(part + a, 1), :] for a in range(tile.pack)] for part in parts]
-        return TokenDecay(tile, totals)
-    first = pl.program_id(1) * plan.block_heads + group.first
-    decays = [refs.decay[first + a] for a in range(tile.pack)]
-    return HeadDecay(tile, decays, plan.chunk if valid is None else valid)
+    match plan.config.decay:
+        case None:
+            return NoDecay(tile)
+        case "head":
+            between = refs.between[group.first // plan.pack, :, : tile.pack * tile.chunk]
+            tables = Tables(between, refs.since_start[:, group.q], refs.until_end[:, group.q])
+            return HeadDecay(tile, _head_decays(plan, refs, group), plan.chunk if valid is None else valid, tables)
+        case "token":
+            parts = range(group.first, plan.decay_rows, plan.block_heads)
+            totals = [[refs.decay[t, pl.ds(part + a, 1), :] for a in range(tile.pack)] for part in parts]
+            return TokenDecay(tile, totals)
+        case "channel":
+            return ChannelDecay(tile, _load(refs, "decay", _rows(plan, t), group, valid))
 
 
 # ---- states: (E, p·D), with a denominator 16 rows more, of which the first is Σk

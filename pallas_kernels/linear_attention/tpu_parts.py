@@ -6,8 +6,10 @@ stand below each other with the other heads' lanes at zero: products with a stac
 work on all heads at once with unsliced lanes.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import SimpleNamespace as Refs
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +74,19 @@ def run_plan(
         name=f"{op}_{kind}",
     )(*(arrays[operand.name] for operand in inputs))
     return {operand.name: x for operand, x in zip(outputs, result, strict=True)}
+
+
+Steps = Generator[None, None, Any]  # work on one group of heads, which pauses where another's may come between
+
+
+def run_groups(groups: Iterable[Steps], in_turns: bool) -> None:
+    """Runs all groups of heads: in turns, each up to its next pause, or one after another.
+
+    A matrix unit takes products in the order of the program. Where the next one waits for the last one's result, the
+    products of other heads keep it busy, if they come in turns.
+    """
+    for _ in itertools.zip_longest(*groups) if in_turns else itertools.chain(*groups):
+        pass
 
 
 def product(dtype: jnp.dtype, x: jax.Array, y: jax.Array, over: str) -> jax.Array:

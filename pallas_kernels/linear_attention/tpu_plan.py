@@ -20,6 +20,7 @@ LANES = 128
 SIZES = (16, 32, 64, 128, 256)  # head sizes that pack; others are padded to the next one
 BLOCK_TOKENS = 1024  # at most, per block; the state before every block is kept for the backward pass
 BLOCK_LANES = 512  # at most, unless fewer heads cannot be cut out of the lanes
+UNROLL = 4  # at most, chunks per turn of the loop over them
 MIB = 2**20
 
 
@@ -142,6 +143,7 @@ class Plan:
       block_heads: heads per block.
       chunk: tokens per chunk.
       tokens: tokens per block.
+      in_turns: whether groups of heads are computed side by side, which is faster and takes more memory.
     """
 
     config: Config
@@ -156,6 +158,7 @@ class Plan:
     block_heads: int
     chunk: int
     tokens: int
+    in_turns: bool = True
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -171,6 +174,18 @@ class Plan:
     def chunks(self) -> int:
         """Chunks of a block."""
         return self.tokens // self.chunk
+
+    @property
+    def unroll(self) -> int:
+        """Chunks per turn of the loop over them: the end of one is computed beside the start of the next.
+
+        Half as many with decay per channel, whose chunks are long programs already, and one in float32, whose products
+        of several passes leave no gaps.
+        """
+        most = UNROLL // 2 if self.config.decay == "channel" else UNROLL
+        if self.dtype == jnp.float32 or not self.in_turns:
+            return 1
+        return max(turns for turns in range(1, most + 1) if self.chunks % turns == 0)
 
     @property
     def tail(self) -> bool:
@@ -213,12 +228,18 @@ class Plan:
 
     def scratch(self, kind: str) -> tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]:
         """Names, shapes and dtypes of what a kernel keeps on chip between grid points."""
-        state = (self.state_rows, self.key_lanes)
-        if kind in ("forward", "keep", "outer", "read_backward"):
-            return (("state", state, jnp.float32),)
+        state, tables = ("state", (self.state_rows, self.key_lanes), jnp.float32), ()
+        if self.config.decay == "head":
+            between = ("between", (len(self.groups), self.chunk, self.pack * self.chunk), jnp.float32)
+            edges = ((name, (self.chunk, self.key_lanes), jnp.float32) for name in ("since_start", "until_end"))
+            tables = (between, *edges)
+        if kind in ("forward", "keep"):
+            return (state, *tables)
+        if kind in ("outer", "read_backward"):
+            return (state,)
         if kind == "backward":
-            states = ("states", (self.chunks, *state), self.dtype)
-            return (("state", state, jnp.float32), states, ("dstate", state, jnp.float32))
+            states = ("states", (self.chunks, *state[1]), self.dtype)
+            return (state, states, ("dstate", *state[1:]), *tables)
         return ()
 
     def vmem(self, kind: str) -> int:
@@ -233,8 +254,8 @@ class Plan:
     def _values(self, kind: str) -> int:
         """Bytes of the intermediate values of one chunk, all groups at once.
 
-        The compiler keeps a part of them in registers and lets others share their place: it was seen to need between a
-        tenth and nine tenths of this.
+        The compiler keeps a part of them in registers and lets others share their place. It was seen to need at most
+        98 % of this, usually 17 to 70 %, and up to nine tenths where groups come one after another.
         """
         narrow = jnp.dtype(self.dtype).itemsize
         passes = 3 if narrow == 4 else 1  # products of float32 are cut into three parts
@@ -246,7 +267,9 @@ class Plan:
         one = 4 * 3 * (pairs + rows * (keys + values)) + states
         one += narrow * passes * (2 * pairs + (1 + self.pack) * rows * (keys + values))
         if self.config.decay == "channel":
-            one += 4 * 2 * rows * keys * (3 + rows.bit_length())
+            operands = narrow * passes * (1 + self.pack) if self.in_turns else 0
+            one += (4 * 2 + operands) * rows * keys * (3 + rows.bit_length())
+        one = one * 5 // 4 if self.in_turns else one
         return len(self.groups) * one // (1 if kind == "backward" else 2)
 
     def bytes_moved(self, kind: str) -> int:
@@ -365,15 +388,16 @@ def pack_of(key_size: int, value_size: int) -> int:
     return max(1, LANES // min(key_size, value_size))
 
 
-def chunk_size(chip: Chip, decay: str | None, key_size: int, value_size: int) -> int:
+def chunk_size(chip: Chip, decay: str | None, key_size: int, value_size: int, dtype: jnp.dtype) -> int:
     """Tokens per chunk, the number with the shortest schedules.
 
-    256 fill a 256-wide matrix unit where heads have whole lanes; packed heads fill it with 128 already. Decay per
-    channel works in 64: its products grow with log₂ of them.
+    More tokens save products with states, fewer save those between tokens: by 256 only heads of 256 channels gain, on
+    matrix units as wide, and of 128 in float32. Decay per channel works in 64: its products grow with log₂ of them.
     """
     if decay == "channel":
         return 64
-    return 256 if chip.mxu == 256 and min(key_size, value_size) >= LANES else 128
+    least = 128 if dtype == jnp.float32 else 256
+    return 256 if chip.mxu == 256 and min(key_size, value_size) >= least else 128
 
 
 def chunk_sizes(decay: str | None) -> tuple[int, ...]:
@@ -384,7 +408,9 @@ def chunk_sizes(decay: str | None) -> tuple[int, ...]:
 def plan_for(
     config: Config, batch: int, length: int, heads: int, kv_heads: int, key_size: int, value_size: int, dtype: jnp.dtype
 ) -> Plan | None:
-    """The largest blocks that fit the chip: long ones first, for fewer kept states, then wide ones; None if none fit.
+    """The largest blocks that fit the chip; None if none fit.
+
+    Long ones first, for fewer kept states, then those whose heads are computed in turns, then wide ones.
 
     Args:
       config: what is asked for.
@@ -398,7 +424,7 @@ def plan_for(
     """
     repeats = heads // kv_heads
     pack = pack_of(key_size, value_size)
-    chunk = config.chunk or chunk_size(config.chip, config.decay, key_size, value_size)
+    chunk = config.chunk or chunk_size(config.chip, config.decay, key_size, value_size, dtype)
     most = max(chunk, config.block_tokens // chunk * chunk)
     lanes = max(key_size, value_size)
     step = math.lcm(repeats, pack)
@@ -406,9 +432,10 @@ def plan_for(
     narrow = [n for n in whole if n * lanes <= BLOCK_LANES] or whole[:1]
     # An even number of blocks of heads keeps both cores of a device at work.
     shared = [n for n in narrow if batch * heads // n % config.chip.cores == 0] or narrow
+    kinds = ("keep", "backward") if config.causal else ("outer", "outer_backward", "read", "read_backward")
     while True:
         tokens = _up(math.ceil(length / math.ceil(length / most)), chunk)
-        for block_heads in reversed(shared):
+        for in_turns, block_heads in itertools.product((True, False), reversed(shared)):
             plan = Plan(
                 config,
                 batch,
@@ -422,8 +449,8 @@ def plan_for(
                 block_heads,
                 chunk,
                 tokens,
+                in_turns,
             )
-            kinds = ("keep", "backward") if config.causal else ("outer", "outer_backward", "read", "read_backward")
             if max(map(plan.vmem, kinds)) <= config.chip.vmem_limit:
                 return plan
         if most == chunk:

@@ -1,5 +1,6 @@
 """How the TPU kernels cut their work: layouts of heads, blocks, bytes, on-chip memory, refusals; and they compile."""
 
+import dataclasses
 import re
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.linear_attention import tpu, tpu_kernels, tpu_plan
 from pallas_kernels.linear_attention.api import normal_form
 from pallas_kernels.linear_attention.cases import Case
 from tests.jaxprs import equations
-from tests.pallas_kernels.linear_attention.tpu_interpreter import check
+from tests.pallas_kernels.linear_attention.tpu_interpreter import check, interpreted
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, device_kind, kernels_of, needs_tpu_compiler, shape
 
 LAYOUTS = {
@@ -39,6 +40,29 @@ LAYOUTS = {
 def test_layouts_of_heads(name, errors):
     case, options = LAYOUTS[name]
     check(errors, case, "float32", **{"tokens": 256} | options)
+
+
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_heads_in_turns_and_one_after_another_compute_the_same(decay):
+    config = tpu_plan.Config(tpu_plan.chip_of("TPU v5e"), decay=decay)
+    plan = tpu_plan.plan_for(config, 1, 512, 4, 4, 64, 64, jnp.dtype("bfloat16"))
+    alone = dataclasses.replace(plan, in_turns=False)
+    assert plan.in_turns and len(plan.groups) == 2 and (plan.unroll, alone.unroll) == (4, 1)
+    rng = np.random.default_rng(0)
+    for kind in ("keep", "backward"):
+        arrays = {}
+        for operand in plan.inputs(kind):
+            x = rng.standard_normal(operand.shape)
+            arrays[operand.name] = jnp.asarray(-np.cumsum(abs(x), -1) if operand.name == "decay" else x, operand.dtype)
+        with interpreted():
+            results = [tpu_kernels.call(one, kind, arrays) for one in (plan, alone)]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_heads_come_one_after_another_where_values_of_all_do_not_fit():
+    config = tpu_plan.Config(tpu_plan.chip_of("TPU v4"), decay="channel")
+    plans = [tpu_plan.plan_for(config, 1, 8192, 8, 8, 64, 64, jnp.dtype(dtype)) for dtype in ("bfloat16", "float32")]
+    assert [plan.in_turns for plan in plans] == [True, False]
 
 
 @st.composite
@@ -241,7 +265,7 @@ def test_other_sizes_and_options_compile(name):
 
 @needs_tpu_compiler
 @pytest.mark.parametrize(
-    ("size", "dtype", "decay"), [(128, "bfloat16", "head"), (16, "float32", "token"), (256, "float32", "channel")]
+    ("size", "dtype", "decay"), [(128, "bfloat16", "head"), (16, "float32", "channel"), (256, "float32", "channel")]
 )
 def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkeypatch):
     kind = device_kind("v5e")
