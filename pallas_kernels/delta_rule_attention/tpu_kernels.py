@@ -36,7 +36,15 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.delta_rule_attention.tpu_plan import BLOCK, Plan
 from pallas_kernels.linear_attention.arguments import decay_floor
-from pallas_kernels.linear_attention.tpu_parts import WIDE, Refs, product, rows_and_lanes, run_plan
+from pallas_kernels.linear_attention.tpu_parts import (
+    WIDE,
+    Refs,
+    Steps,
+    product,
+    rows_and_lanes,
+    run_groups,
+    run_plan,
+)
 from pallas_kernels.linear_attention.tpu_plan import LANES
 
 OPTIONAL = ("scale", "initial", "final", "kept", "dfinal", "dinitial")
@@ -215,21 +223,18 @@ def _solve(plan: Plan, lowers: list, inverses: list, rights: list) -> list[jax.A
     return [jnp.concatenate(x, axis=0) for x in done]
 
 
-def _solve_transposed(plan: Plan, lowers: list, inverses: list, rights: list) -> list[jax.Array]:
-    """(I + L)⁻ᵀ R of each head, from the last triangle to the first."""
-    done = [[] for _ in lowers]
+def _solve_transposed(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> Steps:
+    """(I + L)⁻ᵀ R of one head, from the last triangle to the first."""
+    done = []
     for start in reversed(range(0, plan.chunk, BLOCK)):
         end = start + BLOCK
-        rest = [right[start:end] for right in rights]
-        if end < plan.chunk:
-            after = [jnp.concatenate(x, axis=0) for x in done]
-            rest = [
-                r - _precise(plan.dtype, lower[end:, start:end], x, "tn")
-                for r, lower, x in zip(rest, lowers, after, strict=True)
-            ]
-        for x, inverse, r in zip(done, inverses, rest, strict=True):
-            x.insert(0, r + _precise(plan.dtype, inverse[:, start:end], r, "tn"))
-    return [jnp.concatenate(x, axis=0) for x in done]
+        rest = right[start:end]
+        if done:
+            rest -= _precise(plan.dtype, lower[end:, start:end], jnp.concatenate(done, axis=0), "tn")
+            yield
+        done.insert(0, rest + _precise(plan.dtype, inverse[:, start:end], rest, "tn"))
+        yield
+    return jnp.concatenate(done, axis=0)
 
 
 # ---- bodies
@@ -290,8 +295,8 @@ def _backward(plan: Plan, refs: Refs) -> None:
             refs.state[head] = after[head]
 
     def backward(step, _):
-        for head in range(plan.block_heads):
-            _backward_chunk(plan, refs, n, plan.chunks - 1 - step, head)
+        t = plan.chunks - 1 - step
+        run_groups((_backward_chunk(plan, refs, n, t, head) for head in heads), in_turns=True)
 
     lax.fori_loop(0, plan.chunks, rebuild, None)
     lax.fori_loop(0, plan.chunks, backward, None)
@@ -302,7 +307,7 @@ def _backward(plan: Plan, refs: Refs) -> None:
             refs.dinitial[...] = refs.dstate[...]
 
 
-def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: int) -> None:
+def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: int) -> Steps:
     """Writes the gradients of a chunk, and dS before it in place of dS after it; see the module's docstring."""
     c, d, e, dtype = plan.chunk, plan.key_size, plan.value_size, plan.dtype
     x, state, inverse = _load(plan, refs, n, t, head), refs.states[t, head], refs.inverses[t, head]
@@ -319,13 +324,17 @@ def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: in
     q_read, k_read = x.since_start * reads[:c], x.since_start * reads[c:]
     k_dstate = x.until_end * _precise(dtype, x.k, dstate, "nn")
 
+    yield
     dwrites = _precise(dtype, scale * scores, dy, "tn") + k_dstate
-    (dright,) = _solve_transposed(plan, [lower], [inverse], [dwrites])
+    yield
+    dright = yield from _solve_transposed(plan, lower, inverse, dwrites)
     dscores, dlower = _precise(dtype, dy, writes, "nt"), _below(-_precise(dtype, dright, writes, "nt"))
+    yield
     dbetween = jnp.concatenate([scale * dscores * between, x.beta * dlower * between], axis=0)
     dreads = jnp.concatenate([scale * x.since_start * wide_dy, -x.since_start * x.beta * dright], axis=0)
 
     inner, outer = product(dtype, dbetween, x.k, "nn"), product(dtype, dreads, state, "nt")
+    yield
     dk = inner[c:] + outer[c:] + product(dtype, dbetween, both, "tn")
     dk = dk + x.until_end * product(dtype, writes, dstate, "nt")
     refs.dq[x.rows, head * d : (head + 1) * d] = (inner[:c] + outer[:c]).astype(refs.dq.dtype)

@@ -16,6 +16,7 @@ from pallas_kernels.linear_attention.tpu_plan import LANES, Operand
 CHUNKS = (32, 64, 128)  # the largest has the shortest schedules; smaller ones serve short sequences
 BLOCK = 32  # tokens whose triangle is inverted row by row
 BLOCK_TOKENS = 512  # at most, per block; the state before every block is kept for the backward pass
+BLOCK_HEADS = (4, 2, 1)  # per block: what one head writes waits for what it read, what the others write does not
 LARGEST = 256  # of D and E
 
 # Kernels, with the names of their inputs and outputs. "keep" is "forward" that keeps states for "backward".
@@ -149,8 +150,9 @@ def plan_for(
 ) -> Plan | None:
     """The largest blocks that fit the chip, or None if none fit.
 
-    Tokens per block do not depend on B and H, so that every device of a mesh cuts its part alike. Where heads of k and
-    v cannot be cut out of their lanes one at a time, the plan has `repeats` 1 and wants them repeated.
+    Long ones first, then those of many heads. Tokens per block do not depend on B and H, so that every device of a mesh
+    cuts its part alike. Where heads of k and v cannot be cut out of their lanes one at a time, the plan has `repeats` 1
+    and wants them repeated.
 
     Args:
       config: what is asked for.
@@ -165,24 +167,26 @@ def plan_for(
     chunk = config.chunk or next((size for size in CHUNKS if size >= length), CHUNKS[-1])
     dtype = jnp.dtype(dtype)
     d, e = padded_sizes(heads, key_size, value_size)
-    repeats = heads // kv_heads
-    # Two heads keep the matrix units busy: what one head writes waits for what it read, the other one's does not.
-    block_heads = 2 if heads % 2 == 0 and max(d, e) <= LANES else 1
-    if repeats > 1 and (repeats % block_heads or min(d, e) < LANES):
-        repeats = 1
-    plan = Plan(config, batch, length, heads, repeats, d, e, dtype, 1, block_heads, chunk, chunk)
-    widest = dataclasses.replace(
-        plan, key_size=max(d, LANES), value_size=max(e, LANES), block_heads=2 if max(d, e) <= LANES else 1
-    )
     chunks = math.ceil(length / chunk)
     most = min(BLOCK_TOKENS // chunk, chunks)
     while most:
         tokens = chunk * math.ceil(chunks / math.ceil(chunks / most))
-        fits = dataclasses.replace(widest, tokens=tokens)
-        if max(fits.vmem("keep"), fits.vmem("backward")) <= config.chip.vmem_limit:
-            return dataclasses.replace(plan, tokens=tokens)
+        for count in BLOCK_HEADS[1:] if max(d, e) > LANES else BLOCK_HEADS:
+            repeats, block_heads = _heads(heads, heads // kv_heads, count, min(d, e))
+            plan = Plan(config, batch, length, heads, repeats, d, e, dtype, 1, block_heads, chunk, tokens)
+            widest = dataclasses.replace(plan, key_size=max(d, LANES), value_size=max(e, LANES), block_heads=count)
+            if max(widest.vmem("keep"), widest.vmem("backward")) <= config.chip.vmem_limit:
+                return plan
         most //= 2
     return None
+
+
+def _heads(heads: int, repeats: int, most: int, size: int) -> tuple[int, int]:
+    """Heads per head of k and v, 1 where those are to be repeated, and heads per block, at most so many."""
+    alone, shared = math.gcd(heads, most), math.gcd(repeats, most)
+    if repeats > 1 and size >= LANES and (shared > 1 or alone == 1):
+        return repeats, shared
+    return 1, alone
 
 
 def _up(size: int, multiple: int) -> int:
