@@ -383,7 +383,7 @@ def pack_of(key_size: int, value_size: int) -> int:
 
     No more on 256-wide matrix units, though a pair of heads of 128 channels would fill them with block-diagonal
     operands: the blocks beside the diagonal cost as much to load and to sum up as they save. In the schedules of the
-    TPU compiler for v6e, pairs at D = 128 take 4 % (chunks of 256) to 10 % (128) longer than single heads.
+    TPU compiler for v6e, pairs at D = 128 take 9 to 12 % longer forward and 20 to 24 % backward than heads in turns.
     """
     return max(1, LANES // min(key_size, value_size))
 

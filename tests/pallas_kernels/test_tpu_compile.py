@@ -1,4 +1,4 @@
-"""The helper that compiles for TPUs does compile there."""
+"""The helpers that compile for TPUs do compile there, and count what comes out."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from tests.pallas_kernels import tpu_schedule
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, kernels_of, needs_tpu_compiler, shape
 
 pytestmark = needs_tpu_compiler
@@ -35,3 +36,24 @@ def test_what_does_not_fit_on_chip_is_an_error():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?i)vmem"):
         compile_for("v5e", copy, shape((4096, 1024), jnp.float32))
+
+
+def test_bundles_count_as_often_as_the_loops_around_them_turn():
+    listing = """
+     0   :  { %s0_s0 = smov 0 }
+   0x1 LB: > { %s1_s1 = smov 0 }
+   0x2   :  {}
+   0x3 LB: >> { %s2_s2 = sadd.s32 4, %s1_s1 }
+   0x4   : > { %p1_p1 = scmp.ge.s32.totalorder %s2_s2, 8 /* loop exit test */ }
+   0x5   : >> { %9 = sbr.rel (!%p1_p1) target = $region1 }
+   0x6 PF: > { %s3_s3 = sadd.s32 1, %s0_s0  ;;  %p2_p2 = scmp.ge.s32.totalorder %s3_s3, 18 /* loop exit test */ }
+   0x7   : > { %10 = sbr.rel (!%p3_p3) target = $region2 }
+   0x8   : > { %11 = sbr.rel (!%p2_p2) target = $region3 }
+   0x9   :  { %12 = vsyncpa [#allocation], 1 }
+"""
+    assert tpu_schedule.bundles_of(listing) == 2 + (18 - tpu_schedule.FILL) * (5 + 2 * 3)
+
+
+def test_schedules_of_kernels_are_found():
+    found = tpu_schedule.measure("linear_attention", "v5p", 64, "none", "bfloat16")
+    assert 0.1 < found["forward"] < found["backward"] < 10
