@@ -105,7 +105,7 @@ class HeadDecay(NoDecay):
       tables: what `tables` gave for these decays.
     """
 
-    def __init__(self, tile: Tile, decays: list[jax.Array], valid: jax.Array | int, tables: "Tables"):
+    def __init__(self, tile: Tile, decays: list[jax.Array], valid: jax.Array | int, tables: Tables):
         super().__init__(tile)
         self.between, self.since_start, self.until_end = tables
         decay = spread_scalars(decays, tile.size)
@@ -116,7 +116,7 @@ class HeadDecay(NoDecay):
         self.whole = jnp.exp(self.valid * decay)
 
     @staticmethod
-    def tables(tile: Tile, decays: list[jax.Array]) -> "Tables":
+    def tables(tile: Tile, decays: list[jax.Array]) -> Tables:
         """Exponentials that are the same in every chunk of `tile.chunk` tokens."""
         i, j = tile.pairs()
         apart = jnp.maximum(i - j, 0).astype(WIDE)

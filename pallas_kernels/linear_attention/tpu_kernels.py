@@ -1,6 +1,7 @@
 """Bodies of the TPU kernels of linear attention, and the call that runs one.
 
-A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `tpu_plan.KINDS`.
+A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `tpu_plan.KINDS`. What computes a
+chunk is a generator: it pauses where products of other heads may come between, see `run_groups`.
 
 Causal, per group of heads and chunk, with S the state before the chunk (kept transposed, float32), r the factor of a
 row of y (the scale, or the reciprocal of its denominator) and P the decays between tokens:
