@@ -27,6 +27,7 @@ differentiated through its solution: dR = (I + L)⁻ᵀ dU and dL = -dR Uᵀ (th
 Every term of a decay's gradient carries that decay: none is a difference of sums without it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -148,12 +149,12 @@ def _decays(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return between, since_start, jnp.exp(jnp.minimum(until_end, 0)), since_start[c - 1 :]
 
 
-def _write(plan: Plan, xs: list[_Chunk], overlaps: list, reads: list, states: list, inverses: list | None = None):
+def _write(plan: Plan, xs: list[_Chunk], overlaps: list, reads: list, states: list):
     """U (c, E) of each head, the states after the chunk, and the inverses; `reads` are k S."""
     lowers = [_below(x.beta * overlap) for x, overlap in zip(xs, overlaps, strict=True)]
-    inverses = inverses or _inverses(lowers)
+    inverses = _inverses(lowers)
     rights = [x.beta * (x.v.astype(WIDE) - x.since_start * read) for x, read in zip(xs, reads, strict=True)]
-    writes = _solve(plan, lowers, inverses, rights)
+    writes = run_groups(map(functools.partial(_solve, plan), lowers, inverses, rights))
     states = [
         x.whole * state + _precise(plan.dtype, x.k, x.until_end * u, "tn")
         for x, state, u in zip(xs, states, writes, strict=True)
@@ -206,35 +207,20 @@ def _inverses(lowers: list[jax.Array]) -> list[jax.Array]:
     return [x[:, start : start + c] for x in inverses for start in range(0, x.shape[1], c)]
 
 
-def _solve(plan: Plan, lowers: list, inverses: list, rights: list) -> list[jax.Array]:
-    """(I + L)⁻¹ R of each head, from the first triangle to the last."""
-    done = [[] for _ in lowers]
-    for start in range(0, plan.chunk, BLOCK):
-        end = start + BLOCK
-        rest = [right[start:end] for right in rights]
-        if start:
-            before = [jnp.concatenate(x, axis=0) for x in done]
-            rest = [
-                r - _precise(plan.dtype, lower[start:end, :start], x, "nn")
-                for r, lower, x in zip(rest, lowers, before, strict=True)
-            ]
-        for x, inverse, r in zip(done, inverses, rest, strict=True):
-            x.append(r + _precise(plan.dtype, inverse[:, start:end], r, "nn"))
-    return [jnp.concatenate(x, axis=0) for x in done]
-
-
-def _solve_transposed(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array) -> Steps:
-    """(I + L)⁻ᵀ R of one head, from the last triangle to the first."""
-    done = []
-    for start in reversed(range(0, plan.chunk, BLOCK)):
-        end = start + BLOCK
-        rest = right[start:end]
+def _solve(plan: Plan, lower: jax.Array, inverse: jax.Array, right: jax.Array, *, transposed: bool = False) -> Steps:
+    """(I + L)⁻¹ R of one head, from the first triangle to the last; (I + L)⁻ᵀ R, from the last to the first."""
+    done, over = {}, "tn" if transposed else "nn"
+    starts = range(0, plan.chunk, BLOCK)
+    for start in reversed(starts) if transposed else starts:
+        rows = slice(start, start + BLOCK)
+        rest = right[rows]
         if done:
-            rest -= _precise(plan.dtype, lower[end:, start:end], jnp.concatenate(done, axis=0), "tn")
+            known = jnp.concatenate([done[i] for i in sorted(done)], axis=0)
+            rest -= _precise(plan.dtype, lower[rows.stop :, rows] if transposed else lower[rows, :start], known, over)
             yield
-        done.insert(0, rest + _precise(plan.dtype, inverse[:, start:end], rest, "tn"))
+        done[start] = rest + _precise(plan.dtype, inverse[:, rows], rest, over)
         yield
-    return jnp.concatenate(done, axis=0)
+    return jnp.concatenate([done[start] for start in starts], axis=0)
 
 
 # ---- bodies
@@ -265,7 +251,7 @@ def _forward(plan: Plan, refs: Refs) -> None:
             refs.y[x.rows, head * e : (head + 1) * e] = y.astype(refs.y.dtype)
             refs.state[head] = states[head]
 
-    lax.fori_loop(0, plan.chunks, chunk, None)
+    lax.fori_loop(0, plan.chunks, chunk, None, unroll=plan.unroll)
     if refs.final is not None:
 
         @pl.when(n == plan.blocks - 1)
@@ -296,10 +282,10 @@ def _backward(plan: Plan, refs: Refs) -> None:
 
     def backward(step, _):
         t = plan.chunks - 1 - step
-        run_groups((_backward_chunk(plan, refs, n, t, head) for head in heads), in_turns=True)
+        run_groups(_backward_chunk(plan, refs, n, t, head) for head in heads)
 
-    lax.fori_loop(0, plan.chunks, rebuild, None)
-    lax.fori_loop(0, plan.chunks, backward, None)
+    lax.fori_loop(0, plan.chunks, rebuild, None, unroll=plan.unroll)
+    lax.fori_loop(0, plan.chunks, backward, None, unroll=plan.unroll)
     if refs.dinitial is not None:
 
         @pl.when(n == 0)
@@ -323,11 +309,11 @@ def _backward_chunk(plan: Plan, refs: Refs, n: jax.Array, t: jax.Array, head: in
     reads = product(dtype, both, state, "nn")
     q_read, k_read = x.since_start * reads[:c], x.since_start * reads[c:]
     k_dstate = x.until_end * _precise(dtype, x.k, dstate, "nn")
-
     yield
+
     dwrites = _precise(dtype, scale * scores, dy, "tn") + k_dstate
     yield
-    dright = yield from _solve_transposed(plan, lower, inverse, dwrites)
+    dright = yield from _solve(plan, lower, inverse, dwrites, transposed=True)
     dscores, dlower = _precise(dtype, dy, writes, "nt"), _below(-_precise(dtype, dright, writes, "nt"))
     yield
     dbetween = jnp.concatenate([scale * dscores * between, x.beta * dlower * between], axis=0)

@@ -101,7 +101,7 @@ def _forward(plan: Plan, refs: Refs) -> None:
             refs.state[:, group.q] = state
             refs.y[rows, group.y] = y.astype(refs.y.dtype)
 
-        run_groups(map(heads, groups), plan.in_turns)
+        run_groups(map(heads, groups), in_turns=plan.in_turns)
 
     lax.fori_loop(0, plan.chunks, chunk, None, unroll=plan.unroll)
     if refs.final is not None:
@@ -186,7 +186,7 @@ def _backward(plan: Plan, refs: Refs) -> None:
             if gradients.scale is not None:
                 refs.sums[1:2, group.q] += gradients.scale
 
-        run_groups(map(heads, groups), plan.in_turns)
+        run_groups(map(heads, groups), in_turns=plan.in_turns)
 
     lax.fori_loop(0, plan.chunks - 1, rebuild, None, unroll=plan.unroll > 1)
     lax.fori_loop(0, plan.chunks, reverse, None, unroll=plan.unroll)
@@ -399,7 +399,7 @@ def _head_decays(plan: Plan, refs: Refs, group: _Group) -> list[jax.Array]:
     return [refs.decay[first + a] for a in range(group.tile.pack)]
 
 
-def _decay(plan: Plan, refs: Refs, group: _Group, t: jax.Array | int, valid: jax.Array | None) -> Decay:
+def _decay(plan: Plan, refs: Refs, group: _Group, t: jax.Array, valid: jax.Array | None) -> Decay:
     tile = group.tile
     match plan.config.decay:
         case None:

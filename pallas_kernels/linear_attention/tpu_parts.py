@@ -79,14 +79,24 @@ def run_plan(
 Steps = Generator[None, None, Any]  # work on one group of heads, which pauses where another's may come between
 
 
-def run_groups(groups: Iterable[Steps], in_turns: bool) -> None:
+def run_groups(groups: Iterable[Steps], *, in_turns: bool = True) -> list[Any]:
     """Runs all groups of heads: in turns, each up to its next pause, or one after another.
 
     A matrix unit takes products in the order of the program. Where the next one waits for the last one's result, the
     products of other heads keep it busy, if they come in turns.
+
+    Returns:
+      What each group returned.
     """
-    for _ in itertools.zip_longest(*groups) if in_turns else itertools.chain(*groups):
+    results = {}
+
+    def run(number, steps):
+        results[number] = yield from steps
+
+    running = [run(number, steps) for number, steps in enumerate(groups)]
+    for _ in itertools.zip_longest(*running) if in_turns else itertools.chain(*running):
         pass
+    return [results[number] for number in range(len(running))]
 
 
 def product(dtype: jnp.dtype, x: jax.Array, y: jax.Array, over: str) -> jax.Array:

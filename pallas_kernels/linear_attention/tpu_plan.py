@@ -182,9 +182,9 @@ class Plan:
         Half as many with decay per channel, whose chunks are long programs already, and one in float32, whose products
         of several passes leave no gaps.
         """
-        most = UNROLL // 2 if self.config.decay == "channel" else UNROLL
         if self.dtype == jnp.float32 or not self.in_turns:
             return 1
+        most = UNROLL // 2 if self.config.decay == "channel" else UNROLL
         return max(turns for turns in range(1, most + 1) if self.chunks % turns == 0)
 
     @property
@@ -228,18 +228,18 @@ class Plan:
 
     def scratch(self, kind: str) -> tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]:
         """Names, shapes and dtypes of what a kernel keeps on chip between grid points."""
-        state, tables = ("state", (self.state_rows, self.key_lanes), jnp.float32), ()
-        if self.config.decay == "head":
-            between = ("between", (len(self.groups), self.chunk, self.pack * self.chunk), jnp.float32)
-            edges = ((name, (self.chunk, self.key_lanes), jnp.float32) for name in ("since_start", "until_end"))
-            tables = (between, *edges)
-        if kind in ("forward", "keep"):
-            return (state, *tables)
-        if kind in ("outer", "read_backward"):
-            return (state,)
-        if kind == "backward":
-            states = ("states", (self.chunks, *state[1]), self.dtype)
-            return (state, states, ("dstate", *state[1:]), *tables)
+        state, pairs = (self.state_rows, self.key_lanes), (len(self.groups), self.chunk, self.pack * self.chunk)
+        edge = (self.chunk, self.key_lanes)
+        tables = (("between", pairs, jnp.float32), ("since_start", edge, jnp.float32), ("until_end", edge, jnp.float32))
+        tables = tables if self.config.decay == "head" else ()
+        match kind:
+            case "forward" | "keep":
+                return (("state", state, jnp.float32), *tables)
+            case "backward":
+                states = ("states", (self.chunks, *state), self.dtype)
+                return (("state", state, jnp.float32), states, ("dstate", state, jnp.float32), *tables)
+            case "outer" | "read_backward":
+                return (("state", state, jnp.float32),)
         return ()
 
     def vmem(self, kind: str) -> int:

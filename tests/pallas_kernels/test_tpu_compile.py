@@ -55,5 +55,10 @@ def test_bundles_count_as_often_as_the_loops_around_them_turn():
 
 
 def test_schedules_of_kernels_are_found():
-    found = tpu_schedule.measure("linear_attention", "v5p", 64, "none", "bfloat16")
-    assert 0.1 < found["forward"] < found["backward"] < 10
+    forward, backward = tpu_schedule.measure("linear_attention", "v5p", 64, "none", "bfloat16", "tokens")
+    assert 0.1 < forward < backward < 10
+
+
+def test_a_listing_in_another_form_is_refused():
+    with pytest.raises(ValueError, match="loop whose end was not found"):
+        tpu_schedule.bundles_of("     0   :  { %s0_s0 = smov 0 }\n   0x1 LB: > { %s1_s1 = smov 0 }\n")

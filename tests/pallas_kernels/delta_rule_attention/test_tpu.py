@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import delta_rule_attention, dispatch
 from pallas_kernels.delta_rule_attention import tpu_plan
 from pallas_kernels.delta_rule_attention.cases import ACCURACY, Case
-from pallas_kernels.linear_attention.tpu_plan import CHIPS, UNKNOWN_CHIP, Config
+from pallas_kernels.linear_attention.tpu_plan import CHIPS, UNKNOWN_CHIP, Config, chip_of
 
 BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
 
@@ -113,6 +113,26 @@ def test_bytes_moved_and_on_chip_memory(chip, size):
     assert max(map(plan.vmem, tpu_plan.KINDS)) <= chip.vmem_limit
     wide = tpu_plan.plan_for(Config(chip, decay="token"), batch, length, heads, heads, size, size, jnp.float32)
     assert max(map(wide.vmem, tpu_plan.KINDS)) <= chip.vmem_limit
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "repeats", "block_heads"),
+    [
+        (8, 8, 128, 1, 4),
+        (6, 6, 128, 1, 2),
+        (3, 3, 128, 1, 1),
+        (8, 8, 256, 1, 2),
+        (8, 2, 128, 4, 4),  # a block reads one head of k and v
+        (8, 4, 128, 2, 2),
+        (3, 1, 128, 3, 1),
+        (12, 4, 128, 1, 4),  # four heads of a block would read two: they are repeated
+        (8, 2, 64, 1, 4),  # half a tile of lanes cannot be cut out
+    ],
+)
+def test_heads_of_a_block(heads, kv_heads, size, repeats, block_heads):
+    config = Config(chip_of("TPU v5e"), decay="token")
+    plan = tpu_plan.plan_for(config, 1, 5000, heads, kv_heads, size, size, jnp.bfloat16)
+    assert (plan.repeats, plan.block_heads) == (repeats, block_heads)
 
 
 def test_blocks_of_tokens_do_not_depend_on_what_a_device_gets():

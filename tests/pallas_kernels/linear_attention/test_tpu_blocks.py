@@ -265,7 +265,8 @@ def test_other_sizes_and_options_compile(name):
 
 @needs_tpu_compiler
 @pytest.mark.parametrize(
-    ("size", "dtype", "decay"), [(128, "bfloat16", "head"), (16, "float32", "channel"), (256, "float32", "channel")]
+    ("size", "dtype", "decay"),
+    [(128, "bfloat16", "head"), (16, "float32", "token"), (16, "float32", "channel"), (256, "float32", "channel")],
 )
 def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkeypatch):
     kind = device_kind("v5e")
