@@ -1,16 +1,17 @@
-"""Linear attention as Pallas Mosaic GPU kernels for Hopper (sm_90a): causal, forward and backward.
+"""Linear attention as Pallas Mosaic GPU kernels for Hopper and Blackwell: causal, forward and backward.
 
-One kernel, `mosaic_gpu_sweep.sweep`, does all of it; README.md derives the chunks, its docstring the tiles.
+One kernel does all of it, `mosaic_gpu_sweep.sweep` on Hopper (sm_90a) and `mosaic_gpu_blackwell.sweep` on Blackwell
+(sm_100a); README.md derives the chunks, their docstrings the tiles.
 
 **Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
 cumulated inside chunks by XLA, in a (B, H, N) array.
 
 **Backward.** One launch: dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and
-(k, q, dy). Up to D = E = 128 the last two are one sweep, which reads q, k, v and dy once: of the two warpgroups of a
-CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the two need
-different numbers of CTAs; there CTAs of dk and of dv stand side by side and read the same chunks at the same time, so
-that the second-level cache answers the second of them. Nothing is kept from the forward pass but its inputs: each sweep
-builds the states that it needs.
+(k, q, dy). On Hopper, up to D = E = 128, the last two are one sweep, which reads q, k, v and dy once: of the two
+warpgroups of a CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the
+two need different numbers of CTAs; there, and on Blackwell, CTAs of dk and of dv stand side by side and read the same
+chunks at the same time, so that the second-level cache answers the second of them. Nothing is kept from the forward
+pass but its inputs: each sweep builds the states that it needs.
 
 **Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
@@ -33,8 +34,8 @@ Only a call that differentiates the decay pays for any of this.
 
 **Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
-main sweep starts from these. This is exact; k and v are read twice. It needs N to be a multiple of 64·splits, and is
-done where the sequence is long enough to gain by it (`gpu_splits`).
+main sweep starts from these. This is exact; k and v are read twice. It needs splits of whole chunks, and is done where
+the sequence is long enough to gain by it (`gpu_splits`).
 
 Arrays whose N is no multiple of 8 are padded to one, a copy of q, k, v and dy; every other N is read in place.
 Grouped heads are read by index; dk and dv are written per query head in the dtype of the inputs and summed in float32.
@@ -44,12 +45,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition, symbolic_zeros
+from pallas_kernels.linear_attention import mosaic_gpu_blackwell, mosaic_gpu_sweep
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
 from pallas_kernels.linear_attention.mosaic_gpu_plan import (
@@ -60,18 +62,40 @@ from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     chunks_between_kept,
     with_blocks,
 )
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS, sweep
+from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
-SIZES = (64, 128, 192, 256)  # D and E
 # Dtypes that the tensor cores take and this implementation does not, with the reason.
 OTHER_DTYPES = {
-    "float32": "on float32 wgmma rounds to TF32, an error above 1e-6",
+    "float32": "of float32 the tensor cores read TF32, an error above 1e-6",
     "float16": "scores are operands too, and overflow above 65504",
 }
-HOPPER = {"H100": 132, "H200": 132, "H800": 132, "H20": 78, "GH200": 132}  # multiprocessors
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
+
+
+class Generation(NamedTuple):
+    """GPUs that one kernel is for.
+
+    Attributes:
+      chips: words in their names, and their multiprocessors.
+      chunk: tokens of a chunk.
+      sizes: D and E that the kernel takes.
+    """
+
+    chips: tuple[tuple[str, int], ...]
+    chunk: int
+    sizes: tuple[int, ...]
+
+
+HOPPER = Generation(
+    (("H200", 132), ("H100", 132), ("H800", 132), ("H20", 78), ("GH200", 132)), TILE, (64, 128, 192, 256)
+)
+BLACKWELL = Generation(
+    (("B200", 148), ("GB200", 152), ("B300", 148), ("GB300", 152)),
+    mosaic_gpu_blackwell.CHUNK,
+    mosaic_gpu_blackwell.SIZES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +107,7 @@ class Config:
       decay_gradient: whether the backward pass computes the gradient of the decay.
       scale_gradient: likewise for the scale.
       splits: parts into which the sequence is cut.
+      generation: whose kernel runs.
       processors: multiprocessors of the GPU.
       interpret: parameters of Pallas' interpreter, None on a GPU.
     """
@@ -91,15 +116,21 @@ class Config:
     decay_gradient: bool = False
     scale_gradient: bool = False
     splits: int = 1
-    processors: int = 132
+    generation: Generation = HOPPER
+    processors: int = HOPPER.chips[0][1]
     interpret: Any = None
 
 
 def supports(args: Arguments) -> str | None:
     """Why this implementation cannot take `args`; None when it can."""
     kind = dispatch.current_device_kind()
-    if _processors(kind) is None:
-        return f"it needs a Hopper GPU ({', '.join(HOPPER)}): wgmma is compute capability 9.0 alone; got {kind}"
+    chip = _chip(kind)
+    if chip is None:
+        names = ", ".join(name for generation in (HOPPER, BLACKWELL) for name, _ in generation.chips)
+        return (
+            f"it needs a GPU of compute capability 9.0 or 10 ({names}): others have no wgmma and no tcgen05; got {kind}"
+        )
+    generation, _ = chip
     dtype = args.q.dtype.name
     if dtype != "bfloat16":
         reason = f": {OTHER_DTYPES[dtype]}" if dtype in OTHER_DTYPES else ""
@@ -111,15 +142,20 @@ def supports(args: Arguments) -> str | None:
     if args.log_decay is not None and args.log_decay.ndim == 4:
         return "it takes log_decay of shape (H,) or (B, N, H); decay per channel leaves no single product of a chunk"
     for name, size in (("D", args.q.shape[3]), ("E", args.v.shape[3])):
-        if size not in SIZES:
-            return f"it takes head sizes {', '.join(map(str, SIZES))}, got {name}={size}"
-    if args.chunk_size not in (None, TILE):
-        return f"chunk_size must be None or {TILE}, got {args.chunk_size}"
+        if size not in generation.sizes:
+            return f"on {kind} it takes head sizes {', '.join(map(str, generation.sizes))}, got {name}={size}"
+    if args.chunk_size not in (None, generation.chunk):
+        return f"on {kind} chunk_size must be None or {generation.chunk}, got {args.chunk_size}"
     return partition.refusal()
 
 
 def run(
-    args: Arguments, *, interpret: Any = None, splits: int | None = None, processors: int | None = None
+    args: Arguments,
+    *,
+    interpret: Any = None,
+    splits: int | None = None,
+    generation: Generation | None = None,
+    processors: int | None = None,
 ) -> tuple[jax.Array, State | None]:
     """y (B, N, H, E) and, if asked for, the state.
 
@@ -127,39 +163,54 @@ def run(
       args: what `supports` takes.
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
-      processors: its multiprocessors; None for those of this machine, or of an H200.
+      generation: of the GPU; None for that of this machine, or Hopper.
+      processors: its multiprocessors; None for those of this machine, or of the generation's first chip.
 
     Raises:
       ValueError: for splits that do not cut N into whole chunks.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
-    processors = processors or _processors(dispatch.current_device_kind()) or HOPPER["H200"]
+    here, processors_here = _chip(dispatch.current_device_kind()) or (HOPPER, HOPPER.chips[0][1])
+    if generation not in (None, here):
+        here, processors_here = generation, generation.chips[0][1]
+    processors = processors or processors_here
     if splits is None:
-        splits = split_count(processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
-    if splits > 1 and args.q.shape[1] % (TILE * splits):
-        raise ValueError(f"splits must cut N into whole chunks of {TILE} tokens, got {splits=} and N={args.q.shape[1]}")
-    config = Config(return_state=args.return_state, splits=splits, processors=processors, interpret=interpret)
+        splits = split_count(here, processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
+    if splits > 1 and args.q.shape[1] % (here.chunk * splits):
+        chunks = f"whole chunks of {here.chunk} tokens"
+        raise ValueError(f"splits must cut N into {chunks}, got {splits=} and N={args.q.shape[1]}")
+    config = Config(
+        return_state=args.return_state, splits=splits, generation=here, processors=processors, interpret=interpret
+    )
     return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
 
-def split_count(processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int) -> int:
+def split_count(
+    generation: Generation, processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int
+) -> int:
     """Splits of the sequence: 1 while the CTAs fill half of the multiprocessors, else enough to fill all if that pays.
 
-    Splits are equal and whole chunks, at least eight of them each, so the count divides N / 64.
+    Splits are equal and whole chunks, at least eight of them each, so the count divides the chunks of the sequence.
     """
-    plan = with_blocks(Plan((FORWARD,), key_size, value_size))
-    ctas = batch * heads * plan.groups
-    if 2 * ctas > processors or length % TILE:
+    plan = Plan((FORWARD,), key_size, value_size)
+    if generation is BLACKWELL:
+        groups = value_size // mosaic_gpu_blackwell.launch_shape([plan]).columns
+    else:
+        groups = with_blocks(plan).groups
+    ctas = batch * heads * groups
+    if 2 * ctas > processors or length % generation.chunk:
         return 1
-    chunks = length // TILE
+    chunks = length // generation.chunk
     fitting = [s for s in range(1, min(MAX_SPLITS, processors // ctas, chunks // 8) + 1) if chunks % s == 0]
     most = max(fitting, default=1)
     return most if pays(chunks, most) else 1
 
 
-def _processors(kind: str | None) -> int | None:
-    names = [name for name in HOPPER if name in (kind or "").replace("-", " ").split()]
-    return HOPPER[names[0]] if names else None
+def _chip(kind: str | None) -> tuple[Generation, int] | None:
+    """Generation and multiprocessors of a GPU; None for one of another generation."""
+    words = (kind or "").replace("-", " ").split()
+    found = [(x, count) for x in (HOPPER, BLACKWELL) for name, count in x.chips if name in words]
+    return found[0] if found else None
 
 
 # ---- the op and its derivative
@@ -267,7 +318,14 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
         given, ends = starts, common.states_before(own, dlast, reverse=True)
     kind = common.kind if config.decay_gradient else None
     start = state is not None or (kind == "token" and given is not None)
-    plans = backward(*sizes, decay=kind, scale=config.scale_gradient, start=start, end=ends is not None)
+    plans = backward(
+        *sizes,
+        decay=kind,
+        scale=config.scale_gradient,
+        start=start,
+        end=ends is not None,
+        together=config.generation is HOPPER,
+    )
     initial = {"dq": _swap(given), "dk": _swap(ends), "dv": ends}
     found = common.launch(arrays, initial | ({"tangent": given} if kind == "head" else {}), *plans)
     dk, dv = (_per_key_head(found[name], k.shape[2]) for name in ("dk", "dv"))
@@ -307,7 +365,12 @@ class _Common:
     @property
     def chunks(self) -> int:
         """Chunks of a split."""
-        return -(-self.length // self.config.splits // TILE)
+        return -(-self.length // self.config.splits // self.chunk)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.config.generation.chunk
 
     @property
     def kind(self) -> str | None:
@@ -316,12 +379,12 @@ class _Common:
 
     @functools.cached_property
     def cumulated(self) -> jax.Array | None:
-        """Base-2 log decays from the start of each chunk, (B·S, H, chunks·64), of a decay per token."""
+        """Base-2 log decays from the start of each chunk, (B·S, H, chunks·chunk), of a decay per token."""
         if self.kind != "token":
             return None
         g = jnp.swapaxes(self.fold(jnp.maximum(self.decay, FLOOR)), 1, 2)
-        g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % TILE)))
-        total = jnp.cumsum(g.reshape(*g.shape[:2], -1, TILE), axis=-1)
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % self.chunk)))
+        total = jnp.cumsum(g.reshape(*g.shape[:2], -1, self.chunk), axis=-1)
         return total.reshape(g.shape) * LOG2_E
 
     def fold(self, x: jax.Array) -> jax.Array:
@@ -336,7 +399,7 @@ class _Common:
     def launch(
         self, arrays: dict[str, jax.Array], initial: dict[str, jax.Array | None], *plans: Plan
     ) -> dict[str, jax.Array]:
-        """`mosaic_gpu_sweep.sweep` of folded arrays; with splits, states have an axis S after B.
+        """The generation's sweep of folded arrays; with splits, states have an axis S after B.
 
         Args:
           arrays: token arrays by name.
@@ -366,11 +429,14 @@ class _Common:
         splits = self.config.splits
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
-        chosen = [with_blocks(plan) for plan in plans]
-        # With fewer CTAs, one head each for more multiprocessors is better than two for some.
-        if self.heads % 2 == 0 and batch * self.heads * sum(plan.ctas for plan in chosen) > self.config.processors:
-            chosen = [with_blocks(plan, pairs=True) for plan in plans]
-        outputs = sweep(chosen, self.length // splits, self.heads, given)
+        if self.config.generation is BLACKWELL:
+            outputs = mosaic_gpu_blackwell.sweep(plans, self.length // splits, self.heads, given)
+        else:
+            chosen = [with_blocks(plan) for plan in plans]
+            # With fewer CTAs, one head each for more multiprocessors is better than two for some.
+            if self.heads % 2 == 0 and batch * self.heads * sum(plan.ctas for plan in chosen) > self.config.processors:
+                chosen = [with_blocks(plan, pairs=True) for plan in plans]
+            outputs = mosaic_gpu_sweep.sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 if name.startswith(("final", "kept")):
@@ -411,7 +477,7 @@ def _decay_gradient(common: _Common, found: dict[str, jax.Array], start, given, 
       ends: cotangents behind the last chunk, likewise; None for 0.
     """
     scale = 1 if common.scale is None else common.scale  # which reversed sweeps have in their states
-    (a, row_sums), (b, column_sums) = _parts(found["sums dq"] * scale), _parts(found["sums dk"])
+    (a, row_sums), (b, column_sums) = _parts(common, found["sums dq"] * scale), _parts(common, found["sums dk"])
     # Row sums less column sums from t on: the pairs i ≥ t > j of the chunk, as all others cancel.
     behind = jnp.flip(jnp.cumsum(jnp.flip(row_sums + a - column_sums, 3), axis=3), 3)
     # b of a token itself, which need not carry its decay, is left out before the sum, not subtracted after it.
@@ -430,10 +496,10 @@ def _decay_gradient(common: _Common, found: dict[str, jax.Array], start, given, 
     return common.of_batch(jnp.where(common.decay < FLOOR, 0, total))
 
 
-def _parts(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens outside of the chunk and inside, (B·S, H, T, 64) each."""
+def _parts(common: _Common, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens outside of the chunk and inside, (B·S, H, T, chunk) each."""
     sums = jnp.sum(sums, axis=3)
-    return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, TILE) for part in range(2))
+    return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, common.chunk) for part in range(2))
 
 
 def _crossing(common: _Common, a, b, kept, kept_cotangents, first, ends) -> jax.Array:
@@ -441,7 +507,7 @@ def _crossing(common: _Common, a, b, kept, kept_cotangents, first, ends) -> jax.
 
     Args:
       common: what the sweeps share.
-      a: of each token, (B·S, H, T, 64).
+      a: of each token, (B·S, H, T, chunk).
       b: likewise.
       kept: states before chunks 0, K, 2K, ... and before the last one, (B·S, H, borders + 1, E, D).
       kept_cotangents: likewise; the first and the last place have no meaning.
@@ -460,7 +526,7 @@ def _crossing(common: _Common, a, b, kept, kept_cotangents, first, ends) -> jax.
 
     loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
     # X is known where the chunk forgets, and of the last chunk: Y behind it may be large and carry no decay.
-    weights = common.cumulated.reshape(batch, heads, chunks, TILE)[..., -1] / LOG2_E
+    weights = common.cumulated.reshape(batch, heads, chunks, common.chunk)[..., -1] / LOG2_E
     last = nothing
     if ends is not None:
         last = _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None]) * jnp.exp(weights[..., -1:])

@@ -1,4 +1,4 @@
-"""What is static in a launch on Mosaic GPU, and the shared memory and registers that it takes.
+"""What is static in a launch on Mosaic GPU, and the shared memory and registers that it takes on Hopper.
 
 With P_ij the decay between tokens i and j, a sweep computes for tokens in order, or in reverse,
 
@@ -204,6 +204,11 @@ def chunks_between_kept(key_size: int, value_size: int) -> int:
     return max(4, -(-key_size * value_size // (TILE // 4 * (key_size + value_size))))
 
 
+def borders(plan: Plan, chunks: int) -> int:
+    """Number of borders in front of chunks 0, keep, 2·keep, ..."""
+    return -(-chunks // plan.keep)
+
+
 def backward(
     key_size: int,
     value_size: int,
@@ -212,6 +217,7 @@ def backward(
     scale: bool = False,
     start: bool = False,
     end: bool = False,
+    together: bool = True,
 ) -> list[Plan]:
     """The sweeps of the backward pass, without blocks.
 
@@ -222,11 +228,12 @@ def backward(
       scale: whether the gradient of the scale is wanted.
       start: whether the gradient of the initial state is wanted, "final dk".
       end: whether the last state has a cotangent, which "final tangent" then meets.
+      together: whether dk and dv may be of one sweep.
     """
     keep = chunks_between_kept(key_size, value_size) if decay == "token" else 0
     plans = [Plan((DQ,), value_size, key_size, sums=scale or decay is not None, keep=keep)]
     rest = {"sums": decay is not None, "keep": keep, "final": start, "reverse": True}
-    if key_size == value_size <= BOTH:
+    if together and key_size == value_size <= BOTH:
         plans += [Plan((DK, DV), key_size, value_size, **rest)]
     else:
         plans += [Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)]

@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import partition
-from pallas_kernels.linear_attention.mosaic_gpu_plan import OUT, WEIGHTED, Job, Plan, vectors
+from pallas_kernels.linear_attention.mosaic_gpu_plan import OUT, WEIGHTED, Job, Plan, borders, vectors
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -104,7 +104,7 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             if plan.final:
                 out_types[f"final {job.out}"] = struct((batch, heads, plan.parts * inner, outer), jnp.float32)
         if plan.keep:
-            out_types[f"kept {first}"] = struct((batch, heads, _borders(plan, chunks) + 1, inner, outer), STATE_DTYPE)
+            out_types[f"kept {first}"] = struct((batch, heads, borders(plan, chunks) + 1, inner, outer), STATE_DTYPE)
         if plan.sums:
             places = plan.parts if plan.tangent else 2
             out_types[f"sums {first}"] = struct((batch, heads, places, outer // TILE, chunks * TILE), jnp.float32)
@@ -469,11 +469,6 @@ def _add_tokens(plan: Plan, own, column, value, weight, whole, states) -> list[j
     return products(plan.interpreted, *terms)
 
 
-def _borders(plan: Plan, chunks: int) -> int:
-    """Number of borders in front of chunks 0, keep, 2·keep, ..."""
-    return -(-chunks // plan.keep)
-
-
 def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step) -> None:
     """Stores the state in front of the chunk (behind it, in reverse) if it is one of those to keep."""
     border = place.chunk(plan, step) + int(plan.reverse)
@@ -493,7 +488,7 @@ def _keep(plan: Plan, place: _Place, gmem, operand, job: Job, step) -> None:
 
         @pl.when(border == place.chunks - 1)
         def _():
-            store(_borders(plan, place.chunks))
+            store(borders(plan, place.chunks))
 
 
 def _write_sums(plan: Plan, place: _Place, gmem, smem, job: Job, where, step, sums, staging: int = 0) -> None:
