@@ -54,6 +54,7 @@ from pallas_kernels import dispatch, partition, symbolic_zeros
 from pallas_kernels.linear_attention import mosaic_gpu_blackwell, mosaic_gpu_sweep
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
+from pallas_kernels.linear_attention.mosaic_gpu_decay import FLOOR, LOG2_E
 from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     DV,
     FORWARD,
@@ -62,7 +63,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     chunks_between_kept,
     with_blocks,
 )
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, ROWS
+from pallas_kernels.linear_attention.mosaic_gpu_sweep import ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
 # Dtypes that the tensor cores take and this implementation does not, with the reason.

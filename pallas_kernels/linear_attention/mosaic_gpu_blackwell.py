@@ -39,8 +39,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import partition
+from pallas_kernels.linear_attention.mosaic_gpu_decay import Weights, per_head, per_token
 from pallas_kernels.linear_attention.mosaic_gpu_plan import ALIGNMENT, SMEM_BYTES, Job, Plan, borders
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import FLOOR, LOG2_E, STATE_DTYPE
+from pallas_kernels.linear_attention.mosaic_gpu_sweep import STATE_DTYPE
+from pallas_kernels.linear_attention.mosaic_gpu_tiles import launch
 
 CHUNK = 128  # tokens of a chunk, rows of a product, and rows of a state
 SIZES = (64, 128)  # inner and outer
@@ -124,6 +126,7 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
 
         @pl.when(warpgroup < COMPUTING)
         def _():
+            # Of 512 for a thread of each warpgroup; the other two need few.
             plgpu.set_max_registers(216, action="increase")
             of_each_plan(_compute)
 
@@ -134,23 +137,8 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
                 plgpu.set_max_registers(40, action="decrease")
                 of_each_plan(work)
 
-    outputs = plgpu.kernel(
-        body,
-        out_type=list(out_types.values()),
-        scratch_types=list(scratch.values()),
-        grid=(batch * heads * sum(ctas),),
-        grid_names=("cta",),
-        num_threads=COMPUTING + 2,
-        thread_name="warpgroup",
-        # The layouts below are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=0,  # sums run along rows, and each is within one warp
-        ),
-        interpret=common.interpret,
-    )(*(_with_all_rows(arrays[name]) if name.startswith("initial") else arrays[name] for name in names))
-    found = dict(zip(out_types, outputs, strict=True))
+    inputs = [_with_all_rows(arrays[name]) if name.startswith("initial") else arrays[name] for name in names]
+    found = launch(body, inputs, out_types, scratch, batch * heads * sum(ctas), COMPUTING + 2, common.interpret)
     for plan in plans:
         out = plan.jobs[0].out
         if plan.outputs:
@@ -295,6 +283,10 @@ class _Sweep(NamedTuple):
         """The chunk visited at `step`."""
         return self.chunks - 1 - step if self.plan.reverse else step
 
+    def valid(self, step: jax.Array) -> jax.Array:
+        """Its tokens: the last chunk of a sequence may have fewer."""
+        return jnp.minimum(self.length - self.chunk(step) * CHUNK, CHUNK)
+
     def slot(self, step: jax.Array) -> jax.Array:
         """Its stage in shared memory."""
         return lax.rem(step, jnp.int32(self.shape.stages))
@@ -308,16 +300,15 @@ class _Sweep(NamedTuple):
         zero = jnp.zeros((CHUNK, self.shape.half), jnp.float32)
         return zero if self.plan.interpreted else plgpu.layout_cast(zero, LAYOUT)
 
-    def iota(self, *axis: int) -> jax.Array:
-        """Token numbers, (CHUNK,); with an axis row (0) or column (1) numbers in its half of the scores."""
+    def iota(self, axis: int | None) -> jax.Array:
+        """Row (0) or column (1) numbers of this warpgroup's half of the scores; None: row numbers as a vector."""
         half = CHUNK // COMPUTING
-        size, layout = ((CHUNK, half), LAYOUT) if axis else ((CHUNK,), BY_ROW)
-        dimension = axis[0] if axis else 0
+        size, layout = ((CHUNK,), BY_ROW) if axis is None else ((CHUNK, half), LAYOUT)
         if self.plan.interpreted:
-            numbers = lax.broadcasted_iota(jnp.int32, size, dimension)
+            numbers = lax.broadcasted_iota(jnp.int32, size, axis or 0)
         else:
-            numbers = plgpu.broadcasted_iota(jnp.int32, size, dimension, layout=layout)
-        return numbers + self.warpgroup * half if axis == (1,) else numbers
+            numbers = plgpu.broadcasted_iota(jnp.int32, size, axis or 0, layout=layout)
+        return numbers + self.warpgroup * half if axis == 1 else numbers
 
 
 def _by_row(vector: jax.Array, columns: int) -> jax.Array:
@@ -345,8 +336,9 @@ def _copy(sweep: _Sweep) -> None:
                 continue
             head = lax.div(sweep.head, jnp.int32(sweep.heads // gmem[name].shape[2]))
             target = chip[role].at[slot]
-            # Beyond the array's channels the copy engine fills up with zeros.
-            first = sweep.tile * shape.columns if role in ("value", "partner") else sweep.tile * 0
+            # Beyond the array's channels the copy engine fills up with zeros. Pallas refuses to read there from a start
+            # that it knows, hence a zero that it does not.
+            first = sweep.tile * (shape.columns if role in ("value", "partner") else 0)
             source = gmem[name].at[sweep.batch, tokens, head, pl.ds(first, target.shape[1])]
             plgpu.copy_gmem_to_smem(source, target, chip["full"].at[slot])
         if plan.decay == "token":
@@ -453,66 +445,44 @@ def _publish(sweep: _Sweep, step: jax.Array, states: Sequence[jax.Array]) -> Non
                 store(borders(plan, sweep.chunks))
 
 
-class _Weights(NamedTuple):
-    """Decays in a chunk; None where they are 1.
-
-    Attributes:
-      between: function that gives those between rows i and this warpgroup's columns j, to be computed where it is used.
-      border: (CHUNK,), between a token and the border of the chunk where S stands.
-      value: (CHUNK,) or scalar, between a token and the border where S' stands, with the scale in reverse.
-      whole: scalar, of the chunk.
-    """
-
-    between: Callable[[], jax.Array] | None = None
-    border: jax.Array | None = None
-    value: jax.Array | None = None
-    whole: jax.Array | None = None
-
-
-def _weights(sweep: _Sweep, step: jax.Array) -> _Weights:
-    """Every exponent is at most 0; a token's weight in itself, and the last one's up to the end, are exactly 1."""
-    plan, gmem, chip = sweep.plan, sweep.gmem, sweep.chip
-    scale = gmem["scale"][0] if plan.scaled and plan.reverse else None
+def _weights(sweep: _Sweep, step: jax.Array) -> Weights:
+    """Those of this warpgroup's half of the scores; in reverse the values' hold the scale."""
+    plan, chip = sweep.plan, sweep.chip
     if plan.decay is None:
-        return _Weights(value=scale)
-    if plan.decay == "head":
-        g = jnp.maximum(gmem["decay"][sweep.head], FLOOR) * LOG2_E
-        valid = jnp.minimum(sweep.length - sweep.chunk(step) * CHUNK, CHUNK)
-        token = sweep.iota()
-        since_start = jnp.exp2((token + 1).astype(jnp.float32) * g)
-        until_end = jnp.exp2(jnp.maximum(valid - 1 - token, 0).astype(jnp.float32) * g)
-        whole = jnp.exp2(valid.astype(jnp.float32) * g)
+        weights = Weights()
+    elif plan.decay == "head":
 
-        def between() -> jax.Array:
+        def distance() -> jax.Array:
             later, earlier = (sweep.iota(axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
-            return jnp.exp2(jnp.maximum(later - earlier, 0).astype(jnp.float32) * g)
+            return later - earlier
 
+        decay = sweep.gmem["decay"][sweep.head]
+        weights = per_head(plan.reverse, decay, sweep.valid(step), sweep.iota(None), distance)
     else:
         slot, half = sweep.slot(step), CHUNK // COMPUTING
         total = chip["decay"].at[slot]
-        rows, end = sweep.load(total, BY_ROW), chip["decay"][slot, CHUNK - 1]
-        since_start, whole = jnp.exp2(rows), jnp.exp2(end)
-        until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
+        rows = sweep.load(total, BY_ROW)
 
-        def between() -> jax.Array:
+        def difference() -> jax.Array:
             columns = sweep.load(total.at[pl.ds(sweep.warpgroup * half, half)], BY_COLUMN)
             columns = lax.broadcast_in_dim(columns, (CHUNK, half), [1])
-            # Columns of wgmma's tiles have the same layout, which would be taken.
+            # Columns of wgmma's tiles have the same layout, which is taken unless a cast is the next operation.
             columns = columns if plan.interpreted else plgpu.layout_cast(columns, LAYOUT)
-            difference = _by_row(rows, half) - columns
-            return jnp.exp2(jnp.minimum(-difference if plan.reverse else difference, 0.0))
+            return _by_row(rows, half) - columns
 
-    border, value = (until_end, since_start) if plan.reverse else (since_start, until_end)
-    return _Weights(between, border, value if scale is None else value * scale, whole)
+        weights = per_token(plan.reverse, rows, chip["decay"][slot, CHUNK - 1], difference)
+    if not (plan.scaled and plan.reverse):
+        return weights
+    scale = sweep.gmem["scale"][0]
+    return weights._replace(value=scale if weights.value is None else weights.value * scale)
 
 
-def _chunk(sweep: _Sweep, step: jax.Array, weights: _Weights, states: Sequence[jax.Array]) -> list[jax.Array]:
+def _chunk(sweep: _Sweep, step: jax.Array, weights: Weights, states: Sequence[jax.Array]) -> list[jax.Array]:
     """One chunk: writes its output and its sums, and returns the states after it."""
     plan, shape, chip = sweep.plan, sweep.shape, sweep.chip
     scale = sweep.gmem["scale"][0] if plan.scaled else None
     value = chip["value"].at[sweep.slot(step), :, sweep.own]
     tokens = pl.ds(sweep.chunk(step) * CHUNK, CHUNK)
-    inter = None
     if plan.outputs:
         plgpu.barrier_wait(chip["scores done"])
         half = pl.ds(sweep.warpgroup * (CHUNK // COMPUTING), CHUNK // COMPUTING)
@@ -566,7 +536,7 @@ def _chunk(sweep: _Sweep, step: jax.Array, weights: _Weights, states: Sequence[j
     plgpu.barrier_wait(chip["update done"])
     state, *tangents = states
     if plan.tangent:
-        count = jnp.minimum(sweep.length - sweep.chunk(step) * CHUNK, CHUNK).astype(jnp.float32)
+        count = sweep.valid(step).astype(jnp.float32)
         tangents = [(tangent + state * count) * weights.whole for tangent in tangents]
     if weights.whole is not None:
         state = state * weights.whole

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE, tile_bytes, tile_registers
 
-SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
+SMEM_BYTES = 227 * 1024  # of one CTA on compute capabilities 9.0 and 10
 ALIGNMENT = 1024  # of each array in it, in bytes
 MARGIN = 64  # bytes for the barriers of the other sweeps of a launch
 OUT, WEIGHTED = 0, 1  # tiles of a warpgroup where its output and its weighted values stand

@@ -25,7 +25,6 @@ Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import partition
+from pallas_kernels.linear_attention.mosaic_gpu_decay import Weights, per_head, per_token
 from pallas_kernels.linear_attention.mosaic_gpu_plan import OUT, WEIGHTED, Job, Plan, borders, vectors
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
@@ -45,6 +45,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
     by_column,
     by_row,
     iota,
+    launch,
     load,
     products,
     shared,
@@ -52,8 +53,6 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
 )
 
 ROWS = 8  # tokens of a row group of the swizzle: arrays have a multiple of it
-LOG2_E = math.log2(math.e)
-FLOOR = -128.0  # exp of a log decay below it is 0
 STATE_DTYPE = jnp.bfloat16  # of S as an operand and as kept
 
 
@@ -179,23 +178,8 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             plgpu.set_max_registers(24, action="decrease")
             of_each_plan(lambda plan, place, smem: _copy(plan, place, gmem, smem))
 
-    outputs = plgpu.kernel(
-        body,
-        out_type=list(out_types.values()),
-        scratch_types=list(scratch.values()),
-        grid=(batch * heads // together * sum(ctas),),
-        grid_names=("cta",),
-        num_threads=wgs + 1,
-        thread_name="warpgroup",
-        # The layouts below are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=0,  # sums run along rows, and each is within one warp
-        ),
-        interpret=common.interpret,
-    )(*(arrays[name] for name in names))
-    outputs = dict(zip(out_types, outputs, strict=True))
+    inputs = [arrays[name] for name in names]
+    outputs = launch(body, inputs, out_types, scratch, batch * heads // together * sum(ctas), wgs + 1, common.interpret)
     tokens = {job.out for plan in plans for job in plan.jobs}
     return {name: x[:, :length] if name in tokens else x for name, x in outputs.items()}
 
@@ -330,58 +314,29 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
     plgpu.wait_smem_to_gmem(0)
 
 
-class _Weights(NamedTuple):
-    """Decays in a chunk; None where they are 1.
-
-    Attributes:
-      between: function that gives the (64, 64) between row i and column j, to be computed where they are used.
-      border: (64,), between a token and the border of the chunk where S stands.
-      value: (64,), between a token and the border where S' stands.
-      whole: scalar, of the chunk.
-    """
-
-    between: Callable[[], jax.Array] | None = None
-    border: jax.Array | None = None
-    value: jax.Array | None = None
-    whole: jax.Array | None = None
-
-
-def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk, zero) -> _Weights:
-    """Every exponent is at most 0; a token's weight in itself, and the last one's up to the end, are exactly 1."""
+def _weights(plan: Plan, place: _Place, gmem, smem, slot, chunk, zero) -> Weights:
     if plan.decay is None:
-        return _Weights()
+        return Weights()
     if plan.decay == "head":
-        g = jnp.maximum(gmem["decay"][place.head], FLOOR) * LOG2_E
+
+        def distance() -> jax.Array:
+            later, earlier = (iota(plan.interpreted, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
+            return later + zero - earlier
+
         valid = jnp.minimum(place.length - chunk * TILE, TILE)
         token = iota(plan.interpreted, None) + zero
-        since_start = jnp.exp2((token + 1).astype(jnp.float32) * g)
-        until_end = jnp.exp2(jnp.maximum(valid - 1 - token, 0).astype(jnp.float32) * g)
-        whole = jnp.exp2(valid.astype(jnp.float32) * g)
+        return per_head(plan.reverse, gmem["decay"][place.head], valid, token, distance)
+    of_slot = slot * plan.heads + place.own
+    total = smem["decay"].at[of_slot]
+    rows = load(plan.interpreted, total, layout=BY_ROW)
 
-        def between() -> jax.Array:
-            later, earlier = (iota(plan.interpreted, axis) for axis in ((1, 0) if plan.reverse else (0, 1)))
-            return jnp.exp2(jnp.maximum(later + zero - earlier, 0).astype(jnp.float32) * g)
+    def difference() -> jax.Array:
+        return by_row(rows) - by_column(load(plan.interpreted, total, layout=BY_COLUMN))
 
-    else:
-        of_slot = slot * plan.heads + place.own
-        total = smem["decay"].at[of_slot]
-        rows = load(plan.interpreted, total, layout=BY_ROW)
-        end = smem["decay"][of_slot, TILE - 1]
-        since_start = jnp.exp2(rows)
-        until_end = jnp.exp2(jnp.minimum(end - rows, 0.0))
-        whole = jnp.exp2(end)
-
-        def between() -> jax.Array:
-            columns = load(plan.interpreted, total, layout=BY_COLUMN)
-            difference = by_row(rows) - by_column(columns)
-            return jnp.exp2(jnp.minimum(-difference if plan.reverse else difference, 0.0))
-
-    if plan.reverse:
-        return _Weights(between, until_end, since_start, whole)
-    return _Weights(between, since_start, until_end, whole)
+    return per_token(plan.reverse, rows, smem["decay"][of_slot, TILE - 1], difference)
 
 
-def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, scale, states, zero):
+def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: Weights, scale, states, zero):
     """One chunk: writes its output, and returns the state (list of tiles) after it."""
 
     own = place.tiles_of_warpgroup(plan, smem, zero)
@@ -437,7 +392,7 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
     return _add_tokens(plan, own, column, value, weight, weights.whole, states)
 
 
-def _tangent_chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: _Weights, states):
+def _tangent_chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: Weights, states):
     """One chunk: writes the sums of row T partner, and returns the tiles of S and T after it."""
     states, tangents = states[: plan.blocks], states[plan.blocks :]
     own = place.tiles_of_warpgroup(plan, smem, 0)

@@ -1,11 +1,12 @@
-"""Tiles of 64×64 in registers and shared memory, for `mosaic_gpu_sweep`.
+"""Launches of `mosaic_gpu`, and the tiles of 64×64 in registers and shared memory of `mosaic_gpu_sweep`.
 
-On a GPU they have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 and 0.11) knows no layouts, no
+On a GPU tiles have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 and 0.11) knows no layouts, no
 wgmma with operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic.
 Everything else of a kernel, copies and barriers included, is interpreted as it is.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,38 @@ def shared(*shape: int, dtype: jnp.dtype):
     """Shared memory for (*shape, 64, 64) numbers of 16 bits, swizzled as wgmma wants them."""
     transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=transforms)
+
+
+def launch(
+    body: Callable[..., None],
+    inputs: Sequence[jax.Array],
+    out_types: dict[str, jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+    ctas: int,
+    warpgroups: int,
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """Runs `body` of all inputs, outputs and scratch in every CTA, and returns the outputs by name.
+
+    In it the axes are "cta" and "warpgroup"; `interpret` has the parameters of Pallas' interpreter, None on a GPU.
+    """
+    outputs = plgpu.kernel(
+        body,
+        out_type=list(out_types.values()),
+        scratch_types=list(scratch.values()),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        # The layouts of registers are chosen by hand: "lane" semantics, which JAX 0.11 no longer has by default.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # sums run along rows, and each is within one warp
+        ),
+        interpret=interpret,
+    )(*inputs)
+    return dict(zip(out_types, outputs, strict=True))
 
 
 def products(interpret: bool, *sums) -> list[jax.Array]:

@@ -63,6 +63,17 @@ def errors(arguments: dict, options: dict, run) -> Results:
         return relative_errors(got, evaluate(exact, options, reference.run))
 
 
+def check(case: Case, run, scale: float | None = None) -> None:
+    """Outputs and gradients of a case within the bounds."""
+    arguments, options = case.arguments(jnp.bfloat16)
+    if scale is not None:
+        arguments["scale"] = jnp.float32(scale)
+    found = errors(arguments, options, run)
+    assert max(found.outputs) <= BOUND, found.outputs
+    assert set(found.gradients) == set(arguments)
+    assert max(found.gradients.values()) <= 2 * BOUND, found.gradients
+
+
 # ---- numbers
 
 # A case, its scale, and how it is cut; with one multiprocessor two heads share a CTA.
@@ -95,25 +106,17 @@ CASES = {
 def test_outputs_and_gradients(name, interpreter):
     case, scale, how = CASES[name]
     how = {"splits": 1} | how
-    arguments, options = case.arguments(jnp.bfloat16)
-    if scale is not None:
-        arguments["scale"] = jnp.float32(scale)
     interpret = interpreter(case.length // how["splits"])
-    found = errors(arguments, options, lambda args: implementation.run(args, interpret=interpret, **how))
-    assert max(found.outputs) <= BOUND, found.outputs
-    assert set(found.gradients) == set(arguments)
-    assert max(found.gradients.values()) <= 2 * BOUND, found.gradients
+    check(case, lambda args: implementation.run(args, interpret=interpret, **how), scale)
 
 
 @pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("case", [case for case in ACCURACY if case.decay != "channel"], ids=lambda case: case.name)
 def test_accuracy_at_the_lengths_where_it_is_promised(case, interpreter):
-    arguments, options = dataclasses.replace(case, key_size=64).arguments(jnp.bfloat16)
     interpret = interpreter(case.length)
-    found = errors(arguments, options, lambda args: implementation.run(args, interpret=interpret, splits=1))
-    assert max(found.outputs) <= BOUND, found.outputs
-    assert max(found.gradients.values()) <= 2 * BOUND, found.gradients
+    case = dataclasses.replace(case, key_size=64)
+    check(case, lambda args: implementation.run(args, interpret=interpret, splits=1))
 
 
 @interpreted
