@@ -19,15 +19,11 @@ from pallas_kernels.linear_attention import mosaic_gpu_plan as plans
 from pallas_kernels.linear_attention.cases import ACCURACY, Case
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import sweep
 from tests.pallas_kernels.accuracy import Results, relative_errors, results_of
-
-try:  # private: JAX 0.10.2 exports the interpreter of TPUs alone
-    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-except ImportError:
-    InterpretGPUParams = None
+from tests.pallas_kernels.linear_attention import gpu_interpreter
 
 interpreted = pytest.mark.skipif(
-    InterpretGPUParams is None, reason=f"JAX {jax.__version__} has no Pallas interpreter of GPUs where 0.10.2 has it"
+    gpu_interpreter.InterpretGPUParams is None,
+    reason=f"JAX {jax.__version__} has no Pallas interpreter of GPUs where 0.10.2 has it",
 )
 BOUND = 4e-3
 H200 = "NVIDIA H200"
@@ -44,10 +40,10 @@ def interpreter():
     def parameters(length: int, **options):
         if length % plans.TILE:
             options |= {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
-        return InterpretGPUParams(**options)
+        return gpu_interpreter.InterpretGPUParams(**options)
 
-    yield parameters
-    reset_gpu_interpret_mode_state()
+    with gpu_interpreter.interpreting():
+        yield parameters
 
 
 def evaluate(arguments: dict, options: dict, run) -> Results:
@@ -140,7 +136,7 @@ def test_barriers_order_all_accesses(case, interpreter):
 
     gradients = jax.jit(jax.grad(loss))(arguments)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients.values())
-    assert not get_races().races_found
+    assert not gpu_interpreter.get_races().races_found
 
 
 @interpreted

@@ -18,19 +18,12 @@ from pallas_kernels.linear_attention import mosaic_gpu as implementation
 from pallas_kernels.linear_attention import mosaic_gpu_blackwell as kernel
 from pallas_kernels.linear_attention import mosaic_gpu_plan as plans
 from pallas_kernels.linear_attention.cases import ACCURACY, Case
-from tests.pallas_kernels.linear_attention.test_mosaic_gpu import (
-    InterpretGPUParams,
-    arguments,
-    check,
-    get_races,
-    launches,
-    lowered,
-    reset_gpu_interpret_mode_state,
-)
+from tests.pallas_kernels.linear_attention import gpu_interpreter
+from tests.pallas_kernels.linear_attention.test_mosaic_gpu import arguments, check, launches, lowered
 
 B200 = "NVIDIA B200"
 interpreted = pytest.mark.skipif(
-    InterpretGPUParams is None or jax.__version_info__ < (0, 11),
+    gpu_interpreter.InterpretGPUParams is None or jax.__version_info__ < (0, 11),
     reason=f"the Pallas interpreter of GPUs in JAX {jax.__version__} has no tensor memory, 0.11 has it",
 )
 
@@ -47,10 +40,10 @@ def interpreter():
         smallest = min(case.key_size, case.value_size or case.key_size)
         if (length or case.length) % kernel.CHUNK or smallest < kernel.CHUNK:
             more |= {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
-        return InterpretGPUParams(**more)
+        return gpu_interpreter.InterpretGPUParams(**more)
 
-    yield parameters
-    reset_gpu_interpret_mode_state()
+    with gpu_interpreter.interpreting():
+        yield parameters
 
 
 # A case, its scale, and how it is cut.
@@ -114,7 +107,7 @@ def test_barriers_order_all_accesses(case, names, interpreter):
 
     gradients = jax.jit(jax.value_and_grad(loss))({name: given[name] for name in names})[1]
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients.values())
-    assert not get_races().races_found
+    assert not gpu_interpreter.get_races().races_found
 
 
 @pytest.mark.parametrize("decay", [None, "head", "token"])
