@@ -27,10 +27,9 @@ def test_notebook_runs(path, monkeypatch, tmp_path):
     # The kernel must find this checkout whether or not it is installed.
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # it trains: fast code is worth compiling here
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:  # to see that it trains, fewer steps do
-        cell.source = cell.source.replace("STEPS = 200\n", "STEPS = 20\n")
+    for cell in notebook.cells:  # to see that it runs, a few steps do
+        cell.source = cell.source.replace("STEPS = 200\n", "STEPS = 4\n")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = "".join(
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs

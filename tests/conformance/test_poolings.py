@@ -25,9 +25,9 @@ def tokens(batch: int = 2) -> jax.Array:
 
 @every_pooling
 def test_shape_and_dtype(variant):
+    pool = build(variant)
     for batch in (1, 3):
         for dtype in (jnp.float32, jnp.bfloat16):
-            pool = build(variant)
             y = pool(tokens(batch).astype(dtype))
             assert y.shape == (batch, pool.out_features)
             assert y.dtype == dtype
