@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, partition, symbolic_zeros
+from pallas_kernels import dispatch, gpus, partition, symbolic_zeros
 from pallas_kernels.linear_attention import mosaic_gpu_blackwell, mosaic_gpu_sweep
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
@@ -79,24 +79,20 @@ class Generation(NamedTuple):
     """GPUs that one kernel is for.
 
     Attributes:
-      chips: words in their names, and their multiprocessors.
+      capabilities: compute capabilities times ten.
+      processors: multiprocessors of most of them.
       chunk: tokens of a chunk.
       sizes: D and E that the kernel takes.
     """
 
-    chips: tuple[tuple[str, int], ...]
+    capabilities: tuple[int, ...]
+    processors: int
     chunk: int
     sizes: tuple[int, ...]
 
 
-HOPPER = Generation(
-    (("H200", 132), ("H100", 132), ("H800", 132), ("H20", 78), ("GH200", 132)), TILE, (64, 128, 192, 256)
-)
-BLACKWELL = Generation(
-    (("B200", 148), ("GB200", 152), ("B300", 148), ("GB300", 152)),
-    mosaic_gpu_blackwell.CHUNK,
-    mosaic_gpu_blackwell.SIZES,
-)
+HOPPER = Generation((90,), 132, TILE, (64, 128, 192, 256))
+BLACKWELL = Generation((100, 103), 148, mosaic_gpu_blackwell.CHUNK, mosaic_gpu_blackwell.SIZES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +114,19 @@ class Config:
     scale_gradient: bool = False
     splits: int = 1
     generation: Generation = HOPPER
-    processors: int = HOPPER.chips[0][1]
+    processors: int = HOPPER.processors
     interpret: Any = None
 
 
 def supports(args: Arguments) -> str | None:
     """Why this implementation cannot take `args`; None when it can."""
     kind = dispatch.current_device_kind()
-    chip = _chip(kind)
-    if chip is None:
-        names = ", ".join(name for generation in (HOPPER, BLACKWELL) for name, _ in generation.chips)
+    generation = _generation(gpus.find(kind))
+    if generation is None:
+        names = ", ".join(name for name, gpu in gpus.KNOWN.items() if _generation(gpu))
         return (
             f"it needs a GPU of compute capability 9.0 or 10 ({names}): others have no wgmma and no tcgen05; got {kind}"
         )
-    generation, _ = chip
     dtype = args.q.dtype.name
     if dtype != "bfloat16":
         reason = f": {OTHER_DTYPES[dtype]}" if dtype in OTHER_DTYPES else ""
@@ -165,23 +160,23 @@ def run(
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
       generation: of the GPU; None for that of this machine, or Hopper.
-      processors: its multiprocessors; None for those of this machine, or of the generation's first chip.
+      processors: its multiprocessors; None for those of this machine, or of most GPUs of the generation.
 
     Raises:
       ValueError: for splits that do not cut N into whole chunks.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
-    here, processors_here = _chip(dispatch.current_device_kind()) or (HOPPER, HOPPER.chips[0][1])
-    if generation not in (None, here):
-        here, processors_here = generation, generation.chips[0][1]
-    processors = processors or processors_here
+    gpu = gpus.find(dispatch.current_device_kind())
+    here = _generation(gpu)
+    generation = generation or here or HOPPER
+    processors = processors or (gpu if generation is here else generation).processors
     if splits is None:
-        splits = split_count(here, processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
-    if splits > 1 and args.q.shape[1] % (here.chunk * splits):
-        chunks = f"whole chunks of {here.chunk} tokens"
+        splits = split_count(generation, processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
+    if splits > 1 and args.q.shape[1] % (generation.chunk * splits):
+        chunks = f"whole chunks of {generation.chunk} tokens"
         raise ValueError(f"splits must cut N into {chunks}, got {splits=} and N={args.q.shape[1]}")
     config = Config(
-        return_state=args.return_state, splits=splits, generation=here, processors=processors, interpret=interpret
+        return_state=args.return_state, splits=splits, generation=generation, processors=processors, interpret=interpret
     )
     return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
@@ -207,11 +202,9 @@ def split_count(
     return most if pays(chunks, most) else 1
 
 
-def _chip(kind: str | None) -> tuple[Generation, int] | None:
-    """Generation and multiprocessors of a GPU; None for one of another generation."""
-    words = (kind or "").replace("-", " ").split()
-    found = [(x, count) for x in (HOPPER, BLACKWELL) for name, count in x.chips if name in words]
-    return found[0] if found else None
+def _generation(gpu: gpus.Gpu | None) -> Generation | None:
+    """The one of a GPU; None if no kernel is for it."""
+    return next((x for x in (HOPPER, BLACKWELL) if gpu is not None and gpu.capability in x.capabilities), None)
 
 
 # ---- the op and its derivative

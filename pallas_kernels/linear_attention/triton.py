@@ -56,7 +56,7 @@ from pallas_kernels.linear_attention.triton_plan import (
     Config,
     backward_blocks,
     chunk_sizes,
-    generation,
+    gpu_of,
     lengths,
     sweep_blocks,
 )
@@ -78,10 +78,11 @@ def supports(args: Arguments) -> str | None:
             "it takes log_decay of shape (H,) or (B, N, H), got one per channel: exp(G_i - G_j) then stays inside the"
             " sum over channels, and q·k is no single product of tensor cores"
         )
-    gpu = generation(dispatch.current_device_kind())
+    gpu = gpu_of(dispatch.current_device_kind())
     allowed = chunk_sizes(gpu, args.q.dtype, args.q.shape[3], args.v.shape[3])
     if args.chunk_size is not None and args.chunk_size not in allowed:
-        return f"chunk_size must be one of {allowed} for these sizes and {dtype} on {gpu.name}, got {args.chunk_size}"
+        call = f"these sizes and {dtype} on {gpu.architecture}"
+        return f"chunk_size must be one of {allowed} for {call}, got {args.chunk_size}"
     if args.chunk_size is not None and not args.causal and args.query_ids is None:
         return f"without causality and segments it has no chunks, so chunk_size must be None, got {args.chunk_size}"
     return None
@@ -98,7 +99,7 @@ def run(args: Arguments, **choices: Any) -> tuple[jax.Array, State | None]:
         causal=args.causal,
         normalize=args.normalize,
         return_state=args.return_state,
-        **({"generation": generation(dispatch.current_device_kind()), "chunk": args.chunk_size} | choices),
+        **({"gpu": gpu_of(dispatch.current_device_kind()), "chunk": args.chunk_size} | choices),
     )
     if not args.causal and args.query_ids is not None:
         causal = dataclasses.replace(config, causal=True, return_state=False)
@@ -202,7 +203,7 @@ def _forward(config: Config, q, k, v, decay, scale, state, sums) -> tuple[jax.Ar
       denominators BNH, kept states BHXDE (X blocks) and kept sums BHXD.
     """
     (b, _, h, d), m, e = q.shape, k.shape[1], v.shape[3]
-    blocks = config.sweep or sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
+    blocks = config.sweep or sweep_blocks(config.gpu, q.dtype, d, e, config.chunk)
     block, split = lengths(config, b * h * math.ceil(e / blocks.tile), m)
     common, norm = Common(config, blocks, h, block, split, decay, scale), config.normalize
     if not config.causal:
@@ -250,8 +251,8 @@ def _backward(
         if (dlast is None) != (dlast_sums is None):
             dlast = jnp.zeros((b, h, d, e), jnp.float32) if dlast is None else dlast
             dlast_sums = zeros if dlast_sums is None else dlast_sums
-    blocks = config.sweep or sweep_blocks(config.generation, q.dtype, d, e, config.chunk)
-    own = config.backward or backward_blocks(config.generation, q.dtype, d, e, config.chunk)
+    blocks = config.sweep or sweep_blocks(config.gpu, q.dtype, d, e, config.chunk)
+    own = config.backward or backward_blocks(config.gpu, q.dtype, d, e, config.chunk)
     block, split = lengths(config, b * h * math.ceil(d / own.tile), n)
     common = Common(config, blocks, h, block, split, decay, scale)
     cotangents = {"inverse": inverse, "dden": dden, "reverse": True}

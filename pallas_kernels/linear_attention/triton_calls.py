@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import partition
+from pallas_kernels.gpus import Gpu
 from pallas_kernels.linear_attention import triton_kernels as kernels
 from pallas_kernels.linear_attention.triton_plan import (
     LEAST_ABLE,
     Blocks,
     Config,
-    Generation,
     padded,
     sweep_blocks,
     wide,
@@ -95,7 +95,7 @@ def run_sweep(
         [a, b, c, common.decay, common.scale, inverse, dden, first, first_sums if norm else None],
         tokens,
         outputs,
-        gpu=common.config.generation,
+        gpu=common.config.gpu,
         grid=batch * heads * splits * tiles,
         blocks=blocks,
         HEADS=heads,
@@ -148,7 +148,7 @@ def run_backward(common: Common, q, k, v, dy, inverse, dden, kept, kept_sums, af
         [q, k, v, dy, common.decay, common.scale, inverse, dden, kept, kept_sums, after, after_sums if norm else None],
         tokens,
         outputs,
-        gpu=common.config.generation,
+        gpu=common.config.gpu,
         grid=programs,
         blocks=blocks,
         HEADS=heads,
@@ -190,7 +190,7 @@ def run_read(
     """The kernel `read`: y, and den when `divide`. A `z` that is not the divisor's is added to each row."""
     (batch, tokens, a_heads, inner), outer, heads = a.shape, state.shape[3], common.heads
     config = common.config
-    blocks = config.sweep or sweep_blocks(config.generation, a.dtype, inner, outer, config.chunk)
+    blocks = config.sweep or sweep_blocks(config.gpu, a.dtype, inner, outer, config.chunk)
     chunks, tiles = math.ceil(tokens / blocks.chunk), math.ceil(outer / blocks.tile)
     return _call(
         kernels.read,
@@ -200,7 +200,7 @@ def run_read(
             _Out((batch, tokens, heads, outer), dtype),
             _Out((batch, tokens, heads), jnp.float32) if divide else None,
         ],
-        gpu=config.generation,
+        gpu=config.gpu,
         grid=batch * heads * chunks * tiles,
         blocks=blocks,
         HEADS=heads,
@@ -299,7 +299,7 @@ def _call(
     tokens: int,
     outputs: Sequence[_Out | None],
     *,
-    gpu: Generation,
+    gpu: Gpu,
     grid: int,
     blocks: Blocks,
     **constants: Any,

@@ -9,50 +9,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.gpus import Gpu, find
 from pallas_kernels.linear_attention.gpu_splits import pays
 
 CHUNK = 64  # tokens of the largest chunk, of which every other size is a divisor
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What the tables need of a GPU.
-
-    Attributes:
-      name: compute capability, "sm_90".
-      processors: multiprocessors.
-      shared: bytes of shared memory that a program may use.
-    """
-
-    name: str
-    processors: int
-    shared: int
-
-    @property
-    def capability(self) -> int:
-        """Compute capability times ten: 90."""
-        return int(self.name[3:])
-
-    @property
-    def warpgroups(self) -> bool:
-        """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
-        return 90 <= self.capability < 120
-
-
-# The first whose key is in the device kind; what is not known is taken for the least able one.
-GENERATIONS = {
-    "H100": Generation("sm_90", 132, 227 << 10),
-    "H200": Generation("sm_90", 132, 227 << 10),
-    "H800": Generation("sm_90", 132, 227 << 10),
-    "H20": Generation("sm_90", 78, 227 << 10),
-    "GH200": Generation("sm_90", 132, 227 << 10),
-    "B200": Generation("sm_100", 148, 227 << 10),
-    "B300": Generation("sm_103", 160, 227 << 10),
-    "A100": Generation("sm_80", 108, 163 << 10),
-    "A800": Generation("sm_80", 108, 163 << 10),
-    "A30": Generation("sm_80", 56, 163 << 10),
-}
-LEAST_ABLE = Generation("sm_89", 80, 99 << 10)
+LEAST_ABLE = Gpu(89, 80)  # for which others than the known ones are taken
 
 
 class Blocks(NamedTuple):
@@ -81,7 +42,7 @@ class Config:
       return_state: whether the last state is asked for.
       residuals: whether the forward pass gives what the backward pass needs.
       decay_gradient: whether the backward pass computes the gradient of the decay.
-      generation: of the GPU.
+      gpu: which it is.
       chunk: tokens per chunk, None for the table's choice.
       splits: parts into which the sequence is split, at most; None to fill the GPU.
       block: tokens between kept states, a multiple of every chunk; None for `block_length`.
@@ -94,7 +55,7 @@ class Config:
     return_state: bool = False
     residuals: bool = False
     decay_gradient: bool = True
-    generation: Generation = LEAST_ABLE
+    gpu: Gpu = LEAST_ABLE
     chunk: int | None = None
     splits: int | None = None
     block: int | None = None
@@ -102,10 +63,14 @@ class Config:
     backward: Blocks | None = None
 
 
-def generation(kind: str | None) -> Generation:
-    """The generation of a device kind as JAX names it, such as "NVIDIA H200"; the least able one if it is not known."""
-    names = [name for name in GENERATIONS if name in (kind or "").replace("-", " ").split()]
-    return GENERATIONS[names[0]] if names else LEAST_ABLE
+def gpu_of(kind: str | None) -> Gpu:
+    """The GPU of a device kind as JAX names it, such as "NVIDIA H200"; the least able one if it is not known."""
+    return find(kind) or LEAST_ABLE
+
+
+def warpgroups(gpu: Gpu) -> bool:
+    """Whether its tensor cores take operands from shared memory, which leaves registers to the state."""
+    return 90 <= gpu.capability < 120
 
 
 def padded(size: int) -> int:
@@ -113,31 +78,31 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def chunk_sizes(gpu: Generation, dtype: jnp.dtype, key: int, value: int) -> tuple[int, ...]:
+def chunk_sizes(gpu: Gpu, dtype: jnp.dtype, key: int, value: int) -> tuple[int, ...]:
     """Tokens per chunk that a caller may ask for."""
     if wide(dtype):
         return (16, 32)
-    return (16, 32, 64) if gpu.warpgroups or max(padded(key), padded(value)) <= 128 else (16, 32)
+    return (16, 32, 64) if warpgroups(gpu) or max(padded(key), padded(value)) <= 128 else (16, 32)
 
 
-def sweep_blocks(gpu: Generation, dtype: jnp.dtype, inner: int, outer: int, chunk: int | None = None) -> Blocks:
+def sweep_blocks(gpu: Gpu, dtype: jnp.dtype, inner: int, outer: int, chunk: int | None = None) -> Blocks:
     """Blocks of `sweep` and `read` for states (inner, outer): what compiles with few or no registers spilled."""
     inner, outer = padded(inner), padded(outer)
     if wide(dtype):
         return Blocks(chunk or 16, min(outer, 32 if inner <= 64 else 16), 4 if inner <= 64 else 8, 1)
-    if gpu.warpgroups:
+    if warpgroups(gpu):
         return Blocks(chunk or 64, min(outer, 64), 8 if inner > 128 else 4, 2)
     if inner <= 128:
         return Blocks(chunk or 64, min(outer, 64), 8 if inner > 64 else 4, 2)
     return Blocks(chunk or 32, min(outer, 32), 8, 2 if gpu.shared >= 160 << 10 else 1)
 
 
-def backward_blocks(gpu: Generation, dtype: jnp.dtype, key: int, value: int, chunk: int | None = None) -> Blocks:
+def backward_blocks(gpu: Gpu, dtype: jnp.dtype, key: int, value: int, chunk: int | None = None) -> Blocks:
     """Blocks of `backward` for states (key, value)."""
     key, value = padded(key), padded(value)
     if wide(dtype):
         return Blocks(chunk or 16, min(key, 32 if value <= 64 else 16), 4 if value <= 64 else 8, 1)
-    if gpu.warpgroups:
+    if warpgroups(gpu):
         return Blocks(chunk or 64, min(key, 64), 8 if value > 128 else 4, 1)
     return Blocks(chunk or 32, min(key, 64 if value <= 128 else 32), 8, 1)
 
@@ -147,7 +112,7 @@ def block_length(tokens: int) -> int:
     return CHUNK * min(8, max(2, math.ceil(tokens / CHUNK) // 8))
 
 
-def split_count(gpu: Generation, programs: int, tokens: int, causal: bool = True) -> int:
+def split_count(gpu: Gpu, programs: int, tokens: int, causal: bool = True) -> int:
     """Splits of a sequence: none while programs fill half of the processors, else enough to fill all if that pays.
 
     Without causality it always does: the splits' states are only summed.
@@ -161,7 +126,7 @@ def split_count(gpu: Generation, programs: int, tokens: int, causal: bool = True
 def lengths(config: Config, programs: int, tokens: int) -> tuple[int, int]:
     """Tokens of a block and of a split, which is whole blocks."""
     block = config.block or block_length(tokens)
-    wanted = config.splits or split_count(config.generation, programs, tokens, config.causal)
+    wanted = config.splits or split_count(config.gpu, programs, tokens, config.causal)
     return block, math.ceil(tokens / (block * wanted)) * block
 
 

@@ -170,7 +170,7 @@ SPLIT = [
     Case("split_packed_normalized", 1, 200, 1, segments=6, decay="token", normalize=True),
     Case("split_full_normalized", 1, 200, 1, causal=False, normalize=True),
 ]
-H200, A100 = (triton_plan.generation(kind) for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
+H200, A100 = (triton_plan.gpu_of(kind) for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"))
 
 
 def assert_accurate(found, dtype):
@@ -206,7 +206,7 @@ def test_float16(name, errors, interpreted):
 @pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.name)
 def test_a_split_sequence_is_exact(case, splits, gpu, errors, interpreted):
     dtype = "float32" if splits == 4 else "bfloat16"  # on an A100 the chunks of forward and backward differ
-    interpreted.choices |= {"splits": splits, "block": 64, "generation": gpu}
+    interpreted.choices |= {"splits": splits, "block": 64, "gpu": gpu}
     if dtype == "float32":
         interpreted.choices["chunk"] = 32
     assert_accurate(errors(case, jnp.dtype(dtype), "triton"), dtype)
@@ -323,17 +323,18 @@ def test_refusals(name, interpreted):
     assert not interpreted.launched
 
 
-def test_generations():
-    assert triton_plan.generation("NVIDIA H100 80GB HBM3").name == "sm_90"
-    assert triton_plan.generation("NVIDIA A100-SXM4-40GB").name == "sm_80"
-    assert triton_plan.generation("NVIDIA H20").processors == 78
-    assert triton_plan.generation("NVIDIA GeForce RTX 4090") == triton_plan.LEAST_ABLE
-    assert triton_plan.generation(None) == triton_plan.LEAST_ABLE
+def test_gpus():
+    assert triton_plan.gpu_of("NVIDIA H100 80GB HBM3").architecture == "sm_90"
+    assert triton_plan.gpu_of("NVIDIA A100-SXM4-40GB").architecture == "sm_80"
+    assert triton_plan.gpu_of("NVIDIA H20").processors == 78
+    assert triton_plan.gpu_of("NVIDIA GB300").architecture == "sm_103"
+    assert triton_plan.gpu_of("NVIDIA GeForce RTX 4090") == triton_plan.LEAST_ABLE
+    assert triton_plan.gpu_of(None) == triton_plan.LEAST_ABLE
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 4097, 1 << 20])
 @pytest.mark.parametrize("size", [16, 64, 100, 128, 256])
-@pytest.mark.parametrize("gpu", [H200, A100, triton_plan.LEAST_ABLE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100, triton_plan.LEAST_ABLE], ids=lambda gpu: gpu.architecture)
 def test_blocks_hold_whole_chunks_and_kept_states_are_few(gpu, size, tokens):
     length = triton_plan.block_length(tokens)
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -372,7 +373,7 @@ def launches(monkeypatch, gpu, dtype, size, decay, causal=True, normalize=False,
 
     def loss(arguments):
         args = api.normal_form(**arguments, causal=causal, normalize=normalize, scale=0.5, return_state=True)
-        y, state = implementation.run(args, generation=gpu)
+        y, state = implementation.run(args, gpu=gpu)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves((y, state)))
 
     jax.eval_shape(jax.grad(loss), case.arguments(dtype)[0])
@@ -393,7 +394,7 @@ def compile_to_ptx(gpu, kernel, values, warps, stages, constants):
     signature |= dict.fromkeys(constants, "constexpr")
     assert list(signature)[: len(values)] == kernel.arg_names[: len(values)]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(gpu.name[3:]), 32)
+    target = GPUTarget("cuda", gpu.capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
@@ -406,7 +407,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.architecture)
 @pytest.mark.parametrize(("dtype", "size", "decay", "causal", "normalize", "tokens"), COMPILED)
 def test_kernels_compile(gpu, dtype, size, decay, causal, normalize, tokens, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -416,7 +417,7 @@ def test_kernels_compile(gpu, dtype, size, decay, causal, normalize, tokens, mon
     assert set(names) == ({"sweep", "backward"} if causal else {"sweep", "read"})
     for launch in found:
         compiled = compile_to_ptx(gpu, *launch)
-        assert f".target {gpu.name}" in compiled.asm["ptx"]
+        assert f".target {gpu.architecture}" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= gpu.shared
         if dtype != jnp.float32:
             tensor_cores = "wgmma.mma_async" if gpu is H200 else "mma.sync"
