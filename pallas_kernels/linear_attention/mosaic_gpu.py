@@ -10,8 +10,13 @@ cumulated inside chunks by XLA, in a (B, H, N) array.
 (k, q, dy). On Hopper, up to D = E = 128, the last two are one sweep, which reads q, k, v and dy once: of the two
 warpgroups of a CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the
 two need different numbers of CTAs; there, and on Blackwell, CTAs of dk and of dv stand side by side and read the same
-chunks at the same time, so that the second-level cache answers the second of them. Nothing is kept from the forward
-pass but its inputs: each sweep builds the states that it needs.
+chunks at the same time, so that the second-level cache answers the second of them. Each sweep builds the states that it
+needs from the inputs; nothing else is kept from the forward pass but the states named next.
+
+**Turns.** A multiprocessor has one CTA at a time. 96 heads of 128 channels have 192 CTAs for dk and dv and 96 for dq,
+which 132 multiprocessors would do in three turns, the last of them with 24. So dq is cut into stretches of the sequence
+with CTAs of their own, behind all others, where that ends sooner (`best_stretches`): four make it 2.25 turns. Each
+starts from a state that the forward pass leaves in bf16.
 
 **Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
@@ -44,7 +49,7 @@ Grouped heads are read by index; dk and dv are written per query head in the dty
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +65,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     FORWARD,
     Plan,
     backward,
+    best_stretches,
     chunks_between_kept,
     with_blocks,
 )
@@ -104,6 +110,7 @@ class Config:
       decay_gradient: whether the backward pass computes the gradient of the decay.
       scale_gradient: likewise for the scale.
       splits: parts into which the sequence is cut.
+      stretches: of the sequence, in CTAs of their own, for dq; without splits.
       generation: whose kernel runs.
       processors: multiprocessors of the GPU.
       interpret: parameters of Pallas' interpreter, None on a GPU.
@@ -113,6 +120,7 @@ class Config:
     decay_gradient: bool = False
     scale_gradient: bool = False
     splits: int = 1
+    stretches: int = 1
     generation: Generation = HOPPER
     processors: int = HOPPER.processors
     interpret: Any = None
@@ -150,6 +158,7 @@ def run(
     *,
     interpret: Any = None,
     splits: int | None = None,
+    stretches: int | None = None,
     generation: Generation | None = None,
     processors: int | None = None,
 ) -> tuple[jax.Array, State | None]:
@@ -159,24 +168,36 @@ def run(
       args: what `supports` takes.
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
+      stretches: parts of it in the sweep of dq; None for those with which the backward pass ends soonest.
       generation: of the GPU; None for that of this machine, or Hopper.
       processors: its multiprocessors; None for those of this machine, or of most GPUs of the generation.
 
     Raises:
-      ValueError: for splits that do not cut N into whole chunks.
+      ValueError: for splits or stretches that do not cut N into whole chunks.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
     gpu = gpus.find(dispatch.current_device_kind())
     here = _generation(gpu)
     generation = generation or here or HOPPER
     processors = processors or (gpu if generation is here else generation).processors
+    shape = (*args.q.shape[:3], args.q.shape[3], args.v.shape[3])
     if splits is None:
-        splits = split_count(generation, processors, *args.q.shape[:3], args.q.shape[3], args.v.shape[3])
-    if splits > 1 and args.q.shape[1] % (generation.chunk * splits):
-        chunks = f"whole chunks of {generation.chunk} tokens"
-        raise ValueError(f"splits must cut N into {chunks}, got {splits=} and N={args.q.shape[1]}")
+        splits = split_count(generation, processors, *shape)
+    if stretches is None:
+        stretches = stretch_count(generation, processors, *shape) if splits == 1 else 1
+    length, chunk = shape[1], generation.chunk
+    if splits > 1 and length % (chunk * splits):
+        raise ValueError(f"splits must cut N into whole chunks of {chunk} tokens, got {splits=} and N={length}")
+    if stretches > 1 and (splits > 1 or generation is BLACKWELL or -(-length // chunk) % stretches):
+        why = f"whole chunks of {chunk} tokens, on Hopper and without splits"
+        raise ValueError(f"stretches must cut N into {why}, got {stretches=}, {splits=} and N={length}")
     config = Config(
-        return_state=args.return_state, splits=splits, generation=generation, processors=processors, interpret=interpret
+        return_state=args.return_state,
+        splits=splits,
+        stretches=stretches,
+        generation=generation,
+        processors=processors,
+        interpret=interpret,
     )
     return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
@@ -202,6 +223,26 @@ def split_count(
     return most if pays(chunks, most) else 1
 
 
+def stretch_count(
+    generation: Generation, processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int
+) -> int:
+    """Stretches of the sweep of dq; the kernel for Blackwell takes one."""
+    if generation is BLACKWELL:
+        return 1
+    plans = _with_blocks(backward(key_size, value_size), batch, heads, processors)
+    own, *others = (batch * heads // plan.heads * plan.ctas for plan in plans)
+    return best_stretches(processors, sum(others), own, -(-length // generation.chunk))
+
+
+def _with_blocks(plans: Sequence[Plan], batch: int, heads: int, processors: int) -> list[Plan]:
+    """Plans of a launch on Hopper."""
+    chosen = [with_blocks(plan) for plan in plans]
+    # With fewer CTAs, one head each for more multiprocessors is better than two for some.
+    if heads % 2 == 0 and batch * heads * sum(plan.ctas for plan in chosen) > processors:
+        return [with_blocks(plan, pairs=True) for plan in plans]
+    return chosen
+
+
 def _generation(gpu: gpus.Gpu | None) -> Generation | None:
     """The one of a GPU; None if no kernel is for it."""
     return next((x for x in (HOPPER, BLACKWELL) if gpu is not None and gpu.capability in x.capabilities), None)
@@ -213,7 +254,7 @@ def _generation(gpu: gpus.Gpu | None) -> Generation | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config: Config, q, k, v, decay, scale, state):
     """y, and the last state or None."""
-    return _partitioned_forward(config, q, k, v, decay, scale, state)[:2]
+    return _partitioned_forward(dataclasses.replace(config, stretches=1), q, k, v, decay, scale, state)[:2]
 
 
 def _attend_forward(config: Config, *arrays):
@@ -242,8 +283,13 @@ def _axes(decay: jax.Array | None) -> tuple[str, ...]:
     return "BNHD", "BNGD", "BNGE", "H" if decay is None or decay.ndim == 1 else "BNH", "", "BHDE"
 
 
+def _starts(config: Config) -> str | None:
+    """Axes of the states before splits, or before all stretches but the first."""
+    return "BSHDE" if config.splits > 1 else "BHSDE" if config.stretches > 1 else None
+
+
 def _partitioned_forward(config: Config, *arrays) -> tuple[jax.Array | None, ...]:
-    outputs = "BNHE", "BHDE" if config.return_state else None, "BSHDE" if config.splits > 1 else None
+    outputs = "BNHE", "BHDE" if config.return_state else None, _starts(config)
     return _partitioned(_forward, config, _axes(arrays[3]), outputs)(*arrays)
 
 
@@ -255,7 +301,7 @@ def _partitioned_backward(config: Config, *arrays) -> tuple[jax.Array | None, ..
         "BH" if config.scale_gradient else None,
         None if state is None else "BHDE",
     )
-    return _partitioned(_backward, config, (*_axes(decay), "BSHDE", "BNHE", "BHDE"), outputs)(*arrays)
+    return _partitioned(_backward, config, (*_axes(decay), _starts(config) or "", "BNHE", "BHDE"), outputs)(*arrays)
 
 
 def _partitioned(fn, config: Config, inputs, outputs) -> Callable[..., tuple[jax.Array | None, ...]]:
@@ -274,7 +320,8 @@ def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | 
       state: initial state, BHDE, float32.
 
     Returns:
-      y BNHE in the dtype of q; last state BHDE with `return_state`; and, with splits, the states before them, BSHDE.
+      y BNHE in the dtype of q; last state BHDE with `return_state`; and the states before splits, BSHDE, float32, or
+      before stretches but the first, BHSDE, bf16.
     """
     common = _Common(config, q.shape[2], decay, scale, q.shape[1])
     arrays = {"q": q, "k": k, "v": v}
@@ -283,7 +330,10 @@ def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | 
         own = common.launch(arrays, {}, Plan((FORWARD,), *sizes, outputs=False, final=True))["final y"]
         starts = common.states_before(own, state)
         state = starts
-    outputs = common.launch(arrays, {"y": state}, Plan((FORWARD,), *sizes, final=config.return_state))
+    keep = common.chunks // config.stretches if config.stretches > 1 else 0
+    outputs = common.launch(arrays, {"y": state}, Plan((FORWARD,), *sizes, final=config.return_state, keep=keep))
+    if keep:
+        starts = outputs["kept y"][:, :, 1 : config.stretches]
     last = outputs["final y"] if config.return_state else None
     if config.splits > 1 and last is not None:
         last = last[:, -1]
@@ -297,7 +347,7 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
       config: what is static.
       q: BNHD. k: BNGD. v: BNGE.
       decay: H or BNH. scale: scalar. state: BHDE.
-      starts: BSHDE, with splits.
+      starts: states before splits, BSHDE, or stretches but the first, BHSDE.
       dy: BNHE. dlast: BHDE.
 
     Returns:
@@ -319,8 +369,14 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
         start=start,
         end=ends is not None,
         together=config.generation is HOPPER,
+        stretches=config.stretches,
     )
     initial = {"dq": _swap(given), "dk": _swap(ends), "dv": ends}
+    if config.stretches > 1:
+        before = _swap(starts).astype(jnp.float32)
+        first = jnp.zeros_like(before[:, :, :1]) if state is None else _swap(state)[:, :, None]
+        before = jnp.concatenate(partition.same_manual_axes((first, before)), axis=2)
+        initial["dq"] = before.reshape(before.shape[0], -1, *before.shape[3:])
     found = common.launch(arrays, initial | ({"tangent": given} if kind == "head" else {}), *plans)
     dk, dv = (_per_key_head(found[name], k.shape[2]) for name in ("dk", "dv"))
     starting = _swap(found["final dk"]) if start else None
@@ -426,10 +482,7 @@ class _Common:
         if self.config.generation is BLACKWELL:
             outputs = mosaic_gpu_blackwell.sweep(plans, self.length // splits, self.heads, given)
         else:
-            chosen = [with_blocks(plan) for plan in plans]
-            # With fewer CTAs, one head each for more multiprocessors is better than two for some.
-            if self.heads % 2 == 0 and batch * self.heads * sum(plan.ctas for plan in chosen) > self.config.processors:
-                chosen = [with_blocks(plan, pairs=True) for plan in plans]
+            chosen = _with_blocks(plans, batch, self.heads, self.config.processors)
             outputs = mosaic_gpu_sweep.sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():

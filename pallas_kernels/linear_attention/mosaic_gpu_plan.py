@@ -50,6 +50,10 @@ DV = Job("k", "q", "dy", "dv", "v")
 TANGENT = Job("q", "k", "v", "tangent", "dy")
 
 
+STARTING = 2  # chunks in the time of which a CTA starts: it loads a state and its first tokens
+MOST_STRETCHES = 8
+LEAST_CHUNKS = 16  # of a stretch
+WORTH = 0.95  # of the time without stretches, at most what is worth them
 BOTH = 128  # head size up to which dk and dv share CTAs; of larger ones no two stages fit into shared memory
 
 
@@ -72,6 +76,8 @@ class Plan:
       tangent: whether T, the state's derivative by the decays of whole chunks, is held beside it: T' = whole (T + n S),
         with n tokens in the chunk. Then there is no output, "sums" are of T in place of S, and T is what is "final".
       parts: cuts of the state's rows, which only a tangent allows: its sums add up over rows.
+      stretches: of the sequence, in CTAs of their own that start from given states; as many chunks each. More than one
+        only in order and without `final`.
       warpgroups: compute warpgroups of a CTA, the same number for each job and each head.
       heads: heads of a CTA.
       stages: chunks of tokens in shared memory.
@@ -91,6 +97,7 @@ class Plan:
     sums: bool = False
     tangent: bool = False
     parts: int = 1
+    stretches: int = 1
     warpgroups: int = 1
     heads: int = 1
     stages: int = 2
@@ -123,7 +130,7 @@ class Plan:
 
     @property
     def ctas(self) -> int:
-        """CTAs of one head, or of `heads` heads."""
+        """CTAs of one head, or of `heads` heads, and one stretch."""
         return self.parts * self.groups
 
     @property
@@ -209,6 +216,31 @@ def borders(plan: Plan, chunks: int) -> int:
     return -(-chunks // plan.keep)
 
 
+def best_stretches(processors: int, others: int, own: int, chunks: int) -> int:
+    """Stretches of a sweep with which its launch ends soonest.
+
+    A multiprocessor has one CTA at a time, and all take the same time for a chunk. Without stretches the last CTAs may
+    leave most multiprocessors idle: 3 · 96 CTAs take three turns of 132, for 2.2 turns of work.
+
+    Args:
+      processors: multiprocessors.
+      others: CTAs of the launch that come first and visit all chunks.
+      own: CTAs of a stretch of the sweep.
+      chunks: of the sequence.
+    """
+    turns, busy = divmod(others, processors)
+
+    def end(stretches: int) -> float:
+        """In sweeps of a CTA over the whole sequence."""
+        beside = (processors - busy) * stretches if busy else 0
+        behind = -(-max(0, own * stretches - beside) // processors)
+        return turns + (busy > 0) + behind * (1 / stretches + STARTING / chunks * (stretches > 1))
+
+    counts = [s for s in range(2, MOST_STRETCHES + 1) if chunks % s == 0 and chunks // s >= LEAST_CHUNKS]
+    best = min(counts, key=end, default=1)
+    return best if end(best) < WORTH * end(1) else 1
+
+
 def backward(
     key_size: int,
     value_size: int,
@@ -218,6 +250,7 @@ def backward(
     start: bool = False,
     end: bool = False,
     together: bool = True,
+    stretches: int = 1,
 ) -> list[Plan]:
     """The sweeps of the backward pass, without blocks.
 
@@ -229,9 +262,10 @@ def backward(
       start: whether the gradient of the initial state is wanted, "final dk".
       end: whether the last state has a cotangent, which "final tangent" then meets.
       together: whether dk and dv may be of one sweep.
+      stretches: of the sweep of dq, whose states the forward pass has met.
     """
     keep = chunks_between_kept(key_size, value_size) if decay == "token" else 0
-    plans = [Plan((DQ,), value_size, key_size, sums=scale or decay is not None, keep=keep)]
+    plans = [Plan((DQ,), value_size, key_size, sums=scale or decay is not None, keep=keep, stretches=stretches)]
     rest = {"sums": decay is not None, "keep": keep, "final": start, "reverse": True}
     if together and key_size == value_size <= BOTH:
         plans += [Plan((DK, DV), key_size, value_size, **rest)]

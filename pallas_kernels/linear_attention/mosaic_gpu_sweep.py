@@ -19,7 +19,8 @@ ahead. The copy engine fills tokens beyond the arrays with zeros and does not st
 arrays of a multiple of 8 tokens, `ROWS`.
 
 **Launches.** A launch makes one sweep or several side by side, each in CTAs of its own. Those of one head are
-neighbours in the grid: what more than one of them reads in the same order comes from memory once.
+neighbours in the grid: what more than one of them reads in the same order comes from memory once. Those of stretches of
+a sequence, which take less time, stand behind all others.
 
 Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention-3 (arXiv:2407.08608) for warpgroups
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
@@ -66,7 +67,8 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
       arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16;
         "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
         "scale": (1,) float32;
-        "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32.
+        "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32; with stretches before the
+        first of each, (B, H·stretches, inner, outer), those of a head side by side.
 
     Returns:
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
@@ -117,10 +119,18 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
         scratch[f"full {number}"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
         scratch[f"free {number}"] = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages)
 
-    # CTAs of one head, or of two where one of the plans takes two, are neighbours.
+    # CTAs of one head, or of two where one of the plans takes two, are neighbours; those of stretches follow apart.
     together = max(plan.heads for plan in plans)
-    ctas = [together // plan.heads * plan.ctas for plan in plans]
-    firsts = [sum(ctas[:number]) for number in range(len(plans))]
+    rows_of_grid = batch * heads // together
+    places: dict[int, tuple[int, int, int]] = {}  # by plan: first CTA of the phase, its CTAs of a row, the plan's first
+    ctas = [together // plan.heads * plan.ctas * plan.stretches for plan in plans]
+    grid = 0
+    for in_stretches in (False, True):
+        phase = [number for number, plan in enumerate(plans) if (plan.stretches > 1) is in_stretches]
+        width = sum(ctas[number] for number in phase)
+        for at, number in enumerate(phase):
+            places[number] = (grid, width, sum(ctas[other] for other in phase[:at]))
+        grid += rows_of_grid * width
 
     def body(*refs):
         gmem = dict(zip([*names, *out_types], refs, strict=False))
@@ -131,26 +141,29 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
                 smem[name] = smem["vectors"].at[pl.ds(first_row, count)]
             first_row += count
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        row, rest = lax.div(cta, jnp.int32(sum(ctas))), lax.rem(cta, jnp.int32(sum(ctas)))
-        batch_row, unit = lax.div(row, jnp.int32(heads // together)), lax.rem(row, jnp.int32(heads // together))
 
         def of_each_plan(work: Callable[[Plan, "_Place", dict[str, Any]], None]) -> None:
-            for number, (plan, first, count) in enumerate(zip(plans, firsts, ctas, strict=True)):
+            for number, plan in enumerate(plans):
+                phase, width, first = places[number]
+                row, rest = lax.div(cta - phase, jnp.int32(width)), lax.rem(cta - phase, jnp.int32(width))
+                mine = (cta >= phase) & (row < rows_of_grid) & (rest >= first) & (rest < first + ctas[number])
 
-                @pl.when((rest >= first) & (rest < first + count))
-                def _(number=number, plan=plan, first=first):
-                    cta_of_plan = rest - first
+                @pl.when(mine)
+                def _(number=number, plan=plan, row=row, cta_of_plan=rest - first):
                     of_head = lax.rem(warpgroup, jnp.int32(plan.tiles * plan.heads))  # by head, then by tile
                     own = lax.div(of_head, jnp.int32(plan.tiles))
-                    group = lax.rem(cta_of_plan, jnp.int32(plan.groups))
-                    part = lax.rem(lax.div(cta_of_plan, jnp.int32(plan.groups)), jnp.int32(plan.parts))
-                    first_head = unit * together + lax.div(cta_of_plan, jnp.int32(plan.ctas)) * plan.heads
+                    group, rest = _divided(cta_of_plan, plan.groups)
+                    part, rest = _divided(rest, plan.parts)
+                    stretch, rest = _divided(rest, plan.stretches)
+                    unit = lax.rem(row, jnp.int32(heads // together))
+                    first_head = unit * together + rest * plan.heads
                     place = _Place(
-                        batch=batch_row,
+                        batch=lax.div(row, jnp.int32(heads // together)),
                         first_head=first_head,
                         head=first_head + own,
                         own=own,
                         part=part,
+                        stretch=stretch,
                         group=group,
                         warpgroup=warpgroup,
                         tile=group * plan.tiles + lax.rem(of_head, jnp.int32(plan.tiles)),
@@ -179,9 +192,14 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             of_each_plan(lambda plan, place, smem: _copy(plan, place, gmem, smem))
 
     inputs = [arrays[name] for name in names]
-    outputs = launch(body, inputs, out_types, scratch, batch * heads // together * sum(ctas), wgs + 1, common.interpret)
+    outputs = launch(body, inputs, out_types, scratch, grid, wgs + 1, common.interpret)
     tokens = {job.out for plan in plans for job in plan.jobs}
     return {name: x[:, :length] if name in tokens else x for name, x in outputs.items()}
+
+
+def _divided(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Remainder and quotient."""
+    return lax.rem(x, jnp.int32(size)), lax.div(x, jnp.int32(size))
 
 
 class _Place(NamedTuple):
@@ -193,7 +211,8 @@ class _Place(NamedTuple):
       head: its own.
       own: number of its head in the CTA.
       part: of the state's rows.
-      group: number of its CTA among those of the same heads and part.
+      stretch: of the sequence.
+      group: number of its CTA among those of the same heads, part and stretch.
       warpgroup: its number in the CTA.
       tile: its columns of the output.
       heads: H.
@@ -206,6 +225,7 @@ class _Place(NamedTuple):
     head: jax.Array
     own: jax.Array
     part: jax.Array
+    stretch: jax.Array
     group: jax.Array
     warpgroup: jax.Array
     tile: jax.Array
@@ -215,7 +235,13 @@ class _Place(NamedTuple):
 
     def chunk(self, plan: Plan, step: jax.Array | int) -> jax.Array | int:
         """The chunk visited at `step`."""
+        if plan.stretches > 1:
+            return self.stretch * self.steps(plan) + step
         return self.chunks - 1 - step if plan.reverse else step
+
+    def steps(self, plan: Plan) -> int:
+        """Chunks that the warpgroup visits."""
+        return self.chunks // plan.stretches
 
     def tiles_of_warpgroup(self, plan: Plan, smem: dict[str, Any], zero: jax.Array | int):
         """Tiles that this warpgroup computes, in shared memory."""
@@ -244,7 +270,7 @@ def _tokens(plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array, own: j
 def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any]) -> None:
     """Issues the copies of every chunk, as soon as its place in shared memory is free."""
 
-    @pl.loop(0, place.chunks)
+    @pl.loop(0, place.steps(plan))
     def _(step):
         slot = lax.rem(step, jnp.int32(plan.stages))
         tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
@@ -275,7 +301,8 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
 
     def state_at(name: str, block: int):
         rows, channels = (pl.ds(tile * TILE, TILE) for tile in (place.part * plan.blocks + block, place.tile))
-        return gmem[f"{name} {job.out}"].at[place.batch, place.head, rows, channels]
+        row = place.head * plan.stretches + place.stretch
+        return gmem[f"{name} {job.out}"].at[place.batch, row, rows, channels]
 
     states = [zeros(plan.interpreted)] * plan.blocks
     if plan.initial:
@@ -300,13 +327,13 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
         else:
             after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
 
-        @pl.when(step + plan.stages < place.chunks)
+        @pl.when(step + plan.stages < place.steps(plan))
         def _():
             plgpu.barrier_arrive(smem["free"].at[slot])
 
         return tuple(after)
 
-    states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
+    states = lax.fori_loop(0, place.steps(plan), chunk, tuple(states))
     if plan.final:
         for block, state in enumerate(states[-plan.blocks :]):
             target = state_at("final", block)

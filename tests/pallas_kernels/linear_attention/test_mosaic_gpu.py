@@ -94,6 +94,12 @@ CASES = {
     "token, pairs": (Case("pairs", 1, 130, 2, 64, kv_heads=1, decay="token"), None, {"processors": 1}),
     "head, pairs": (Case("pairs", 1, 70, 2, 192, 64, decay="head"), None, {"processors": 1}),
     "head, splits": (Case("head_in_splits", 1, 128, 1, 64, decay="head", strength=0.05), None, {"splits": 2}),
+    "head, stretches": (Case("stretches", 1, 250, 1, 64, 128, decay="head", strength=0.05), None, {"stretches": 2}),
+    "token, stretches": (
+        Case("stretches", 1, 384, 2, 64, kv_heads=1, decay="token", initial_state=True),
+        None,
+        {"stretches": 3, "processors": 1},
+    ),
 }
 
 
@@ -117,22 +123,22 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, interpreter):
 
 @interpreted
 @pytest.mark.parametrize(
-    "case",
+    ("case", "stretches"),
     [
-        Case("tiles", 1, 256, 1, 64, 128, decay="token"),
-        Case("heads", 1, 256, 2, 64, decay="token"),
-        Case("tangent", 1, 192, 1, 128, 64, decay="head"),
+        (Case("tiles", 1, 256, 1, 64, 128, decay="token"), 1),
+        (Case("heads", 1, 512, 2, 64, decay="token"), 2),
+        (Case("tangent", 1, 192, 1, 128, 64, decay="head"), 1),
     ],
-    ids=lambda case: case.name,
+    ids=lambda x: getattr(x, "name", ""),
 )
-def test_barriers_order_all_accesses(case, interpreter):
+def test_barriers_order_all_accesses(case, stretches, interpreter):
     """Of two tiles of a head and, in the second case, of two heads; of dk and dv; and of a state with its tangent."""
     arguments, options = case.arguments(jnp.bfloat16)
-    interpret = interpreter(256, detect_races=True)
+    how = {"interpret": interpreter(256, detect_races=True), "splits": 1, "stretches": stretches, "processors": 1}
 
     def loss(arguments):
         args = api.normal_form(**arguments, **options)
-        return jnp.sum(implementation.run(args, interpret=interpret, splits=1, processors=1)[0].astype(jnp.float32))
+        return jnp.sum(implementation.run(args, **how)[0].astype(jnp.float32))
 
     gradients = jax.jit(jax.grad(loss))(arguments)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients.values())
@@ -195,11 +201,18 @@ def test_what_passes_over_a_chunk_is_known_from_kept_states(size, keep):
 
 
 def lowered(
-    sizes: tuple[int, int], decay: str | None, *, gradient: bool, length: int = 1000, device_kind: str = H200, **more
+    sizes: tuple[int, int],
+    decay: str | None,
+    *,
+    gradient: bool,
+    length: int = 1000,
+    heads: int = 4,
+    device_kind: str = H200,
+    **more,
 ):
     """Text of the program for CUDA, of the call or of its gradient in all of its floating arguments."""
-    shape = {None: None, "head": (4,), "token": (2, length, 4)}[decay]
-    arrays = {name: jax.ShapeDtypeStruct((2, length, 4, sizes[name == "v"]), jnp.bfloat16) for name in "qkv"}
+    shape = {None: None, "head": (heads,), "token": (2, length, heads)}[decay]
+    arrays = {name: jax.ShapeDtypeStruct((2, length, heads, sizes[name == "v"]), jnp.bfloat16) for name in "qkv"}
     if shape is not None:
         arrays["log_decay"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -246,15 +259,17 @@ def test_vmapped_axis_joins_the_batch():
     assert "-> tensor<6x80x4x64xbf16>" in text
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
-def test_gradient_lowers_inside_shard_map(decay):
-    """With types that say over which axes a value varies."""
+@pytest.mark.parametrize(
+    ("decay", "length", "heads"), [(None, 80, 4), ("head", 80, 4), ("token", 80, 4), ("token", 4096, 96)]
+)
+def test_gradient_lowers_inside_shard_map(decay, length, heads):
+    """With types that say over which axes a value varies; the last case has stretches, and so a forward pass."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    arrays = {name: jax.ShapeDtypeStruct((2, 80, 4, 64), jnp.bfloat16) for name in "qkv"}
-    arrays["initial_state"] = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.float32)
+    arrays = {name: jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for name in "qkv"}
+    arrays["initial_state"] = jax.ShapeDtypeStruct((2, heads, 64, 64), jnp.float32)
     specs = dict.fromkeys(arrays, P("x"))
     if decay is not None:
-        arrays["log_decay"] = jax.ShapeDtypeStruct((4,) if decay == "head" else (2, 80, 4), jnp.float32)
+        arrays["log_decay"] = jax.ShapeDtypeStruct((heads,) if decay == "head" else (2, length, heads), jnp.float32)
         specs["log_decay"] = P() if decay == "head" else P("x")
 
     def loss(arrays):
@@ -264,7 +279,7 @@ def test_gradient_lowers_inside_shard_map(decay):
     with dispatch.target("gpu", device_kind=H200):
         gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs,), out_specs=specs)
         text = jax.jit(gradient).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert launches(text) == 1
+    assert launches(text) == (2 if length == 4096 else 1)
 
 
 def test_splits_add_one_sweep():
@@ -272,7 +287,37 @@ def test_splits_add_one_sweep():
     assert launches(text) == 2
 
 
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+def test_stretches_start_from_states_of_the_forward_pass(decay):
+    text = lowered((128, 128), decay, gradient=True, length=4096, heads=48)  # 96 in all
+    assert launches(text) == 2
+    assert "tensor<2x48x5x128x128xbf16>" in text  # before each of four stretches, and before the last chunk
+    assert launches(lowered((128, 128), decay, gradient=False, length=4096, heads=48)) == 1
+    assert launches(lowered((128, 128), decay, gradient=True, length=512, heads=48)) == 1  # too short
+
+
 # ---- sizes and choices
+
+
+@pytest.mark.parametrize(
+    ("others", "own", "chunks", "stretches"),
+    [
+        (192, 96, 128, 4),  # 2.25 turns in place of 3
+        (96, 48, 128, 8),  # dq, of two heads in a CTA, beside dk and dv
+        (264, 132, 128, 1),  # turns are full
+        (20, 10, 128, 1),  # all run at once
+        (192, 96, 16, 1),  # too short
+        (192, 96, 127, 1),  # of no equal stretches
+    ],
+)
+def test_best_stretches(others, own, chunks, stretches):
+    assert plans.best_stretches(132, others, own, chunks) == stretches
+
+
+def test_stretch_count_of_a_call():
+    assert implementation.stretch_count(implementation.HOPPER, 132, 1, 8192, 96, 128, 128) == 4
+    assert implementation.stretch_count(implementation.HOPPER, 132, 1, 8192, 96, 64, 64) == 8
+    assert implementation.stretch_count(implementation.BLACKWELL, 148, 1, 8192, 96, 128, 128) == 1
 
 
 def chosen(sweeps: list[plans.Plan], pairs: bool = False, **of_all) -> list[plans.Plan]:
@@ -392,10 +437,12 @@ def test_budgets_of_the_forward_sweep():
         plans.with_blocks(plans.Plan((plans.FORWARD,), 1024, 64))
 
 
-def test_splits_are_whole_chunks():
+def test_cuts_are_whole_chunks():
+    q = jnp.zeros((1, 192, 1, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="splits must cut N into whole chunks of 64 tokens, got splits=2 and N=192"):
-        q = jnp.zeros((1, 192, 1, 64), jnp.bfloat16)
         implementation.run(api.normal_form(q, q, q), splits=2)
+    with pytest.raises(ValueError, match=r"stretches must cut N into .* got stretches=2, splits=1 and N=192"):
+        implementation.run(api.normal_form(q, q, q), splits=1, stretches=2)
 
 
 @pytest.mark.parametrize(
