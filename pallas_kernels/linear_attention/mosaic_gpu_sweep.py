@@ -122,14 +122,14 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
     # CTAs of one head, or of two where one of the plans takes two, are neighbours; those of stretches follow apart.
     together = max(plan.heads for plan in plans)
     rows_of_grid = batch * heads // together
-    places: dict[int, tuple[int, int, int]] = {}  # by plan: first CTA of the phase, its CTAs of a row, the plan's first
+    in_grid: dict[int, tuple[int, int, int]] = {}  # by plan: first CTA of its phase, CTAs of a row, its first
     ctas = [together // plan.heads * plan.ctas * plan.stretches for plan in plans]
     grid = 0
     for in_stretches in (False, True):
         phase = [number for number, plan in enumerate(plans) if (plan.stretches > 1) is in_stretches]
         width = sum(ctas[number] for number in phase)
         for at, number in enumerate(phase):
-            places[number] = (grid, width, sum(ctas[other] for other in phase[:at]))
+            in_grid[number] = (grid, width, sum(ctas[other] for other in phase[:at]))
         grid += rows_of_grid * width
 
     def body(*refs):
@@ -144,7 +144,7 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
 
         def of_each_plan(work: Callable[[Plan, "_Place", dict[str, Any]], None]) -> None:
             for number, plan in enumerate(plans):
-                phase, width, first = places[number]
+                phase, width, first = in_grid[number]
                 row, rest = lax.div(cta - phase, jnp.int32(width)), lax.rem(cta - phase, jnp.int32(width))
                 mine = (cta >= phase) & (row < rows_of_grid) & (rest >= first) & (rest < first + ctas[number])
 

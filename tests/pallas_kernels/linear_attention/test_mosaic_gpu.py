@@ -13,11 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, linear_attention
-from pallas_kernels.linear_attention import api, reference
+from pallas_kernels.linear_attention import api, mosaic_gpu_sweep, reference
 from pallas_kernels.linear_attention import mosaic_gpu as implementation
 from pallas_kernels.linear_attention import mosaic_gpu_plan as plans
 from pallas_kernels.linear_attention.cases import ACCURACY, Case
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import sweep
 from tests.pallas_kernels.accuracy import Results, relative_errors, results_of
 from tests.pallas_kernels.linear_attention import gpu_interpreter
 
@@ -181,7 +180,7 @@ def test_what_passes_over_a_chunk_is_known_from_kept_states(size, keep):
     b[..., 0] = [np.vdot(added[c], cotangents[c + 1]) for c in range(chunks)]
     kept = [*range(0, chunks, keep), chunks - 1]
     with jax.enable_x64(True):
-        common = implementation._Common(
+        common = implementation.Common(
             implementation.Config(), 1, jnp.asarray(decay.reshape(1, -1, 1)), None, chunks * plans.TILE
         )
         crossing = implementation._crossing(
@@ -356,7 +355,7 @@ def test_two_sweeps_of_the_arrays_give_all_gradients(size):
 @pytest.mark.parametrize("size", implementation.HOPPER.sizes)
 def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, decay, most, monkeypatch):
     """Beside dq, dk and dv, over q, k, v, y, dy and these three."""
-    shape, written = (1, 8192, 96, size), {}
+    shape, written, sweep = (1, 8192, 96, size), {}, mosaic_gpu_sweep.sweep
 
     def recorded(*arguments):
         outputs = sweep(*arguments)
@@ -366,7 +365,7 @@ def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, decay, most
     def loss(q, log_decay):
         return jnp.sum(implementation.run(api.normal_form(q, q, q, log_decay=log_decay))[0].astype(jnp.float32))
 
-    monkeypatch.setattr(implementation.mosaic_gpu_sweep, "sweep", recorded)
+    monkeypatch.setattr(mosaic_gpu_sweep, "sweep", recorded)
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     g = jax.ShapeDtypeStruct(shape[2:3] if decay == "head" else shape[:3], jnp.float32)
     with dispatch.target("gpu", device_kind=H200):
