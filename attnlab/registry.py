@@ -1,8 +1,8 @@
-"""The table of variants: a name for every mechanism, with its paper, what it supports, its cost and its kernel.
+"""The table of variants: a name for everything that comes from a paper, with its kind, its paper, source and cost.
 
-A class enters the table by the decorator `register`, in its own file; the families in `FAMILIES` are imported at the
-first question, not at `import attnlab`. A paper with one mixer uses its slug as the name (`agent_attention`); further
-classes of the same paper add a word (`efficient_probing.aim`).
+A class or a function enters the table by the decorator `register`, in its own file; there is no list to edit. The
+packages in `HOMES` are imported at the first question, not at `import attnlab`. A paper with one mechanism uses its
+slug as the name (`agent_attention`); what else comes from the same paper adds a word (`efficient_probing.aim`).
 """
 
 import dataclasses
@@ -10,33 +10,47 @@ import enum
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
 
-from attnlab.contract import Layout, Pattern, Site, TokenMixer
+from attnlab.contract import Layout, Pattern, Pooling, Site, TokenMixer
 from attnlab.suggest import suggestion
 
-FAMILIES = ("attnlab.attention", "attnlab.pooling", "attnlab.models")
+HOMES = ("attention", "mixers", "pooling", "interventions", "analysis", "objectives", "tasks", "models", "nn")
+NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")
 
-ClassT = TypeVar("ClassT", bound=type)
+TargetT = TypeVar("TargetT", bound=Callable[..., Any])
+WordT = TypeVar("WordT", bound=enum.StrEnum)
 
 
 class Source(enum.StrEnum):
     """What an implementation was checked against."""
 
     AUTHORS_CODE = "authors' code"
+    THIRD_PARTY = "third-party code"
     PAPER_TEXT = "paper text"
     ABSTRACT_ONLY = "abstract only"
 
 
 class Kind(enum.StrEnum):
-    """What a variant does to tokens."""
+    """What a variant is, and so what it promises; CONTRIBUTING.md says how to add one of each."""
 
-    MIXER = "token mixer"  # tokens to tokens, the contract of attnlab.contract
-    POOLING = "pooling"  # (B, N, C) to (B, C')
-    BACKBONE = "backbone"  # images or token ids to features or logits
+    MIXER = "mixer"  # tokens to tokens of the same shape, the contract of attnlab.contract
+    POOLING = "pooling"  # tokens (B, N, C) to one vector (B, C')
+    BACKBONE = "backbone"  # images, tokens or videos to features or logits
+    MODULE = "module"  # several streams or sources in, one output for each stream out
+    FUNCTION = "function"  # arrays to arrays
+    OBJECTIVE = "objective"  # predictions and targets to one loss per example (B,)
+    INTERVENTION = "intervention"  # a training-free edit of a model at named points
+    ANALYSIS = "analysis"  # recorded arrays to measures of them
+    TASK = "task"  # synthetic examples with an oracle that solves them
+
+
+# Kinds whose small form is given by options of the constructor; the others give an `Example`.
+BUILT_FROM_OPTIONS = (Kind.MIXER, Kind.POOLING, Kind.BACKBONE, Kind.TASK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +80,57 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """One small call, `call(*args, **kwargs)`, to which tests hold a variant that no model builds.
+
+    A variant is registered with a function that makes its example, so that importing it computes nothing:
+
+        @register("slug", kind=Kind.FUNCTION, ..., small=lambda: Example(softmax_free, (jnp.ones((2, 5, 4)),)))
+
+    Attributes:
+      call: a registered function, or a module built small: of a registered class, or a model under an intervention.
+      args: positional arguments; arrays, or lists, tuples and dictionaries of arrays.
+      kwargs: keyword arguments; arrays are traced, and anything else is static and hashable.
+      batched: the arguments with a leading batch axis, by position or by keyword. Unless there are none, every array of
+        the result has that axis too, and no example depends on the others.
+      differentiable: the arguments that have gradients, by position or by keyword.
+    """
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batched: tuple[int | str, ...] = (0,)
+    differentiable: tuple[int | str, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for field in ("batched", "differentiable"):
+            for argument in getattr(self, field):
+                known = argument in self.kwargs if isinstance(argument, str) else argument in range(len(self.args))
+                if not known:
+                    there = [*range(len(self.args)), *self.kwargs]
+                    raise ValueError(f"{field} names the argument {argument!r}; this example has {there}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
-    """One line of the table. `kernel` names the op of `pallas_kernels` that carries it, None for plain XLA."""
+    """One line of the table.
+
+    Attributes:
+      name: the paper's slug, or `slug.word`.
+      target: the class or function.
+      kind: what it is.
+      paper: title, authors, year.
+      source: what it was checked against.
+      repository: the code that it was checked against, `owner/name`.
+      cost: in the library's axis names.
+      kernel: the op of `pallas_kernels` that carries it, None for plain XLA.
+      summary: one line on what it does.
+      small: options that build it small (a backbone: all its arguments; a mixer or pooling: those beside what the site
+        says), or a function that makes an `Example`, see `BUILT_FROM_OPTIONS`.
+    """
 
     name: str
-    cls: type
+    target: Callable[..., Any]
     kind: Kind
     paper: Paper
     source: Source
@@ -78,22 +138,51 @@ class Variant:
     cost: Cost
     kernel: str | None
     summary: str
+    small: Mapping[str, Any] | Callable[[], Example] = dataclasses.field(compare=False)
 
     @property
     def slug(self) -> str:
         return self.name.partition(".")[0]
 
     @property
+    def family(self) -> str:
+        """The package it stands in: `dense`, `linear`, ... of `attnlab.attention`, or `mixers`, `pooling`, `models`...
+
+        What is registered from outside of attnlab has its own top-level package as its family.
+        """
+        package, *below = self.target.__module__.split(".")
+        if package != "attnlab" or not below:
+            return package
+        return below[1] if below[0] == "attention" and len(below) > 1 else below[0]
+
+    @property
+    def cls(self) -> type:
+        """The class.
+
+        Raises:
+          TypeError: if the variant is a function.
+        """
+        if not isinstance(self.target, type):
+            raise TypeError(f"{self.name} is a function, not a class")
+        return self.target
+
+    @property
     def patterns(self) -> frozenset[Pattern]:
-        return getattr(self.cls, "patterns", frozenset())
+        return getattr(self.target, "patterns", frozenset())
 
     @property
     def layouts(self) -> frozenset[Layout]:
-        return getattr(self.cls, "layouts", frozenset())
+        return getattr(self.target, "layouts", frozenset())
 
     def create(self, site: Site, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
-        """Builds the variant for a place in a model; see `TokenMixer.for_site`."""
-        return self.cls.for_site(site, rngs=rngs, **options)
+        """Builds a mixer or pooling for a place in a model; see `TokenMixer.for_site`.
+
+        Raises:
+          TypeError: if it is of another kind.
+        """
+        if self.kind not in (Kind.MIXER, Kind.POOLING):
+            raise TypeError(f"{self.name} is a {self.kind}: only mixers and poolings are built for a site")
+        return self.cls.for_site(site, rngs=rngs, **options)  # type: ignore[attr-defined]
 
 
 _variants: dict[str, Variant] = {}
@@ -109,61 +198,156 @@ def register(
     repository: str | None = None,
     kernel: str | None = None,
     kind: Kind | None = None,
-) -> Callable[[ClassT], ClassT]:
-    """Enters a class into the table of variants.
+    small: Mapping[str, Any] | Callable[[], Example] | None = None,
+) -> Callable[[TargetT], TargetT]:
+    """Enters a class or a function into the table of variants. Its family follows from the package it stands in.
 
     Args:
-      name: the paper's slug, or `slug.word` for a further class of the same paper.
+      name: the paper's slug, or `slug.word` for what else comes from the same paper.
       paper: title, authors, year.
       source: what the implementation was checked against.
       cost: asymptotic cost in the library's axis names.
-      summary: one line that says what the mechanism does.
-      repository: the authors' code, `owner/name`.
+      summary: one line that says what it does.
+      repository: the code that it was checked against, `owner/name`.
       kernel: op of `pallas_kernels` that computes it.
-      kind: `MIXER` for a `TokenMixer` when None.
+      kind: follows from the class for a `TokenMixer` and a `Pooling`; for anything else it must be given.
+      small: how tests, pages and benchmarks build or call it at miniature size. For a mixer or a pooling options of its
+        constructor, none by default; for a backbone all its arguments, for a task its fields; for the other kinds a
+        function without arguments that makes an `Example`.
 
     Raises:
-      ValueError: if the name is taken, or the kind is not given for a class that is no `TokenMixer`.
+      ValueError: if the name is taken or no name, the kind is not known, or `small` is missing or of the wrong form.
     """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a name is `slug` or `slug.word` in lower case, digits and underscores, got {name!r}")
 
-    def enter(cls: ClassT) -> ClassT:
-        if name in _variants and _variants[name].cls.__qualname__ != cls.__qualname__:
-            raise ValueError(f"the name {name!r} is taken by {_variants[name].cls.__qualname__}")
-        if kind is None and not issubclass(cls, TokenMixer):
-            raise ValueError(f"{cls.__qualname__} is no TokenMixer: say which kind it is")
+    def enter(target: TargetT) -> TargetT:
+        known = _variants.get(name)
+        if known is not None and _address(known.target) != _address(target):
+            raise ValueError(f"the name {name!r} is taken by {_address(known.target)}")
+        what = _kind(target) if kind is None else kind
         _variants[name] = Variant(
-            name, cls, Kind.MIXER if kind is None else kind, paper, source, repository, cost, kernel, summary
+            name, target, what, paper, source, repository, cost, kernel, summary, _small(name, what, small)
         )
-        return cls
+        return target
 
     return enter
 
 
+def _address(target: Callable[..., Any]) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+def _kind(target: Callable[..., Any]) -> Kind:
+    for base, kind in ((TokenMixer, Kind.MIXER), (Pooling, Kind.POOLING)):
+        if isinstance(target, type) and issubclass(target, base):
+            return kind
+    raise ValueError(f"{_address(target)} is no TokenMixer and no Pooling: say which kind it is")
+
+
+def _small(name: str, kind: Kind, small: Any) -> Mapping[str, Any] | Callable[[], Example]:
+    if small is None and kind in (Kind.MIXER, Kind.POOLING):
+        return {}
+    if kind in BUILT_FROM_OPTIONS:
+        if not isinstance(small, Mapping):
+            raise ValueError(f"{name} is a {kind}: small must be the options that build it small, got {small!r}")
+    elif not callable(small):
+        raise ValueError(f"{name} is of kind {kind}: small must be a function that makes an Example, got {small!r}")
+    return small
+
+
 @functools.cache
 def _load() -> None:
-    for family in FAMILIES:
-        package = importlib.import_module(family)
-        for module in pkgutil.walk_packages(package.__path__, family + "."):
+    for home in HOMES:
+        package = importlib.import_module(f"attnlab.{home}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 
 
 def variants(
-    *, kind: Kind | None = None, pattern: Pattern | None = None, layout: Layout | None = None
+    *,
+    kind: Kind | str | None = None,
+    family: str | None = None,
+    pattern: Pattern | str | None = None,
+    layout: Layout | str | None = None,
+    source: Source | str | None = None,
+    kernel: str | None = None,
+    search: str = "",
 ) -> tuple[Variant, ...]:
-    """The registered variants by name, all or those of a kind, a pattern and a layout."""
+    """The registered variants by name, all or those that pass every filter.
+
+    Args:
+      kind: what they are.
+      family: the package they stand in, see `Variant.family`.
+      pattern: of attention, among those they have.
+      layout: of tokens, among those they take.
+      source: what they were checked against.
+      kernel: the op of `pallas_kernels` that carries them.
+      search: words that must all occur in the name, the summary or the paper, in any case.
+
+    Raises:
+      ValueError: for a kind, family, pattern, layout, source or kernel that there is not, with the nearest.
+    """
     _load()
+    everything = [v for _, v in sorted(_variants.items())]
+    kind, pattern, layout, source = (
+        _word("kind", Kind, kind),
+        _word("pattern", Pattern, pattern),
+        _word("layout", Layout, layout),
+        _word("source", Source, source),
+    )
+    _check("family", family, {v.family for v in everything})
+    _check("kernel", kernel, {v.kernel for v in everything if v.kernel})
     return tuple(
         v
-        for _, v in sorted(_variants.items())
+        for v in everything
         if (kind is None or v.kind == kind)
+        and (family is None or v.family == family)
         and (pattern is None or pattern in v.patterns)
         and (layout is None or layout in v.layouts)
+        and (source is None or v.source == source)
+        and (kernel is None or v.kernel == kernel)
+        and _found(search, v)
     )
 
 
-def names(*, kind: Kind | None = None, pattern: Pattern | None = None, layout: Layout | None = None) -> tuple[str, ...]:
-    """The names of `variants(...)`."""
-    return tuple(v.name for v in variants(kind=kind, pattern=pattern, layout=layout))
+def _word(filter_: str, words: type[WordT], value: WordT | str | None) -> WordT | None:
+    if value is None:
+        return None
+    _check(filter_, value, list(words))
+    return words(value)
+
+
+def _check(filter_: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"no {filter_} is called {str(value)!r}: {suggestion(value, sorted(known))}")
+
+
+def _found(search: str, variant: Variant) -> bool:
+    text = f"{variant.name} {variant.summary} {variant.paper}".casefold()
+    return all(word in text for word in search.casefold().split())
+
+
+def names(
+    *,
+    kind: Kind | str | None = None,
+    family: str | None = None,
+    pattern: Pattern | str | None = None,
+    layout: Layout | str | None = None,
+    source: Source | str | None = None,
+    kernel: str | None = None,
+    search: str = "",
+) -> tuple[str, ...]:
+    """The names of `variants(...)`, which explains the filters."""
+    chosen = variants(
+        kind=kind, family=family, pattern=pattern, layout=layout, source=source, kernel=kernel, search=search
+    )
+    return tuple(v.name for v in chosen)
+
+
+def families() -> tuple[str, ...]:
+    """The families that have a variant, in alphabetical order."""
+    return tuple(sorted({v.family for v in variants()}))
 
 
 def get(name: str) -> Variant:
@@ -179,7 +363,7 @@ def get(name: str) -> Variant:
 
 
 def create(name: str, site: Site, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
-    """Builds a registered variant for a place in a model.
+    """Builds a registered mixer or pooling for a place in a model.
 
     Args:
       name: as `attnlab list` prints it.
@@ -189,6 +373,7 @@ def create(name: str, site: Site, *, rngs: nnx.Rngs, **options: Any) -> nnx.Modu
 
     Raises:
       KeyError: for an unknown name.
+      TypeError: if the variant is of another kind, or has no such option.
       UnsupportedArgument: if the variant has no form with the site's pattern or layout.
     """
     return get(name).create(site, rngs=rngs, **options)

@@ -24,7 +24,7 @@ class ListOptions:
       check: fail if the table in README.md is not what --write-readme would write.
     """
 
-    kind: Literal["mixer", "pooling", "backbone"] | None = None
+    kind: str | None = None
     pattern: Literal["self", "causal-self", "cross", "causal-cross"] | None = None
     layout: Literal["sequence", "image", "video"] | None = None
     names: bool = False
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     if options.write_readme or options.check:
         return _readme(check=options.check)
     variants = registry.variants(
-        kind=registry.Kind[options.kind.upper()] if options.kind else None,
+        kind=options.kind,
         pattern=Pattern(options.pattern.replace("-", " ")) if options.pattern else None,
         layout=Layout(options.layout) if options.layout else None,
     )

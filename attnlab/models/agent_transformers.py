@@ -29,9 +29,21 @@ _ENTRY = {
     "cost": Cost(time="O(N·n·C)", memory="O(N·n·H)"),
     "kind": Kind.BACKBONE,
 }
+_SMALL = {
+    "num_heads": (1, 2, 2, 2),
+    "depths": (1, 1, 1, 1),
+    "num_agents": (4, 4, 1, 1),
+    "num_classes": 5,
+    "image_size": 32,
+}
 
 
-@register("agent_attention.pvt", summary="PVT with agent attention", **_ENTRY)
+@register(
+    "agent_attention.pvt",
+    summary="PVT with agent attention",
+    small={**_SMALL, "features": (8, 8, 16, 16)},
+    **_ENTRY,
+)
 class AgentPVT(PyramidVisionTransformer):
     """Agent-PVT; the defaults are Agent-PVT-T.
 
@@ -83,7 +95,12 @@ class AgentPVT(PyramidVisionTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("agent_attention.swin", summary="Swin with agent attention in large windows", **_ENTRY)
+@register(
+    "agent_attention.swin",
+    summary="Swin with agent attention in large windows",
+    small={**_SMALL, "features": 8, "window": 8},
+    **_ENTRY,
+)
 class AgentSwin(SwinTransformer):
     """Agent-Swin; the defaults are Agent-Swin-T.
 
@@ -150,7 +167,12 @@ class AgentSwin(SwinTransformer):
         )
 
 
-@register("agent_attention.cswin", summary="CSwin with agent attention in wide stripes", **_ENTRY)
+@register(
+    "agent_attention.cswin",
+    summary="CSwin with agent attention in wide stripes",
+    small={**_SMALL, "features": 8, "num_heads": (2, 2, 4, 4)},
+    **_ENTRY,
+)
 class AgentCSwin(CSwinTransformer):
     """Agent-CSwin; the defaults are Agent-CSwin-T.
 
@@ -208,7 +230,12 @@ class AgentCSwin(CSwinTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("agent_attention.deit", summary="DeiT with agent attention in all or the first blocks", **_ENTRY)
+@register(
+    "agent_attention.deit",
+    summary="DeiT with agent attention in all or the first blocks",
+    small={"features": 16, "num_heads": 2, "depth": 2, "num_agents": 4, "num_classes": 5, "image_size": 32},
+    **_ENTRY,
+)
 class AgentDeiT(DeiT):
     """Agent-DeiT; the defaults are Agent-DeiT-T.
 

@@ -215,6 +215,14 @@ class Downsample(nnx.Module):
     repository="rayleizhu/BiFormer",
     cost=Cost(time="O(N·k·(N/S²)·C + N·C²) per block", memory="O(k·N·C)"),
     summary="four stages of bi-level routing attention, plain attention in the last",
+    small={
+        "num_classes": 5,
+        "depths": (1, 1, 1, 1),
+        "widths": (8, 8, 16, 16),
+        "head_dim": 8,
+        "n_win": 1,
+        "topks": (1, 1, 1, -2),
+    },
 )
 class BiFormer(SiteModule):
     """Images (B, Hh, Ww, channels) to logits (B, classes). The defaults are those of `biformer_tiny`.

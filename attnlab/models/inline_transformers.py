@@ -28,9 +28,15 @@ _ENTRY = {
     "cost": Cost(time="O(N·C·D)", memory="O(C·D)"),
     "kind": Kind.BACKBONE,
 }
+_SMALL = {"num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1), "num_classes": 5, "image_size": 32}
 
 
-@register("inline_attention.pvt", summary="PVT with InLine attention", **_ENTRY)
+@register(
+    "inline_attention.pvt",
+    summary="PVT with InLine attention",
+    small={**_SMALL, "features": (8, 8, 16, 16)},
+    **_ENTRY,
+)
 class InlinePVT(PyramidVisionTransformer):
     """InLine-PVT; the defaults are InLine-PVT-T.
 
@@ -76,7 +82,12 @@ class InlinePVT(PyramidVisionTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("inline_attention.swin", summary="Swin with InLine attention in large windows", **_ENTRY)
+@register(
+    "inline_attention.swin",
+    summary="Swin with InLine attention in large windows",
+    small={**_SMALL, "features": 8, "window": 8},
+    **_ENTRY,
+)
 class InlineSwin(SwinTransformer):
     """InLine-Swin; the defaults are InLine-Swin-T.
 
@@ -142,7 +153,12 @@ class InlineSwin(SwinTransformer):
         )
 
 
-@register("inline_attention.cswin", summary="CSwin with global InLine attention", **_ENTRY)
+@register(
+    "inline_attention.cswin",
+    summary="CSwin with global InLine attention",
+    small={**_SMALL, "features": 8, "num_heads": (2, 2, 4, 4)},
+    **_ENTRY,
+)
 class InlineCSwin(CSwinTransformer):
     """InLine-CSwin; the defaults are InLine-CSwin-T. The window of `I` blocks is the image.
 
@@ -196,7 +212,12 @@ class InlineCSwin(CSwinTransformer):
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)
 
 
-@register("inline_attention.deit", summary="DeiT with InLine attention", **_ENTRY)
+@register(
+    "inline_attention.deit",
+    summary="DeiT with InLine attention",
+    small={"features": 16, "num_heads": 2, "depth": 2, "num_classes": 5, "image_size": 32},
+    **_ENTRY,
+)
 class InlineDeiT(DeiT):
     """InLine-DeiT; the defaults are InLine-DeiT-T.
 

@@ -29,6 +29,7 @@ from attnlab.registry import Kind, Source, register
     cost=COST,
     kernel="linear_attention",
     summary="decoder language model of TNL attention and SGLU feed-forwards, decoding in constant memory",
+    small={"vocab_size": 11, "features": 16, "depth": 2, "num_heads": 2},
 )
 class TransNormerLLM(LanguageModel):
     """Token ids (B, N) to logits (B, N, vocab_size); see `LanguageModel` for calling, decoding and generation.

@@ -19,14 +19,13 @@ from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.pooling.grid import two_axes
 from attnlab.pooling.parts import CrossAttention, wide
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
 @register(
     "efficient_probing.abmilp",
-    kind=Kind.POOLING,
     paper=Paper("Attention-based Deep Multiple Instance Learning", "Ilse et al.", 2018, arxiv="1802.04712"),
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

@@ -18,12 +18,11 @@ from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import BatchNorm
 from attnlab.nn.softmax import softmax_attention
 from attnlab.pooling.parts import given_queries, head_size, mean, split_heads
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.aim",
-    kind=Kind.POOLING,
     paper=Paper(
         "Scalable Pre-training of Large Autoregressive Image Models", "El-Nouby et al.", 2024, arxiv="2401.08541"
     ),

@@ -16,12 +16,11 @@ from attnlab.contract import Pooling, record
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.parts import CrossAttention
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.cae",
-    kind=Kind.POOLING,
     paper=Paper(
         "Context Autoencoder for Self-Supervised Representation Learning", "Chen et al.", 2022, arxiv="2202.03026"
     ),

@@ -20,7 +20,7 @@ from attnlab.nn.linear import trunc_normal, uniform_init
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.parts import CrossAttention, given_queries
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 class ClassAttentionBlock(nnx.Module):
@@ -63,7 +63,6 @@ class ClassAttentionBlock(nnx.Module):
 
 @register(
     "efficient_probing.cait",
-    kind=Kind.POOLING,
     paper=Paper("Going deeper with Image Transformers", "Touvron et al.", 2021, arxiv="2103.17239"),
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

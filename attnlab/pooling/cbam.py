@@ -17,12 +17,11 @@ from attnlab.nn.linear import Conv, Linear, uniform_init
 from attnlab.nn.norms import BatchNorm
 from attnlab.pooling.grid import to_map, two_axes
 from attnlab.pooling.parts import mean, wide
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.cbam",
-    kind=Kind.POOLING,
     paper=Paper("CBAM: Convolutional Block Attention Module", "Woo et al.", 2018, arxiv="1807.06521"),
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

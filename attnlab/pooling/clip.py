@@ -17,12 +17,11 @@ from jax.typing import ArrayLike
 from attnlab.contract import Pooling, Site, UnsupportedArgument, record
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.parts import CrossAttention, given_queries, mean
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.clip",
-    kind=Kind.POOLING,
     paper=Paper(
         "Learning Transferable Visual Models From Natural Language Supervision",
         "Radford et al.",

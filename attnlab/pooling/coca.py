@@ -17,12 +17,11 @@ from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.softmax import softmax_attention
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.coca",
-    kind=Kind.POOLING,
     paper=Paper("CoCa: Contrastive Captioners are Image-Text Foundation Models", "Yu et al.", 2022, arxiv="2205.01917"),
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

@@ -13,12 +13,11 @@ from jax.typing import ArrayLike
 from attnlab.contract import Pooling, record
 from attnlab.pooling.block import SelfAttentionBlock
 from attnlab.pooling.parts import mean
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.dinovit",
-    kind=Kind.POOLING,
     paper=Paper(
         "DINOv2: Learning Robust Visual Features without Supervision", "Oquab et al.", 2023, arxiv="2304.07193"
     ),

@@ -20,7 +20,7 @@ from attnlab.nn.linear import Conv, Linear, uniform_init
 from attnlab.nn.norms import BatchNorm
 from attnlab.pooling.grid import to_map, two_axes
 from attnlab.pooling.parts import mean, wide
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu}
 _DILATIONS = (6, 12, 18)
@@ -71,7 +71,6 @@ class SpatialPyramid(nnx.Module):
 
 @register(
     "efficient_probing.dolg",
-    kind=Kind.POOLING,
     paper=Paper(
         "DOLG: Single-Stage Image Retrieval with Deep Orthogonal Fusion of Local and Global Features",
         "Yang et al.",

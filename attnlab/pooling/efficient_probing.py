@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Pooling, Site, record
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.pooling.parts import given_queries
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 def _accumulator(x: ArrayLike) -> jnp.dtype:
@@ -77,7 +77,6 @@ def efficient_probing(
 
 @register(
     "efficient_probing",
-    kind=Kind.POOLING,
     paper=Paper(
         "Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency",
         "Psomas et al.",

@@ -19,12 +19,11 @@ from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.block import SelfAttentionBlock
 from attnlab.pooling.parts import CrossAttention, given_queries
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.jepa",
-    kind=Kind.POOLING,
     paper=Paper(
         "Revisiting Feature Prediction for Learning Visual Representations from Video",
         "Bardes et al.",

@@ -19,12 +19,11 @@ from attnlab.nn.linear import uniform_init
 from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.parts import CrossAttention, mean
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 
 @register(
     "efficient_probing.siglip",
-    kind=Kind.POOLING,
     paper=Paper("Sigmoid Loss for Language Image Pre-Training", "Zhai et al.", 2023, arxiv="2303.15343"),
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

@@ -24,7 +24,7 @@ from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.softmax import softmax_attention
 from attnlab.pooling.parts import given_queries, head_size, mean, split_heads, wide
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.registry import Cost, Paper, Source, register
 
 _PAPER = Paper(
     "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?",
@@ -80,7 +80,6 @@ class _SimPool(Pooling):
 
 @register(
     "efficient_probing.simpool",
-    kind=Kind.POOLING,
     paper=_PAPER,
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",
@@ -142,7 +141,6 @@ class SimPool(_SimPool):
 
 @register(
     "efficient_probing.esimpool",
-    kind=Kind.POOLING,
     paper=_PAPER,
     source=Source.AUTHORS_CODE,
     repository="billpsomas/efficient-probing",

@@ -10,39 +10,17 @@ import attnlab
 from attnlab import Kind
 from tests.conformance.subjects import close, parameters
 
-PYRAMID = {"num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1), "num_classes": 5, "image_size": 32}
-BACKBONES = {
-    "agent_attention.pvt": {"features": (8, 8, 16, 16), "num_agents": (4, 4, 1, 1), **PYRAMID},
-    "agent_attention.swin": {"features": 8, "num_agents": (4, 4, 1, 1), "window": 8, **PYRAMID},
-    "agent_attention.cswin": {"features": 8, **PYRAMID, "num_heads": (2, 2, 4, 4), "num_agents": (4, 4, 1, 1)},
-    "agent_attention.deit": {
-        "features": 16, "num_heads": 2, "depth": 2, "num_agents": 4, "num_classes": 5, "image_size": 32,
-    },
-    "inline_attention.pvt": {"features": (8, 8, 16, 16), **PYRAMID},
-    "inline_attention.swin": {"features": 8, "window": 8, **PYRAMID},
-    "inline_attention.cswin": {"features": 8, **PYRAMID, "num_heads": (2, 2, 4, 4)},
-    "inline_attention.deit": {"features": 16, "num_heads": 2, "depth": 2, "num_classes": 5, "image_size": 32},
-    "biformer_bra.biformer": {
-        "num_classes": 5, "depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_dim": 8, "n_win": 1,
-        "topks": (1, 1, 1, -2),
-    },
-    "tnl.transnormer": {"vocab_size": 11, "features": 16, "depth": 2, "num_heads": 2},
-}  # fmt: skip
-every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
+every_backbone = pytest.mark.parametrize("name", attnlab.names(kind=Kind.BACKBONE))
 
 
 def build(name: str, seed: int = 0, **options) -> nnx.Module:
-    return attnlab.get(name).cls(**BACKBONES[name], **options, rngs=nnx.Rngs(seed))
+    return attnlab.get(name).target(**attnlab.get(name).small, **options, rngs=nnx.Rngs(seed))
 
 
 def inputs(name: str) -> jax.Array:
-    if "vocab_size" in BACKBONES[name]:
-        return jax.random.randint(jax.random.key(1), (2, 7), 0, BACKBONES[name]["vocab_size"])
+    if vocabulary := attnlab.get(name).small.get("vocab_size"):
+        return jax.random.randint(jax.random.key(1), (2, 7), 0, vocabulary)
     return jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-
-
-def test_every_registered_backbone_is_here():
-    assert sorted(BACKBONES) == list(attnlab.names(kind=Kind.BACKBONE))
 
 
 @every_backbone

@@ -1,0 +1,1 @@
+"""Measures of attention: sinks, entropy, distances, importance of heads."""

@@ -1,0 +1,1 @@
+"""Attention of tokens to another sequence, set or memory."""

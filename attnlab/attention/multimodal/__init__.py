@@ -1,0 +1,1 @@
+"""Attention between tokens of several modalities."""

@@ -1,0 +1,1 @@
+"""Token mixers that are not attention: gated convolutions, spectral mixers, scans."""

@@ -1,0 +1,1 @@
+"""Synthetic tasks with an oracle that solves them: recall, in-context regression, planted events."""
