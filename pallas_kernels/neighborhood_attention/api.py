@@ -49,6 +49,7 @@ def neighborhood_attention(
     bias: ArrayLike | None = None,
     additional_keys: ArrayLike | None = None,
     additional_values: ArrayLike | None = None,
+    key_mask: ArrayLike | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -73,12 +74,15 @@ def neighborhood_attention(
         of query i and key j. Odd kernel sizes, no stride, not causal.
       additional_keys: (B, A, G, D), in the dtype of q: seen by every query beside its neighborhood.
       additional_values: (B, A, G, E), with `additional_keys`.
+      key_mask: (B, *S) booleans, False for keys that no query sees, such as padding; additional keys are always there.
+        Windows lie where they lie without it.
       return_lse: also return the log of the sum of exponentials.
       implementation: name of one of `explain(...)`; None for the best one that supports these arguments here. A named
         implementation runs or raises, it never falls back.
 
     Returns:
       y (B, *S, H, E) in the dtype of q; with `return_lse` the pair (y, lse), lse (B, *S, H) in float32 (or float64).
+      A query that `key_mask` leaves no key has y = 0 and lse = -inf, and gives no gradient.
 
     Raises:
       ValueError: for shapes, options or combinations that have no meaning; the message names the argument.
@@ -97,6 +101,7 @@ def neighborhood_attention(
         bias=bias,
         additional_keys=additional_keys,
         additional_values=additional_values,
+        key_mask=key_mask,
     )
     y, lse = dispatch.choose(OP, args, implementation).load().run(args)
     return (y, lse) if return_lse else y
@@ -109,10 +114,10 @@ def neighborhood_attention_weights(q: ArrayLike, k: ArrayLike, kernel_size: PerA
       q: queries, (B, *S, H, D).
       k: keys, (B, *S, G, D).
       kernel_size: as in `neighborhood_attention`.
-      **options: stride, dilation, is_causal, scale and bias of the call.
+      **options: stride, dilation, is_causal, scale, bias and key_mask of the call.
 
     Returns:
-      (B, H, N, N) in float32 (or float64), tokens in row-major order.
+      (B, H, N, N) in float32 (or float64), tokens in row-major order; zeros for a query without keys.
 
     Raises:
       ValueError: as `neighborhood_attention`.
@@ -193,6 +198,7 @@ def normal_form(
     bias: ArrayLike | None = None,
     additional_keys: ArrayLike | None = None,
     additional_values: ArrayLike | None = None,
+    key_mask: ArrayLike | None = None,
 ) -> Arguments:
     """Checks the arguments of `neighborhood_attention` and brings them to the one form that implementations read.
 
@@ -216,6 +222,7 @@ def normal_form(
         bias=None if bias is None else _checked_bias(jnp.asarray(bias), q.shape[-2], mask.masks),
         additional_keys=additional_keys,
         additional_values=additional_values,
+        key_mask=None if key_mask is None else _checked_key_mask(jnp.asarray(key_mask), q.shape[:-2]),
         windows=mask.masks,
         scale=_checked_scale(scale) or q.shape[-1] ** -0.5,
     )
@@ -265,6 +272,14 @@ def _checked_bias(bias: jax.Array, heads: int, windows: tuple[Window, ...]) -> j
     if bias.dtype.name not in FLOATS:
         raise TypeError(f"bias must be one of {', '.join(FLOATS)}, got {bias.dtype.name}")
     return bias
+
+
+def _checked_key_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if mask.dtype != bool:
+        raise TypeError(f"key_mask must be boolean, got {mask.dtype.name}")
+    if mask.shape != shape:
+        raise ValueError(f"key_mask must be (B, *S) = {shape}, got shape {mask.shape}")
+    return mask
 
 
 def _checked_scale(scale: float | None) -> float:

@@ -21,6 +21,7 @@ class Arguments:
       bias: (H, 2k-1, …) with one axis per axis of tokens, float, or None.
       additional_keys: (B, A, G, D), dtype of q, or None.
       additional_values: (B, A, G, E), dtype of q; None with `additional_keys`.
+      key_mask: (B, *S), bool, which of the keys k exist, or None for all.
       windows: one per axis of tokens.
       scale: of the scores.
     """
@@ -31,6 +32,7 @@ class Arguments:
     bias: jax.Array | None
     additional_keys: jax.Array | None
     additional_values: jax.Array | None
+    key_mask: jax.Array | None
     windows: tuple[Window, ...]
     scale: float
 
@@ -48,6 +50,6 @@ class Arguments:
 # Arrays are leaves, so Arguments can cross jit, grad and vmap; what remains is static.
 jax.tree_util.register_dataclass(
     Arguments,
-    data_fields=["q", "k", "v", "bias", "additional_keys", "additional_values"],
+    data_fields=["q", "k", "v", "bias", "additional_keys", "additional_values", "key_mask"],
     meta_fields=["windows", "scale"],
 )

@@ -26,6 +26,7 @@ class Case:
       value_size: E; D when None.
       bias: whether there is a relative position bias.
       additional: A, 0 for no additional keys.
+      masked: whether some keys do not exist, among them all that some query sees.
     """
 
     name: str
@@ -42,12 +43,19 @@ class Case:
     value_size: int | None = None
     bias: bool = False
     additional: int = 0
+    masked: bool = False
 
     @property
     def options(self) -> dict[str, object]:
-        """Arguments that are no arrays."""
+        """Arguments that have no gradient."""
         names = ("kernel_size", "stride", "dilation", "is_causal", "scale")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        if self.masked:
+            rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+            mask = rng.random((self.batch, *self.shape)) < 0.7
+            mask[0, : (self.shape[0] + 1) // 2] = False
+            options["key_mask"] = mask
+        return options
 
     def arrays(self, dtype: jnp.dtype = jnp.float32) -> dict[str, jnp.ndarray]:
         """Array arguments in `dtype`, the bias in float32 or wider; the same numbers every time."""
@@ -70,6 +78,7 @@ SMALL = (
     Case("one_token", (1,), 1),
     Case("sequence", (19,), 5, batch=2),
     Case("sequence_even", (20,), 6, stride=3),
+    Case("sequence_masked", (21,), 5, dilation=2, is_causal=True, batch=2, heads=4, kv_heads=2, masked=True),
     Case("sequence_blocks", (24,), 6, stride=6),
     Case("sequence_causal", (23,), 4, is_causal=True),
     Case("sequence_causal_stride_dilation", (23,), 4, stride=2, dilation=3, is_causal=True, value_size=3),
@@ -80,6 +89,8 @@ SMALL = (
     Case("image_bias_dilation", (10, 9), 3, dilation=(2, 3), bias=True, heads=4, kv_heads=2),
     Case("image_additional", (7, 6), 3, additional=5, scale=0.3, bias=True),
     Case("image_row", (1, 12), (1, 5)),
+    Case("image_masked", (9, 7), 3, batch=2, bias=True, masked=True),
+    Case("image_masked_additional", (7, 6), 3, additional=2, masked=True),
     Case("video_mixed", (5, 6, 5), (2, 3, 4), stride=(1, 2, 1), dilation=(2, 1, 1), is_causal=(True, False, False)),
     Case("video_bias", (3, 5, 4), 3, bias=True, additional=2, value_size=4),
 )

@@ -84,6 +84,7 @@ class _Tensors(NamedTuple):
       bias: (H, 2k-1, …) or None.
       additional_keys: (B, 1, G, A, D) or None.
       additional_values: (B, 1, G, A, E) or None.
+      key_mask: (B, P, *L) bool or None.
     """
 
     q: jax.Array
@@ -92,6 +93,7 @@ class _Tensors(NamedTuple):
     bias: jax.Array | None
     additional_keys: jax.Array | None
     additional_values: jax.Array | None
+    key_mask: jax.Array | None
 
 
 def supports(args: Arguments) -> str | None:
@@ -115,7 +117,8 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array]:
     extra = [None if x is None else jnp.swapaxes(x, 1, 2)[:, None] for x in extra]
     k, v = (_fold(plan, x)[:, :, :, 0] for x in (args.k[..., None, :], args.v[..., None, :]))
     q = args.q.reshape(*args.q.shape[:-2], groups, plan.group, args.q.shape[-1])
-    y, lse = _sweep(plan, _varying_alike(_Tensors(_tile(plan, _fold(plan, q)), k, v, args.bias, *extra)))
+    mask = None if args.key_mask is None else _fold(plan, args.key_mask[..., None, None, None])[:, :, 0, 0, ..., 0]
+    y, lse = _sweep(plan, _varying_alike(_Tensors(_tile(plan, _fold(plan, q)), k, v, args.bias, *extra, mask)))
     y = _unfold(plan, _untile(plan, y))
     lse = _unfold(plan, _untile(plan, lse[..., None]))
     return y.reshape(*args.q.shape[:-1], -1), lse.reshape(args.q.shape[:-1])
@@ -247,9 +250,10 @@ def _sweep_forward(plan: _Plan, x: _Tensors):
         top = scores.max(-1)
         weights = jnp.where(allowed, jnp.exp(scores - top[..., None]), 0)
         total = weights.sum(-1)
-        total = jnp.where(total == 0, 1, total)  # of rows that pad a tile
+        empty = total == 0  # rows that pad a tile, or whose keys are masked
+        total = jnp.where(empty, 1, total)
         y = _rows(plan, weights, v) / _flat(total)[..., None]
-        return None, (y.astype(q.dtype), _flat(top + jnp.log(total)))
+        return None, (y.astype(q.dtype), _flat(jnp.where(empty, -jnp.inf, top + jnp.log(total))))
 
     _, (y, lse) = jax.lax.scan(step, None, (jnp.asarray(plan.steps, jnp.int32), x.q))
     return (y, lse), (x, y, lse)
@@ -275,10 +279,11 @@ def _sweep_backward(plan: _Plan, saved, cotangents):
         dv = _dot(plan, "bpgnu,bpgne->bpgue", _merge_rows(weights).astype(v.dtype), dy)
         return _add(plan, sums, index, dk, dv, dscores), dq.astype(q.dtype)
 
-    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, plan.dtype), x._replace(q=None))
+    summed = x._replace(q=None, key_mask=None)
+    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, plan.dtype), summed)
     inputs = (jnp.asarray(plan.steps, jnp.int32), x.q, dy, lse, shared)
     sums, dq = jax.lax.scan(step, zeros, inputs)
-    rest = jax.tree.map(lambda a, d: d.astype(a.dtype), x._replace(q=None), sums)
+    rest = jax.tree.map(lambda a, d: d.astype(a.dtype), summed, sums)
     return (rest._replace(q=dq),)
 
 
@@ -308,19 +313,19 @@ def _with_extra(box: jax.Array, extra: jax.Array | None) -> jax.Array:
 
 
 def _scores(plan: _Plan, x: _Tensors, index: jax.Array, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores (B, P, G, R, T, U + A), the least number where not allowed, and what is allowed (P, 1, 1, T, U + A)."""
+    """Scores (B, P, G, R, T, U + A), the least number where not allowed, and what is allowed (B, P, 1, 1, T, U + A)."""
     scores = plan.scale * _dot(plan, "bpgnd,bpgud->bpgnu", q, k)
     scores = scores.reshape(*scores.shape[:3], plan.group, -1, scores.shape[-1])
     extra = scores.shape[-1] - math.prod(axis.keys for axis in plan.axes)
     if x.bias is not None:
         added = _tile_bias(plan, index, x.bias.astype(plan.dtype))
         scores = scores + jnp.pad(added, [*[(0, 0)] * 3, (0, extra)])
-    allowed = jnp.pad(_allowed(plan, index), [*[(0, 0)] * 4, (0, extra)], constant_values=True)
+    allowed = jnp.pad(_allowed(plan, index, x.key_mask), [*[(0, 0)] * 5, (0, extra)], constant_values=True)
     return jnp.where(allowed, scores, jnp.finfo(plan.dtype).min), allowed
 
 
-def _allowed(plan: _Plan, index: jax.Array) -> jax.Array:
-    """(P, 1, 1, T, U) booleans, the product of the windows of the axes."""
+def _allowed(plan: _Plan, index: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+    """(B or 1, P, 1, 1, T, U) booleans: the product of the windows of the axes, of keys that exist."""
     n = len(plan.axes)
     allowed = jnp.ones((1,) * 3 * n, bool)
     for a, (axis, i) in enumerate(zip(plan.axes, index, strict=True)):
@@ -330,7 +335,12 @@ def _allowed(plan: _Plan, index: jax.Array) -> jax.Array:
         others = [b for b in range(3 * n) if b % n != a]
         allowed = allowed & jnp.expand_dims(inside, others)
     groups, queries, keys = (math.prod(allowed.shape[b * n : b * n + n]) for b in range(3))
-    return allowed.reshape(groups, 1, 1, queries, keys)
+    allowed = allowed.reshape(1, groups, 1, 1, queries, keys)
+    if key_mask is None:
+        return allowed
+    box = (*key_mask.shape[:2], *(axis.keys for axis in plan.axes))
+    box = jax.lax.dynamic_slice(key_mask, (0, 0, *_corner(plan, index)), box)
+    return allowed & box.reshape(*box.shape[:2], 1, 1, 1, keys)
 
 
 def _tile_bias(plan: _Plan, index: jax.Array, bias: jax.Array) -> jax.Array:

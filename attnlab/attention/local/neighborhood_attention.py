@@ -270,14 +270,10 @@ class NeighborhoodAttention(TokenMixer):
         return tuple(jnp.pad(a, [(0, 0), (0, missing), *[(0, 0)] * (a.ndim - 2)]) for a in arrays)
 
     def _attend_known(self, q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> jax.Array:
-        """The causal op over keys that are `known` `(B, M)`: one more channel lowers the scores of the others."""
-        least = -0.5 * min(float(jnp.finfo(q.dtype).max), 1e30)
-        size = q.shape[-1]
-        lowered = jnp.where(known, 0, least).astype(k.dtype)[:, :, None, None]
-        k = jnp.concatenate([k, jnp.broadcast_to(lowered, (*k.shape[:-1], 1))], -1)
-        q = jnp.concatenate([q, jnp.ones_like(q[..., :1])], -1)
-        options = self._options() | {"scale": self.scale or size**-0.5}
-        return neighborhood_attention(*self._padded(q, k, v), **options)[:, : known.shape[1]]
+        """The causal op over keys that are `known` `(B, M)`."""
+        count = known.shape[1]
+        q, k, v, known = self._padded(q, k, v, known)
+        return neighborhood_attention(q, k, v, **self._options(), key_mask=known)[:, :count]
 
     def _map(self, q: jax.Array, k: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
         count = math.prod(tokens)

@@ -87,7 +87,10 @@ def results(case: Case, implementation: str, dtype=jnp.float32):
         return jnp.sum(y.astype(wide) * dy) + jnp.sum(lse * dlse), (y, lse)
 
     grads, (y, lse) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
-    return {"y": y, "lse": lse} | {f"d{name}": g for name, g in grads.items()}
+    empty = np.isneginf(lse)
+    assert empty.any() == (case.masked and not case.additional) and not np.asarray(y, np.float32)[empty].any()
+    assert not np.asarray(grads["q"], np.float32)[empty].any()
+    return {"y": y, "lse": jnp.where(empty, -1.0, lse)} | {f"d{name}": g for name, g in grads.items()}
 
 
 def in_float64(case: Case, arrays_dtype):
@@ -220,6 +223,28 @@ def test_no_key_outside_the_neighborhood_has_influence():
     assert np.array_equal(np.asarray(gradient[0, :, :, 0, 0] != 0), mask[6, 4])
 
 
+def test_masked_keys_have_no_influence():
+    case = next(case for case in SMALL if case.name == "image_masked")
+    arrays, options = case.arrays(), case.options
+    mask = options["key_mask"]
+    largest = {name: jnp.where(mask[..., None, None], arrays[name], 1e30) for name in ("k", "v")}
+
+    def results(arrays):
+        y, pull = jax.vjp(lambda arrays: neighborhood_attention(**arrays, **options), arrays)
+        return y, pull(jnp.ones_like(y))[0]
+
+    (y, grads), (got, same) = results(arrays), results(arrays | largest)
+    np.testing.assert_array_equal(got, y)
+    for name in arrays:
+        np.testing.assert_array_equal(same[name], grads[name], err_msg=name)
+    assert not np.asarray(grads["k"])[~mask].any() and not np.asarray(grads["v"])[~mask].any()
+    weights = neighborhood_attention_weights(arrays["q"], arrays["k"], bias=arrays["bias"], **options)
+    seen = np.asarray(weights).sum((1, 2)).reshape(mask.shape) > 0
+    assert np.array_equal(seen, mask)
+    rows = np.asarray(weights).sum(-1)
+    assert np.all(np.isclose(rows, 1) | (rows == 0)) and np.any(rows == 0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_large_scores_stay_finite(dtype):
     q, k, v = (100 * jax.random.normal(jax.random.key(i), (1, 6, 5, 2, 8)).astype(dtype) for i in range(3))
@@ -302,6 +327,8 @@ def call(shape=(1, 8, 6, 4, 8), kv=None, **options):
             ValueError,
             r"additional_keys must have shape \(1, A, 4, 8\)",
         ),
+        (lambda: call(key_mask=jnp.ones((1, 8, 6))), TypeError, "key_mask must be boolean, got float32"),
+        (lambda: call(key_mask=jnp.ones((1, 48), bool)), ValueError, r"key_mask must be \(B, \*S\) = \(1, 8, 6\)"),
         (lambda: call(scale=float("nan")), ValueError, "scale must be finite"),
         (lambda: call(scale=jnp.ones(3)), TypeError, "scale must be a number"),
         (lambda: call(implementation="xl"), ValueError, "did you mean 'xla'"),
