@@ -37,8 +37,8 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table: $(READY) ## regenerate the README's table of variants
-	JAX_PLATFORMS=cpu $(BIN)/attnlab list --write-readme
+table: $(READY) ## regenerate the README's tables of variants and docs/mechanisms
+	JAX_PLATFORMS=cpu $(BIN)/attnlab docs
 
 clean: ## remove the environment and the caches (not what was trained)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

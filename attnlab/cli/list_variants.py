@@ -1,46 +1,62 @@
-"""`attnlab list`: the table of variants."""
+"""`attnlab list`: the variants, by kind and family."""
 
 import dataclasses
-import sys
-from typing import Literal
+import itertools
+from typing import Annotated
 
 import tyro
 
 from attnlab import registry
-from attnlab.cli import table
-from attnlab.contract import Layout, Pattern
+from attnlab.cli import describe
+
+HOME = {  # the one family of a kind, which a heading need not repeat
+    registry.Kind.POOLING: "pooling",
+    registry.Kind.BACKBONE: "models",
+    registry.Kind.OBJECTIVE: "objectives",
+    registry.Kind.INTERVENTION: "interventions",
+    registry.Kind.ANALYSIS: "analysis",
+    registry.Kind.TASK: "tasks",
+}
+LEAST = 40  # columns of a summary, below which the paper gives way
 
 
 @dataclasses.dataclass(frozen=True)
 class ListOptions:
-    """Print the registered variants: what they do, where they come from, what they support and cost.
+    """Print the registered variants, one on a line, by kind and family.
 
     Attributes:
-      kind: show only variants of this kind.
-      pattern: show only variants that have this attention pattern.
-      layout: show only variants that take tokens laid out so.
-      names: print the names alone, one on a line.
-      write_readme: write the table of all variants into README.md, between its two markers.
-      check: fail if the table in README.md is not what --write-readme would write.
+      words: show only variants that have all of these words in name, summary or paper.
+      kind: show only this kind: mixer, pooling, backbone, module, function, objective, intervention, analysis or task.
+      family: show only those of this family, such as dense, linear, local, sparse or mixers.
+      pattern: show only those with this attention pattern: self, causal-self, cross or causal-cross.
+      layout: show only those that take tokens laid out so: sequence, image or video.
+      source: show only those that were checked against this: authors-code, third-party-code, paper-text, abstract-only.
+      kernel: show only those that this op of pallas_kernels computes.
+      names: print the names alone.
     """
 
-    kind: str | None = None
-    pattern: Literal["self", "causal-self", "cross", "causal-cross"] | None = None
-    layout: Literal["sequence", "image", "video"] | None = None
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    kind: str = ""
+    family: str = ""
+    pattern: str = ""
+    layout: str = ""
+    source: str = ""
+    kernel: str = ""
     names: bool = False
-    write_readme: bool = False
-    check: bool = False
 
 
 def run(arguments: list[str]) -> int:
     """Runs the command; see `attnlab list --help`."""
     options = tyro.cli(ListOptions, args=arguments, prog="attnlab list", config=(tyro.conf.FlagCreatePairsOff,))
-    if options.write_readme or options.check:
-        return _readme(check=options.check)
+    sources = {source.replace(" ", "-").replace("'", ""): source for source in registry.Source}
     variants = registry.variants(
-        kind=options.kind,
-        pattern=Pattern(options.pattern.replace("-", " ")) if options.pattern else None,
-        layout=Layout(options.layout) if options.layout else None,
+        kind=options.kind or None,
+        family=options.family or None,
+        pattern=options.pattern.replace("-", " ") or None,
+        layout=options.layout or None,
+        source=sources.get(options.source, options.source) or None,
+        kernel=options.kernel or None,
+        search=" ".join(options.words),
     )
     if options.names:
         print("\n".join(variant.name for variant in variants))
@@ -49,35 +65,47 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _readme(*, check: bool) -> int:
-    path = table.readme_path()
-    old = path.read_text()
-    new = table.with_table(old, table.markdown(registry.variants()))
-    if check:
-        if old != new:
-            print(f"{path.name}: the table of variants is stale; `make table` writes it anew", file=sys.stderr)
-        return int(old != new)
-    path.write_text(new)
-    print(f"{path}: {'unchanged' if old == new else 'written'}")
-    return 0
+def groups(variants: tuple[registry.Variant, ...]) -> list[tuple[registry.Kind, str, list[registry.Variant]]]:
+    """The variants of each kind and family, kinds in their own order, families and names in alphabetical order."""
+    order = list(registry.Kind)
+
+    def place(variant: registry.Variant) -> tuple[int, str]:
+        return order.index(variant.kind), variant.family
+
+    ordered = sorted(variants, key=lambda variant: (*place(variant), variant.name))
+    return [(order[kind], family, list(group)) for (kind, family), group in itertools.groupby(ordered, key=place)]
+
+
+def heading(kind: registry.Kind, family: str) -> str:
+    """The kind, and the family where the kind has several."""
+    return kind.value if HOME.get(kind) == family else f"{kind}: {family}"
 
 
 def _print(variants: tuple[registry.Variant, ...]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a file or a pipe has no width: do not fold
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.COLUMNS:
-        grid.add_column(column, no_wrap=column == "name", style="bold" if column == "name" else "")
-    for variant in variants:
-        cells = list(table.row(variant))
-        if url := table.paper_url(variant.paper):
-            cells[2] = f"[link={url}]{cells[2]}[/link]"
-        grid.add_row(*cells)
-    console.print(grid)
+    console = Console(highlight=False)
+    # A file or a pipe has no width: nothing is cut there.
+    width = console.width if console.is_terminal else 10_000
+    name_width = max((len(variant.name) for variant in variants), default=0)
+    paper_width = max((len(describe.paper_short(variant.paper)) for variant in variants), default=0)
+    summary_width = width - name_width - paper_width - 6
+    if summary_width < LEAST:
+        summary_width, paper_width = width - name_width - 4, 0
+    summary_width = min(summary_width, max((len(variant.summary) for variant in variants), default=0))
+    for kind, family, group in groups(variants):
+        console.print(Text(heading(kind, family), "bold cyan"))
+        for variant in group:
+            line = Text.assemble("  ", (f"{variant.name:{name_width}}", "bold"), "  ")
+            summary = Text(variant.summary)
+            summary.truncate(max(summary_width, 1), overflow="ellipsis", pad=paper_width > 0)
+            line.append_text(summary)
+            if paper_width:
+                url = describe.paper_url(variant.paper)
+                line.append("  ").append(describe.paper_short(variant.paper), f"link {url}" if url else "dim")
+            console.print(line, no_wrap=True, crop=False, soft_wrap=True)
+    if variants:
+        console.print()
     count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"
-    console.print(f"{count}; `attnlab show NAME` prints everything about one", highlight=False)
+    console.print(f"{count}; `attnlab show NAME` prints everything about one")

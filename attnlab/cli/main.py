@@ -13,8 +13,9 @@ COMMANDS = {
     "compare": "train the same model with several mixers, and write a report",
     "bench": "time a kernel against its peers and against this machine",
     "generate": "continue a prompt with a trained language model",
-    "list": "print the table of variants",
+    "list": "print the variants",
     "show": "print everything about one variant",
+    "docs": "write the pages of docs/mechanisms and the README's tables",
     "doctor": "print versions, devices, and which kernels work on this machine",
 }
 MODULES = {"list": "list_variants", "show": "show_variant"}

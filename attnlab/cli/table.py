@@ -1,56 +1,40 @@
-"""The table of variants, for the terminal and for the README."""
+"""The tables of variants in the README, one for each family."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnlab.registry import Kind, Paper, Variant
+from attnlab.cli import describe
+from attnlab.cli.list_variants import groups, heading
+from attnlab.registry import Kind, Variant
 
 START = "<!-- variants:start (written by `make table`; do not edit by hand) -->"
 END = "<!-- variants:end -->"
-HEADINGS = {Kind.MIXER: "Token mixers", Kind.POOLING: "Poolings", Kind.BACKBONE: "Backbones"}
-COLUMNS = ("name", "what it does", "paper", "patterns", "layouts", "time", "kernel", "checked against")
-
-
-def paper_url(paper: Paper) -> str | None:
-    """Address of the paper on arXiv, None where it is not there."""
-    return f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else None
-
-
-def row(variant: Variant) -> tuple[str, ...]:
-    """The cells of `COLUMNS` as plain text."""
-    return (
-        variant.name,
-        variant.summary,
-        f"{variant.paper.authors.split(',')[0]} {variant.paper.year}",
-        ", ".join(sorted(variant.patterns)),
-        ", ".join(sorted(variant.layouts)),
-        variant.cost.time,
-        variant.kernel or "",
-        variant.source.value,
-    )
+PLURAL = {Kind.ANALYSIS: "analyses"}
+COLUMNS = ("name", "what it does", "paper", "checked against")
 
 
 def markdown(variants: Sequence[Variant]) -> str:
-    """The tables of the README, one for each kind, without markers."""
+    """The tables of the README, one for each family, without markers."""
     parts = []
-    for kind, heading in HEADINGS.items():
-        chosen = [variant for variant in variants if variant.kind == kind]
-        # Poolings and backbones have no patterns and layouts.
-        empty = {i for i in range(len(COLUMNS)) if not any(row(variant)[i] for variant in chosen)}
-        kept = [i for i in range(len(COLUMNS)) if i not in empty]
-        lines = [_line([COLUMNS[i] for i in kept]), "|" + " --- |" * len(kept)]
-        for variant in chosen:
-            cells = [cell.replace("|", "\\|") for cell in row(variant)]
-            cells[0] = f"`{variant.name}`"
-            cells[2] = f"[{cells[2]}]({url})" if (url := paper_url(variant.paper)) else cells[2]
-            cells[6] = f"`{variant.kernel}`" if variant.kernel else ""
-            lines.append(_line([cells[i] for i in kept]))
-        if chosen:
-            parts.append(f"### {heading} ({len(chosen)})\n\n" + "\n".join(lines))
+    for kind, family, group in groups(tuple(variants)):
+        title = heading(kind, family).replace(kind, PLURAL.get(kind, f"{kind}s"), 1)
+        rows = "\n".join(line([f"[`{v.name}`](docs/mechanisms/{v.name}.md)", *_cells(v)]) for v in group)
+        parts.append(f"### {title[0].upper()}{title[1:]}\n\n{line(COLUMNS)}\n|{' --- |' * len(COLUMNS)}\n{rows}")
     return "\n\n".join(parts)
 
 
-def _line(cells: Sequence[str]) -> str:
+def _cells(variant: Variant) -> list[str]:
+    paper, url = describe.paper_short(variant.paper), describe.paper_url(variant.paper)
+    return [cell(variant.summary), f"[{paper}]({url})" if url else paper, variant.source.value]
+
+
+def cell(text: str) -> str:
+    """Text for one cell of a table in Markdown."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -66,13 +50,13 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{START}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
 
 
-def readme_path() -> Path:
-    """The README of the checkout that this package is run from.
+def checkout() -> Path:
+    """The checkout of the repository that this package is run from.
 
     Raises:
       FileNotFoundError: if the package was installed without one.
     """
-    path = Path(__file__).resolve().parents[2] / "README.md"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no README there; the table is written in a checkout of the repository")
+    path = Path(__file__).resolve().parents[2]
+    if not (path / "README.md").is_file():
+        raise FileNotFoundError(f"{path}: no README there; this is done in a checkout of the repository")
     return path

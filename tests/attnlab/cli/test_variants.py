@@ -1,18 +1,28 @@
 import pytest
 
 import attnlab
-from attnlab.cli import table
+from attnlab.cli.describe import decode_bytes, options, signature
 from attnlab.cli.main import main
-from attnlab.cli.show_variant import constructor_options, facts
+from attnlab.cli.show_variant import facts
 from pallas_kernels import dispatch
 
 
-def test_list_prints_every_variant(capsys):
+def test_list_prints_every_variant_under_its_kind_and_family(capsys):
     assert main(["list"]) == 0
-    out = capsys.readouterr().out
-    for name in attnlab.names():
-        assert name in out
-    assert f"{len(attnlab.names())} variants" in out
+    found, heading = {}, ""
+    lines = capsys.readouterr().out.splitlines()
+    for line in lines[:-2]:
+        if line.startswith("  "):
+            name, summary = line.split(maxsplit=1)
+            found[name] = heading
+            assert summary.startswith(attnlab.get(name).summary)
+        else:
+            heading = line
+    assert set(found) == set(attnlab.names())
+    assert found["hedgehog"] == "mixer: linear"
+    assert found["efficient_probing.aim"] == "pooling"
+    assert found["tnl.transnormer"] == "backbone"
+    assert lines[-1].startswith(f"{len(found)} variants")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,10 @@ def test_list_prints_every_variant(capsys):
         (["--kind", "pooling"], {"kind": attnlab.Kind.POOLING}),
         (["--pattern", "causal-self"], {"pattern": attnlab.Pattern.CAUSAL_SELF}),
         (["--layout", "image", "--kind", "mixer"], {"layout": attnlab.Layout.IMAGE, "kind": attnlab.Kind.MIXER}),
+        (["--family", "linear"], {"family": "linear"}),
+        (["--source", "paper-text"], {"source": attnlab.Source.PAPER_TEXT}),
+        (["--kernel", "linear_attention"], {"kernel": "linear_attention"}),
+        (["zhang", "softmax"], {"search": "zhang softmax"}),
     ],
 )
 def test_list_filters(capsys, arguments, expected):
@@ -31,7 +45,14 @@ def test_list_filters(capsys, arguments, expected):
 
 def test_list_refuses_an_unknown_filter(capsys):
     assert main(["list", "--kind", "mixr"]) == 2
-    assert "mixer" in capsys.readouterr().err
+    assert "did you mean mixer?" in capsys.readouterr().err
+    assert main(["list", "--pattern", "casual-self"]) == 2
+    assert "did you mean causal self" in capsys.readouterr().err
+
+
+def test_list_of_nothing(capsys):
+    assert main(["list", "porcupine", "vaswani"]) == 0
+    assert capsys.readouterr().out.startswith("0 variants")
 
 
 def test_list_suggests_an_option(capsys):
@@ -39,51 +60,42 @@ def test_list_suggests_an_option(capsys):
     assert "--layout" in capsys.readouterr().err
 
 
-def test_markdown_has_a_row_for_every_variant():
-    text = table.markdown(attnlab.variants())
-    for variant in attnlab.variants():
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{variant.name}` |")]
-        assert variant.source.value in row
-        assert table.paper_url(variant.paper) is None or f"]({table.paper_url(variant.paper)})" in row
-
-
-def test_table_replaces_only_what_is_between_the_markers():
-    readme = f"before\n{table.START}\nold\n{table.END}\nafter\n"
-    new = table.with_table(readme, "| new |")
-    assert new.startswith("before\n") and new.endswith("\nafter\n")
-    assert "old" not in new and "| new |" in new
-    assert table.with_table(new, "| new |") == new
-    with pytest.raises(ValueError, match="variants:start"):
-        table.with_table("no markers", "| new |")
-
-
-def test_readme_is_checked_and_written(capsys, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{table.START}\n{table.END}\n")
-    monkeypatch.setattr(table, "readme_path", lambda: readme)
-    assert main(["list", "--check"]) == 1
-    assert "stale" in capsys.readouterr().err
-    assert main(["list", "--write-readme"]) == 0
-    assert main(["list", "--check"]) == 0
-
-
 def test_show_prints_what_the_registry_and_the_class_say(capsys):
     assert main(["show", "lightning_attention_2"]) == 0
     out = capsys.readouterr().out
     variant = attnlab.get("lightning_attention_2")
-    for text in (variant.paper.title.split(":")[0], "arxiv.org/abs/2401.04658", variant.cost.time, "head_dim", "Args:"):
+    for text in (variant.paper.title.split(":")[0], "arxiv.org/abs/2401.04658", variant.cost.time, "head_dim"):
         assert text in out
-    assert "pallas_kernels.linear_attention" in out
+    assert "pallas_kernels.linear_attention" in out and "lightning_attention_2.py" in out
 
 
 @pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda variant: variant.name)
 def test_every_variant_can_be_shown(variant):
     known = facts(variant)
-    assert known["kind"] == variant.kind and known["class"].endswith(variant.cls.__qualname__)
-    options = {name: (default, meaning) for name, _, default, meaning in constructor_options(variant.cls)}
-    assert "rngs" in options
-    undocumented = [name for name, (_, meaning) in options.items() if not meaning.removesuffix("(a model fills it in)")]
+    assert known["kind"] == variant.kind and variant.target.__qualname__ in " ".join(known.values())
+    found = options(variant.target)
+    undocumented = [option.name for option in found if not option.meaning.removesuffix("(a model fills it in)")]
     assert not undocumented, f"{variant.name} does not document {undocumented}"
+
+
+def test_show_of_a_name_that_is_not_there(capsys):
+    assert main(["show", "hedgehogg"]) == 2
+    assert "did you mean hedgehog?" in capsys.readouterr().err
+
+
+def test_signatures_have_names_and_defaults_alone():
+    def call(x: int, *rest: int, mask: list[int] | None = None, activation: object = len, **more: int) -> None: ...
+
+    assert signature(call) == "(x, *rest, mask=None, activation=len, **more)"
+
+
+def test_bytes_of_the_decode_state():
+    """A recurrent state of 4 heads of 64 × 64 in float32 and a counter; caches of two lengths in bfloat16."""
+    recurrent = decode_bytes(attnlab.get("lightning_attention_2"))
+    assert len(set(recurrent.values())) == 1 and 0 <= recurrent[1024] - 4 * 64 * 64 * 4 <= 64
+    cached = decode_bytes(attnlab.get("softmax_attention"))
+    assert [0 <= size - length * 2 * 256 * 2 <= 64 + 4 * length for length, size in cached.items()] == [True, True]
+    assert decode_bytes(attnlab.get("window_attention")) is None
 
 
 def test_doctor_explains_every_implementation(capsys):

@@ -1,0 +1,170 @@
+"""What is known of a variant, in words: for `attnlab show`, and for the pages of `docs/mechanisms`."""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument
+from attnlab.registry import Kind, Paper, Variant
+
+DECODE_SITE = Site(256, 4, causal=True, num_layers=2)
+DECODE_LENGTHS = (1024, 65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An argument of a constructor or a function; `default` is empty where there is none."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def paper_url(paper: Paper) -> str | None:
+    """Address of the paper on arXiv, None where it is not there."""
+    return f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else None
+
+
+def paper_short(paper: Paper) -> str:
+    """First authors and year, `Han et al. 2024`."""
+    return f"{paper.authors.split(',')[0]} {paper.year}"
+
+
+def address(variant: Variant) -> str:
+    """Where the class or function is imported from, `attnlab.attention.linear.tnl.TnlAttention`."""
+    return f"{variant.target.__module__}.{variant.target.__qualname__}"
+
+
+def source_file(variant: Variant) -> Path:
+    """The file that defines the class or function."""
+    path = inspect.getsourcefile(inspect.unwrap(variant.target))
+    if path is None:
+        raise FileNotFoundError(f"{address(variant)} has no source file")
+    return Path(path)
+
+
+def parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a function or of a class's constructor, without `self`."""
+    # A module's own signature is that of its metaclass, `(*args, **kwargs)`.
+    function: Callable[..., Any] = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
+    return {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+
+
+def signature(call: Callable[..., Any]) -> str:
+    """The arguments of a call with their defaults, without types: `(x, context=None, *, mask=None)`."""
+    short = [
+        p.replace(annotation=p.empty, default=p.default if p.default is p.empty else _Short(p.default))
+        for p in parameters(call).values()
+    ]
+    return str(inspect.Signature(short))
+
+
+class _Short:
+    """A default of a signature as it is printed: functions and types by their names."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return getattr(self.value, "__name__", None) or repr(self.value)
+
+
+def calls(variant: Variant) -> dict[str, str]:
+    """How it is built and how it is called: signatures without types."""
+    target = variant.target
+    if not isinstance(target, type):
+        return {"called": f"{target.__name__}{signature(target)}"}
+    found = {"built": f"{target.__name__}{signature(target)}"}
+    if issubclass(target, TokenMixer):
+        accepts = getattr(target, "accepts", frozenset())
+        found["arguments of a call"] = ", ".join(["x", *sorted(accepts if isinstance(accepts, frozenset) else ())])
+    elif variant.kind is Kind.TASK:
+        found["called"] = f"task.sample{signature(target.sample)}"  # type: ignore[attr-defined]
+    elif "__call__" in dir(target):
+        found["called"] = f"{variant.kind}{signature(target.__call__)}"
+    return found
+
+
+def options(target: Callable[..., Any]) -> list[Option]:
+    """Every argument of a constructor or function, with its meaning as the docstring has it."""
+    from docstring_parser import parse
+
+    documented = {
+        p.arg_name.lstrip("*"): " ".join((p.description or "").split())
+        for p in parse(inspect.getdoc(target) or "").params
+    }
+    told = {field.name for field in dataclasses.fields(Site)}
+    found = []
+    for name, parameter in parameters(target).items():
+        note = documented.get(name, "")
+        if name in told and isinstance(target, type) and issubclass(target, TokenMixer):
+            note = f"{note} (a model fills it in)".strip()
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = "" if parameter.default is parameter.empty else repr(_Short(parameter.default))
+        found.append(Option(stars + name, _type(parameter.annotation), default, note))
+    return found
+
+
+def _type(annotation: Any) -> str:
+    from jax.typing import ArrayLike
+
+    if annotation is inspect.Parameter.empty:
+        return ""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    # A union of arrays and numbers has no name of its own at run time; paths of modules tell nobody anything.
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation).replace(str(ArrayLike), "ArrayLike"))
+
+
+def equations(variant: Variant) -> str:
+    """The docstring of the file, which has the paper and the equations."""
+    return inspect.getdoc(inspect.getmodule(variant.target)) or ""
+
+
+def prose(variant: Variant) -> str:
+    """The docstring of the class or function without its lists of arguments and errors."""
+    from docstring_parser import parse
+
+    return (parse(inspect.getdoc(variant.target) or "").description or "").strip()
+
+
+def decode_state(variant: Variant) -> str:
+    """What a mixer carries from token to token: its form, and its size in bytes for one sequence; "" for other kinds.
+
+    The size is that of bfloat16 caches and float32 recurrent states, for 256 channels in 4 heads.
+    """
+    if variant.kind is not Kind.MIXER:
+        return variant.cost.state or ""
+    sizes = decode_bytes(variant)
+    if sizes is None:
+        return "does not decode"
+    place = f"for {DECODE_SITE.features} channels in {DECODE_SITE.num_heads} heads"
+    if len(set(sizes.values())) == 1:
+        words = f"{next(iter(sizes.values())):,} bytes {place}, at any length"
+    else:
+        words = ", ".join(f"{size:,} bytes at {length:,} tokens" for length, size in sizes.items()) + f", {place}"
+    return f"{variant.cost.state}: {words}" if variant.cost.state else words
+
+
+def decode_bytes(variant: Variant) -> Mapping[int, int] | None:
+    """Bytes of a mixer's decode state for one sequence by its greatest length; None if it does not decode."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    def state(length: int) -> Any:
+        mixer = variant.create(DECODE_SITE, rngs=nnx.Rngs(0), **variant.small)
+        return mixer.init_state(1, length, dtype=jnp.bfloat16)
+
+    if Pattern.CAUSAL_SELF not in variant.patterns or Layout.SEQUENCE not in variant.layouts:
+        return None
+    try:
+        states = {n: jax.eval_shape(functools.partial(state, n)) for n in DECODE_LENGTHS}
+    except UnsupportedArgument:
+        return None
+    return {n: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for n, tree in states.items()}
