@@ -3,38 +3,47 @@
 A *token mixer* maps tokens to tokens of the same shape. Layouts put channels last: a sequence is `(B, N, C)`, an image
 `(B, H, W, C)`, a video `(B, T, H, W, C)`. The promise, checked by `tests/conformance` for every registered variant:
 
-- `y = mixer(x, context=None, *, mask=None, segment_ids=None, positions=None, deterministic=True)`; `y` has the shape of
-  `x`, and the dtype `dtype` given at construction, or else that of `x`. Parameters are stored in `param_dtype`.
+- `y = mixer(x, context=None, *, mask=None, segment_ids=None, positions=None, deterministic=True, edits=None)`; `y` has
+  the shape of `x`, and the dtype `dtype` given at construction, or else that of `x`. Parameters are stored in
+  `param_dtype`.
 - An argument is never ignored: what a mixer does not support it refuses (`UnsupportedArgument`).
 - A row that may attend to nothing gives zeros, and zero gradients; no finite input gives a NaN.
 - A causal mixer of sequences also decodes: `init_state`, `prefill` and `step` agree with the call over the whole.
 - Softmax, gates, norms and recurrent states are computed in float32 (or wider), whatever the dtype of the tokens.
 
-Arguments of the call, where a mixer accepts them:
+`TokenMixer.__call__` is final: it checks and casts, and a mechanism writes `mix(x, given)`. Arguments of the call,
+where a mixer accepts them:
 
 - `context` `(B, M, C')`: makes it cross-attention; without it, self-attention.
 - `mask`: boolean, True where attention is allowed. `(B, M)`: which keys exist (`"key_mask"` in `accepts`), or
-  `(B|1, H|1, N, M)`: which key each query may see (`"mask"` in `accepts`).
+  `(B|1, H|1, N, M)`: which key each query may see (`"mask"` in `accepts`). Or a `View`, which may also say by what rule
+  tokens see each other in place of the causal one (`"rule"` in `accepts`).
 - `segment_ids`: integers `(B, N)`, or a pair `((B, N), (B, M))` with `context`: tokens attend only inside their
   segment. Equal ids must be contiguous (packed sequences); padding gets an id of its own.
-- `positions`: integers `(B, N)`, or `(B, N, axes)`: where tokens are, if not at 0..N-1.
+- `positions`: integers `(B, N)`, or `(B, N, axes)`: where tokens are, if not at 0..N-1. What precedes what is decided
+  by their order, never by their positions.
+- `edits`: the interventions on this layer of this call, see `attnlab.points`.
 
 Standard constructor arguments, in this order: `features`, then keyword-only `num_heads`, options of the mechanism,
 `dtype=None`, `param_dtype=jnp.float32`, `rngs`. A constructor that needs to know where it stands takes any of `causal`,
-`layout`, `grid`, `layer`, `num_layers`, `context_features`, `rotary`, with the meanings of `Site`.
+`layout`, `grid`, `prefix`, `layer`, `num_layers`, `context_features`, `rotary`, with the meanings of `Site`. What
+depends on the layer and is not learned (decays, scales) is a `Constant`, so that the states of several layers can be
+stacked.
 """
 
 import dataclasses
 import enum
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self, final
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.suggest import suggestion
+from pallas_kernels.masks import Mask
 
 
 class Pattern(enum.StrEnum):
@@ -73,6 +82,8 @@ class Site:
       layout: of the tokens the model will pass.
       causal: whether token i may see tokens up to i only.
       grid: lengths of the token axes, `(N,)`, `(H, W)` or `(T, H, W)`, where the model fixes them; else None.
+      prefix: class tokens and registers in front of the grid's tokens, which have no place on it. With a prefix the
+        tokens are a sequence `(B, prefix + N, C)`, and a mixer of images is built with its grid all the same.
       layer: index of the layer from 0, among `num_layers`; some decays and scales depend on it.
       num_layers: number of layers of the model.
       context_features: channels of the context for cross-attention, None for self-attention.
@@ -84,6 +95,7 @@ class Site:
     layout: Layout = Layout.SEQUENCE
     causal: bool = False
     grid: tuple[int, ...] | None = None
+    prefix: int = 0
     layer: int = 0
     num_layers: int = 1
     context_features: int | None = None
@@ -94,6 +106,65 @@ class Site:
         if self.context_features is None:
             return Pattern.CAUSAL_SELF if self.causal else Pattern.SELF
         return Pattern.CAUSAL_CROSS if self.causal else Pattern.CROSS
+
+
+class Constant(nnx.Variable):
+    """An array that is not learned and may differ from layer to layer, such as the decays of linear attention.
+
+    It is part of a module's state, unlike a number kept in an attribute: layers whose states are stacked and scanned
+    each keep their own.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Who sees whom; what is None has its usual value. As an argument it stands in the place of `mask`.
+
+    Attributes:
+      rule: a static rule of `pallas_kernels.masks` on the order of the tokens, or `attnlab.nn.masking.SameLabel`. It
+        takes the place of the causal rule: `Causal() | SameLabel()` opens spans of equal label to be seen both ways.
+      q_at: positions of the queries, `(B|1, N)` or `(B|1, N, axes)`, for rotary positions and ALiBi.
+      k_at: positions of the keys, those of the queries in self-attention.
+      q_idx: order of the queries, `(B|1, N)`, which `rule` looks at; 0..N-1, counted in each segment.
+      k_idx: order of the keys, `(B|1, M)`.
+      q_labels: `(B, N)` integers; a negative label equals none.
+      k_labels: `(B, M)`; those of the queries in self-attention.
+      segment_ids: `(B, N)`, or a pair `(B, N)`, `(B, M)`.
+      mask: `(B, M)` or `(B|1, H|1, N, M)` boolean.
+    """
+
+    rule: Mask | None = dataclasses.field(default=None, metadata={"static": True})
+    q_at: Any = None
+    k_at: Any = None
+    q_idx: Any = None
+    k_idx: Any = None
+    q_labels: Any = None
+    k_labels: Any = None
+    segment_ids: Any = None
+    mask: Any = None
+
+
+class Given(NamedTuple):
+    """The arguments of a call beside the tokens, checked; what was not given is None.
+
+    Attributes:
+      context: `(B, M, C')` in the dtype of the tokens.
+      mask: `(B, M)` or `(B|1, H|1, N, M)` boolean.
+      segment_ids: `(B, N)`, or a pair `(B, N)`, `(B, M)`.
+      positions: `(B, N)` or `(B, N, axes)`.
+      view: the `View` that stood in the place of the mask.
+      deterministic: False in training.
+      edits: interventions on this layer of this call, see `attnlab.points`.
+    """
+
+    context: jax.Array | None = None
+    mask: jax.Array | None = None
+    segment_ids: Any = None
+    positions: jax.Array | None = None
+    view: View | None = None
+    deterministic: bool = True
+    edits: Any = None
 
 
 class SiteModule(nnx.Module):
@@ -151,12 +222,12 @@ class Pooling(SiteModule):
         Raises:
           ValueError: if `x` is not `(B, N, C)` with the channels that the pooling was built for, or N is 0.
         """
-        shape = jax.numpy.shape(x)
+        shape = jnp.shape(x)
         if len(shape) != 3 or shape[-1] != self.features or shape[1] == 0:
             raise ValueError(
                 f"{type(self).__name__} pools tokens (B, N, {self.features}) with N at least 1, got shape {shape}"
             )
-        return jax.numpy.asarray(x, self.dtype)
+        return jnp.asarray(x, self.dtype)
 
 
 class TokenMixer(SiteModule):
@@ -164,47 +235,103 @@ class TokenMixer(SiteModule):
 
     Class attributes declare what the mechanism defines; an instance may narrow `accepts` (an option can make an
     argument meaningful or not). `permutation_equivariant` says that the non-causal form takes tokens as a set: permuted
-    tokens give the permuted result, so that order must come from elsewhere.
+    tokens give the permuted result, so that order must come from elsewhere. `collectives` names what the compiled
+    program exchanges between devices beside an all-reduce when heads are cut over them, for a mechanism that itself
+    mixes heads. `points` are the places where its values can be edited, see `attnlab.points`.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({Pattern.SELF})
     layouts: ClassVar[frozenset[Layout]] = frozenset({Layout.SEQUENCE})
+    collectives: ClassVar[frozenset[str]] = frozenset()
     accepts: frozenset[str] = frozenset()
+    points: frozenset[str] = frozenset()
     permutation_equivariant: bool = False
     layout: Layout = Layout.SEQUENCE
     causal: bool = False
+    prefix: int = 0
+    context_features: int | None = None
+    dtype: Any = None
 
+    @final
     def __call__(
         self,
         x: ArrayLike,
         context: ArrayLike | None = None,
         *,
-        mask: ArrayLike | None = None,
+        mask: ArrayLike | View | None = None,
         segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
         positions: ArrayLike | None = None,
         deterministic: bool = True,
+        edits: Any = None,
     ) -> jax.Array:
+        """Mixes tokens; see the module docstring for the arguments.
+
+        Raises:
+          UnsupportedArgument: for an argument that this mixer does not take.
+          ValueError: for shapes that do not fit.
+        """
+        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
+        x = jnp.asarray(x, self.dtype)
+        view = mask if isinstance(mask, View) else None
+        if view is not None:
+            mask = view.mask
+            segment_ids = view.segment_ids if segment_ids is None else segment_ids
+            positions = view.q_at if positions is None else positions
+        given = Given(
+            context=None if context is None else jnp.asarray(context, x.dtype),
+            mask=None if mask is None else jnp.asarray(mask),
+            segment_ids=segment_ids,
+            positions=None if positions is None else jnp.asarray(positions),
+            view=view,
+            deterministic=deterministic,
+            edits=edits,
+        )
+        return self.mix(x, given)
+
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        """The mechanism: checked tokens, in the dtype of the computation, to tokens of the same shape."""
         raise NotImplementedError
 
-    def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> Any:
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        context: ArrayLike | None = None,
+        context_mask: ArrayLike | None = None,
+        dtype: Any = None,
+    ) -> Any:
         """Decode state before the first token.
 
         Args:
           batch_size: number of sequences.
           max_length: most tokens that will be decoded; needed by mixers that cache keys, no limit for the others.
+          context: `(B, M, C')` of cross-attention, which is projected here, once.
+          context_mask: `(B, M)`, which of the context's tokens exist.
           dtype: of cached keys and values, float32 when None; recurrent states are always float32.
         """
         raise UnsupportedArgument(f"{type(self).__name__} has no decode state: {self._pattern_words()}")
 
-    def prefill(self, x: ArrayLike, state: Any, *, mask: ArrayLike | None = None) -> tuple[jax.Array, Any]:
+    def prefill(
+        self,
+        x: ArrayLike,
+        state: Any,
+        *,
+        mask: ArrayLike | View | None = None,
+        positions: ArrayLike | None = None,
+        edits: Any = None,
+    ) -> tuple[jax.Array, Any]:
         """Advances the state by a run of tokens `(B, N, C)`.
 
-        `mask` `(B, N)`, False at padding, lets prompts of unequal length share a batch, padded on the left.
+        `mask` `(B, N)`, False at padding, lets prompts of unequal length share a batch, padded on the left; a `View`
+        may also bring a rule and labels of these tokens. `positions` `(B, N)` go on from the last token's when None.
         """
         raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
 
-    def step(self, x_t: ArrayLike, state: Any) -> tuple[jax.Array, Any]:
-        """Advances the state by one token `(B, C)`; returns `(B, C)` and the new state."""
+    def step(
+        self, x_t: ArrayLike, state: Any, *, positions: ArrayLike | None = None, edits: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Advances the state by one token `(B, C)`, at `positions` `(B,)`; returns `(B, C)` and the new state."""
         raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
 
     @classmethod
@@ -224,18 +351,22 @@ class TokenMixer(SiteModule):
         x: ArrayLike,
         *,
         context: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
+        mask: ArrayLike | View | None = None,
         segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
         positions: ArrayLike | None = None,
+        decoding: bool = False,
     ) -> None:
-        """Refuses what this mixer does not take; every `__call__` begins with it.
+        """Refuses what this mixer does not take; `__call__` begins with it, and so does every `prefill`.
+
+        A run that is `decoding` needs no context, which its state holds, and takes a mask of its own tokens, always.
 
         Raises:
           UnsupportedArgument: naming the argument, what came and what is allowed.
-          ValueError: if `x` has the wrong rank or size, or `mask` the wrong rank.
+          ValueError: if `x` has the wrong rank or size, `mask` the wrong rank or dtype, the context is missing, or one
+            thing is given twice.
         """
         name = type(self).__name__
-        shape = jax.numpy.shape(x)
+        shape = jnp.shape(x)
         if len(shape) != self.layout.axes + 2:
             raise ValueError(
                 f"{name} takes x of rank {self.layout.axes + 2} (batch, {self.layout.axes} token axes, channels) "
@@ -245,21 +376,43 @@ class TokenMixer(SiteModule):
             raise ValueError(f"{name} was built for {features} channels, got x of shape {shape}")
         if context is not None and not self.patterns & {Pattern.CROSS, Pattern.CAUSAL_CROSS}:
             raise UnsupportedArgument(f"{name} does not take context: {self._pattern_words()}")
+        if context is None and self.context_features is not None and not decoding:
+            raise ValueError(f"context is missing: {name} was built for one of {self.context_features} channels")
         given = {"segment_ids": segment_ids, "positions": positions}
+        if isinstance(mask, View):
+            for argument, value, twin in (
+                ("segment_ids", segment_ids, mask.segment_ids),
+                ("positions", positions, mask.q_at),
+            ):
+                if value is not None and twin is not None:
+                    raise ValueError(f"{argument} is given twice: in the call and in its View")
+                given[argument] = twin if value is None else value
+            given["rule"] = mask.rule
+            if mask.rule is None and mask.q_labels is not None:
+                raise ValueError("a View with labels needs a rule that looks at them, such as Causal() | SameLabel()")
+            mask = mask.mask
         if mask is not None:
-            rank = jax.numpy.ndim(mask)
-            if rank not in (2, 4):
-                raise ValueError(f"mask must be (B, M) or (B|1, H|1, N, M), got rank {rank}")
-            given["key_mask" if rank == 2 else "mask"] = mask
+            rank, dtype = jnp.ndim(mask), jnp.result_type(mask)
+            if rank not in ((2,) if decoding else (2, 4)):
+                allowed = "(B, N)" if decoding else "(B, M) or (B|1, H|1, N, M)"
+                raise ValueError(f"mask must be {allowed}, got rank {rank}")
+            if dtype != jnp.bool_:
+                raise ValueError(f"mask must be boolean, True where attention is allowed, got {dtype}")
+            if not decoding:
+                given["key_mask" if rank == 2 else "mask"] = mask
         for argument, value in given.items():
             if value is not None and argument not in self.accepts:
-                came = jax.tree.map(lambda a: f"{jax.numpy.result_type(a)}{list(jax.numpy.shape(a))}", value)
+                came = value if argument == "rule" else jax.tree.map(_words, value)
                 allowed = ", ".join(sorted(self.accepts)) or "x only"
                 raise UnsupportedArgument(f"{name} does not take {argument} (got {came}); it takes: {allowed}")
 
     def _pattern_words(self) -> str:
         built = "causal" if self.causal else "non-causal"
         return f"it is built {built}; its patterns are {', '.join(sorted(self.patterns))}"
+
+
+def _words(array: ArrayLike) -> str:
+    return f"{jnp.result_type(array)}{list(jnp.shape(array))}"
 
 
 def record(module: nnx.Module, name: str, value: Callable[[], Any]) -> None:

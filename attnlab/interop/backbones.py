@@ -144,8 +144,8 @@ def _load_query_key_value(mixer: AgentAttention | SpatialReductionAttention, wei
 
 
 def _load_softmax(mixer: SoftmaxAttention, weights: official.StateDict) -> None:
-    official.linears((mixer.query, mixer.key, mixer.value), weights, "qkv")
-    official.linear(mixer.projection, weights, "proj")
+    official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
+    official.from_heads(mixer.out, weights, "proj")
 
 
 def _load_window(mixer: WindowAttention, weights: official.StateDict) -> None:

@@ -15,25 +15,27 @@ from attnlab.nn.mlp import GatedMLP
 
 def load_lightning_attention(module: LightningAttention, weights: StateDict) -> None:
     """From `MiniMaxLightningAttention` of transformers; its `slope_rate` is a constant here."""
-    official.linear(module.qkv, weights, "qkv_proj")
-    official.linear(module.gate, weights, "output_gate")
+    official.to_heads((module.query, module.key, module.value), weights, "qkv_proj", heads_first=True)
+    official.to_heads((module.gate,), weights, "output_gate")
     official.norm(module.norm, weights, "norm")
-    official.linear(module.out, weights, "out_proj")
+    official.from_heads(module.out, weights, "out_proj")
 
 
 def load_norm_linear_attention(module: NormLinearAttention, weights: StateDict) -> None:
     """From `NormLinearAttention` of TransNormerLLM and its ports, with `qkvu_proj` in one."""
-    official.linears((module.qkv, module.gate), weights, "qkvu_proj")
-    official.linear(module.out, weights, "out_proj")
+    official.to_heads((module.query, module.key, module.value, module.gate), weights, "qkvu_proj")
+    official.from_heads(module.out, weights, "out_proj")
     if module.theta is not None:
         official.param(module.theta, weights, "lrpe.theta", lambda theta: theta[:, 0])
 
 
 def load_tnl_attention(module: TnlAttention, weights: StateDict) -> None:
     """From `TnlAttention` of OpenNLPLab/lightning-attention; its `slope_rate` is a constant here."""
-    names = ((module.query, "q_proj"), (module.key, "k_proj"), (module.value, "v_proj"), (module.out, "o_proj"))
-    for layer, name in (*names, (module.gate_down, "output_gate.0"), (module.gate_up, "output_gate.1")):
-        official.linear(layer, weights, name)
+    for layer, name in ((module.query, "q_proj"), (module.key, "k_proj"), (module.value, "v_proj")):
+        official.to_heads((layer,), weights, name)
+    official.from_heads(module.out, weights, "o_proj")
+    official.linear(module.gate_down, weights, "output_gate.0")
+    official.to_heads((module.gate_up,), weights, "output_gate.1")
     official.norm(module.norm, weights, "norm")
 
 

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.heads import FromHeads, ToHeads
+
 Transform = Callable[[jax.Array], jax.Array]
 
 NEVER_LOADED = ("num_batches_tracked",)
@@ -307,6 +309,50 @@ def joined_linear(module: nnx.Linear, weights: StateDict, names: Sequence[str], 
     if module.bias is not None:
         vector = rows(jnp.concatenate([weights[_join(n, "bias")] for n in names]))
         weights.assign(module.bias, vector, f"official biases of {source}")
+
+
+def to_heads(
+    modules: Sequence[ToHeads], weights: StateDict, name: str, *, heads_first: bool = False, weight: str = "weight"
+) -> None:
+    """Loads one official linear map into several maps into heads, of the same heads and sizes.
+
+    Args:
+      modules: maps with `kernel` (in, H, D) and `bias` (H, D) or None.
+      weights: the state dict.
+      name: of the layer in it, with output channels (parts, H, D), or (H, parts, D) with `heads_first`.
+      heads_first: whether the parts follow each other inside each head.
+      weight: name of the official weight below `name`.
+
+    Raises:
+      StateDictError: as `linear`.
+    """
+    source, heads, size = weights._full(_join(name, weight)), modules[0].num_heads, modules[0].head_dim
+    shape = (heads, len(modules), size) if heads_first else (len(modules), heads, size)
+    matrix = _pointwise(weights[_join(name, weight)], source)
+    if matrix.shape[0] != len(modules) * heads * size:
+        raise StateDictError(f"official {source!r} has {matrix.shape[0]} output channels; here they are {shape}")
+    _check_bias(modules, weights, _join(name, "bias"))
+    parts = jnp.moveaxis(matrix.reshape(*shape, -1), 1 if heads_first else 0, 0)
+    vector = weights[_join(name, "bias")].reshape(shape) if _join(name, "bias") in weights else None
+    for index, module in enumerate(modules):
+        weights.assign(module.kernel, jnp.moveaxis(parts[index], -1, 0), f"official {source!r}")
+        if vector is not None:
+            part = vector[:, index] if heads_first else vector[index]
+            weights.assign(module.bias, part, f"official {weights._full(_join(name, 'bias'))!r}")
+
+
+def from_heads(module: FromHeads, weights: StateDict, name: str) -> None:
+    """Loads a linear map out of heads: (out, H·E) there, (H, E, out) here.
+
+    Raises:
+      StateDictError: as `linear`.
+    """
+    source = weights._full(_join(name, "weight"))
+
+    def to_kernel(weight: jax.Array) -> jax.Array:
+        return _pointwise(weight, source).T.reshape(module.num_heads, -1, module.features)
+
+    _pair(module, "kernel", weights, name, "weight", "bias", to_kernel, _same)
 
 
 def conv(module: nnx.Conv, weights: StateDict, name: str, *, weight: str = "weight", bias: str = "bias") -> None:

@@ -1,21 +1,23 @@
-"""The pre-norm block around any registered mixer, and the choice of a mixer for each layer.
+"""The layer of every model: a token mixer and a feed-forward with their norms; and the choice of a mixer per layer.
 
 x = x + mixer(norm(x));   x = x + mlp(norm(x))
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import registry
-from attnlab.contract import Layout, Site, UnsupportedArgument
+from attnlab.contract import Layout, Site, TokenMixer, UnsupportedArgument, View
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
+from attnlab.points import Edits, visit
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -59,11 +61,186 @@ def layout_for(name: str, allowed: Sequence[Layout]) -> Layout:
     raise UnsupportedArgument(f"{name} takes {takes}; this model has tokens laid out as {' or '.join(allowed)}")
 
 
+Order = Literal["pre", "post"]
+
+
 class Block(nnx.Module):
-    """One layer: a token mixer and a feed-forward, each behind a norm and added to its input.
+    """One layer, of given parts; a part that is None is left out.
+
+        x = x + before(x)
+        x = x + scale1(mixer(norm1(x)));  x = x + scale2(mlp(norm2(x)))          order "pre"
+        x = norm1(x + scale1(mixer(x)));  x = norm2(x + scale2(mlp(x)))          order "post"
+
+    Each branch is under stochastic depth. `before` may also stand in front of the second branch (`before2`). Parts
+    whose call takes `deterministic` are told. A mixer of sequences is handed the tokens of an image as a sequence.
 
     Args:
-      site: where the mixer stands; its layout is that of the mixer, and tokens are reshaped to it.
+      mixer: maps tokens to tokens: a `TokenMixer`, or any module that takes them in the layout of the model.
+      mlp: feed-forward, or None for a layer without.
+      norm1: of the mixer's branch; None for none.
+      norm2: of the feed-forward's branch; None for none.
+      scale1: factor of the mixer's branch, such as `LayerScale`.
+      scale2: factor of the feed-forward's branch.
+      before: module whose result is added first, such as a depthwise convolution (conditional positions).
+      before2: the same in front of the feed-forward's branch.
+      order: norms before the branches, or after the sums.
+      drop_path: probability that a branch is dropped for an example in training.
+      rngs: stream `dropout` if `drop_path` is positive.
+
+    Raises:
+      ValueError: for an unknown order.
+    """
+
+    def __init__(
+        self,
+        mixer: nnx.Module,
+        mlp: nnx.Module | None,
+        norm1: nnx.Module | None,
+        norm2: nnx.Module | None,
+        *,
+        scale1: nnx.Module | None = None,
+        scale2: nnx.Module | None = None,
+        before: nnx.Module | None = None,
+        before2: nnx.Module | None = None,
+        order: Order = "pre",
+        drop_path: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ):
+        if order not in ("pre", "post"):
+            raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
+        self.mixer, self.order = mixer, order
+        parts = {"mlp": mlp, "norm1": norm1, "norm2": norm2, "scale1": scale1, "scale2": scale2}
+        for name, part in (parts | {"before": before, "before2": before2}).items():
+            setattr(self, name, nnx.data(None) if part is None else part)
+        self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
+
+    def __call__(
+        self, x: jax.Array, *, edits: Edits | None = None, deterministic: bool = True, **arguments: Any
+    ) -> jax.Array:
+        """Tokens `(B, *S, C)` to the same shape; `arguments` go to the mixer.
+
+        `positions` is passed on only to a mixer whose result depends on them.
+        """
+        if "positions" in arguments and "positions" not in self.mixer.accepts:
+            del arguments["positions"]
+        if edits is not None and isinstance(self.mixer, TokenMixer):
+            arguments["edits"] = edits
+
+        def mix(tokens: jax.Array) -> tuple[jax.Array, None]:
+            if getattr(self.mixer, "layout", None) is Layout.SEQUENCE:
+                tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+            return _call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
+
+        return self._through(x, mix, edits, deterministic)[0]
+
+    def prefill(
+        self,
+        x: jax.Array,
+        state: Any,
+        *,
+        mask: jax.Array | View | None = None,
+        positions: jax.Array | None = None,
+        edits: Edits | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Decodes a run of tokens `(B, N, C)`."""
+        given = self._given(positions, edits)
+        return self._through(x, lambda tokens: self.mixer.prefill(tokens, state, mask=mask, **given), edits, True)
+
+    def step(
+        self, x_t: jax.Array, state: Any, *, positions: jax.Array | None = None, edits: Edits | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Decodes one token `(B, C)`, at `positions` `(B,)`."""
+        given = self._given(positions, edits)
+
+        def mix(tokens: jax.Array) -> tuple[jax.Array, Any]:
+            y, new = self.mixer.step(tokens[:, 0], state, **given)
+            return y[:, None], new
+
+        # Interventions see tokens (B, 1, C).
+        y, state = self._through(x_t[:, None], mix, edits, True)
+        return y[:, 0], state
+
+    def _through(
+        self,
+        x: jax.Array,
+        mix: Callable[[jax.Array], tuple[jax.Array, Any]],
+        edits: Edits | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, Any]:
+        x = visit(self, edits, "stream", x)
+        if self.before is not None:
+            x = x + _call(self.before, x, deterministic)
+        pre, new = self.order == "pre", None
+
+        def mixed(tokens: jax.Array) -> jax.Array:
+            nonlocal new
+            y, new = mix(visit(self, edits, "normed", tokens))
+            return visit(self, edits, "mixed", y)
+
+        def fed(tokens: jax.Array) -> jax.Array:
+            return visit(self, edits, "mlp", _call(self.mlp, tokens, deterministic))
+
+        x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic)
+        x = visit(self, edits, "middle", x)
+        if self.before2 is not None:
+            x = x + _call(self.before2, x, deterministic)
+        if self.mlp is not None:
+            x = self._branch(x, fed, self.norm2, self.scale2, pre, deterministic)
+        return x, new
+
+    def _branch(
+        self,
+        x: jax.Array,
+        branch: Callable[[jax.Array], jax.Array],
+        norm: nnx.Module | None,
+        scale: nnx.Module | None,
+        pre: bool,
+        deterministic: bool,
+    ) -> jax.Array:
+        def normed(tokens: jax.Array) -> jax.Array:
+            return tokens if norm is None else _call(norm, tokens, deterministic)
+
+        y = branch(normed(x) if pre else x)
+        y = y if scale is None else scale(y)
+        y = y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
+        return x + y if pre else normed(x + y)
+
+    def _given(self, positions: jax.Array | None, edits: Edits | None) -> dict[str, Any]:
+        given = {"edits": edits, "positions": positions if "positions" in self.mixer.accepts else None}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@functools.cache
+def _is_told(cls: type) -> bool:
+    return "deterministic" in inspect.signature(cls.__call__).parameters
+
+
+def _call(part: nnx.Module, x: jax.Array, deterministic: bool, **arguments: Any) -> jax.Array:
+    """The part's result; whether this is training goes to those that ask."""
+    if _is_told(type(part)):
+        arguments["deterministic"] = deterministic
+    return part(x, **arguments)
+
+
+def block_for(
+    site: Site,
+    *,
+    mixer: str,
+    mixer_options: Mapping[str, Any] | None = None,
+    mlp: str = "gelu",
+    mlp_ratio: float = 4.0,
+    mlp_bias: bool | None = None,
+    norm: str = "layer",
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Block:
+    """A block of parts by name.
+
+    Args:
+      site: where the mixer stands.
       mixer: name of a registered token mixer.
       mixer_options: constructor options for the mixer.
       mlp: `"gelu"`, `"swiglu"`, or `"sglu"` (gated, without activation, as TransNormerLLM has it).
@@ -75,68 +252,27 @@ class Block(nnx.Module):
       dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
       rngs: streams `params` and, in training, `dropout`.
+
+    Raises:
+      ValueError: for a norm or a feed-forward that is not known.
     """
-
-    def __init__(
-        self,
-        site: Site,
-        *,
-        mixer: str,
-        mixer_options: Mapping[str, Any] | None = None,
-        mlp: str = "gelu",
-        mlp_ratio: float = 4.0,
-        mlp_bias: bool | None = None,
-        norm: str = "layer",
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        for argument, value, table in (("norm", norm, NORMS), ("mlp", mlp, MLPS)):
-            if value not in table:
-                raise ValueError(f"{argument} must be one of {', '.join(table)}, got {value!r}")
-        common = {"dtype": dtype, "param_dtype": param_dtype}
-        self.layout = site.layout
-        self.norm1 = NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs)
-        self.mixer = registry.create(mixer, site, rngs=rngs, **(common | dict(mixer_options or {})))
-        self.norm2 = NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs)
-        hidden = int(site.features * mlp_ratio)
-        bias = {} if mlp_bias is None else {"use_bias": mlp_bias}
-        self.mlp = MLPS[mlp](site.features, hidden, dropout=dropout, **bias, **common, rngs=rngs)
-        self.drop_path = DropPath(drop_path, rngs=rngs)
-
-    def __call__(self, x: jax.Array, *, deterministic: bool = True, **arguments: Any) -> jax.Array:
-        """Tokens of any layout that holds as many as the mixer's; `arguments` go to the mixer.
-
-        `positions` is passed on only to a mixer whose result depends on them.
-        """
-        if "positions" in arguments and "positions" not in self.mixer.accepts:
-            del arguments["positions"]
-        tokens = self.norm1(x)
-        if self.layout is Layout.SEQUENCE:
-            tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
-        y = self.mixer(tokens, deterministic=deterministic, **arguments).reshape(x.shape)
-        return self._rest(x, y, deterministic=deterministic)
-
-    def prefill(self, x: jax.Array, state: Any, *, mask: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """Decodes a run of tokens `(B, N, C)`."""
-        y, state = self.mixer.prefill(self.norm1(x), state, mask=mask)
-        return self._rest(x, y, deterministic=True), state
-
-    def step(self, x_t: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """Decodes one token `(B, C)`."""
-        y, state = self.mixer.step(self.norm1(x_t), state)
-        return self._rest(x_t, y, deterministic=True), state
-
-    def _rest(self, x: jax.Array, y: jax.Array, *, deterministic: bool) -> jax.Array:
-        x = x + self.drop_path(y, deterministic=deterministic)
-        y = self.mlp(self.norm2(x), deterministic=deterministic)
-        return x + self.drop_path(y, deterministic=deterministic)
+    for argument, value, table in (("norm", norm, NORMS), ("mlp", mlp, MLPS)):
+        if value not in table:
+            raise ValueError(f"{argument} must be one of {', '.join(table)}, got {value!r}")
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    bias = {} if mlp_bias is None else {"use_bias": mlp_bias}
+    return Block(
+        norm1=NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs),
+        mixer=registry.create(mixer, site, **(common | dict(mixer_options or {}))),
+        norm2=NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs),
+        mlp=MLPS[mlp](site.features, int(site.features * mlp_ratio), dropout=dropout, **bias, **common),
+        drop_path=drop_path,
+        rngs=rngs,
+    )
 
 
 class Blocks(nnx.Module):
-    """A run of blocks, each with the mixer of its layer; arguments as `Block`.
+    """A run of blocks, each with the mixer of its layer; arguments as `block_for`.
 
     Args:
       site: of the first layer; `layer` counts on from `site.layer`.
@@ -146,7 +282,7 @@ class Blocks(nnx.Module):
       layouts: layouts in which the model can hand over its tokens, the preferred first.
       drop_path: one rate per block, or the last block's rate, to which it rises linearly over `site.num_layers`.
       remat: recompute each block in the backward pass instead of keeping what is inside.
-      **block: further arguments of `Block`.
+      **block: further arguments of `block_for`.
     """
 
     def __init__(
@@ -170,7 +306,7 @@ class Blocks(nnx.Module):
             layout = layout_for(name, layouts)
             place = dataclasses.replace(site, layer=layer, layout=layout, grid=_grid_as(layout, site.grid))
             self.blocks.append(
-                Block(
+                block_for(
                     place,
                     mixer=name,
                     mixer_options=options.get(name),
@@ -180,13 +316,14 @@ class Blocks(nnx.Module):
                 )
             )
 
-    def __call__(self, x: jax.Array, **arguments: Any) -> jax.Array:
-        for block in self.blocks:
-            # What is recorded inside a rematerialised block cannot leave it.
-            if self.remat and not hasattr(self, "__captures__"):
+    def __call__(self, x: jax.Array, *, edits: Sequence[Edits | None] | None = None, **arguments: Any) -> jax.Array:
+        """Tokens through all blocks; `edits` one for each, `arguments` as `Block`."""
+        for block, edit in zip(self.blocks, self._each(edits), strict=True):
+            # What is recorded or remembered inside a rematerialised block cannot leave it.
+            if self.remat and edit is None and not hasattr(self, "__captures__"):
                 x = nnx.remat(lambda block, x: block(x, **arguments))(block, x)
             else:
-                x = block(x, **arguments)
+                x = block(x, edits=edit, **arguments)
         return x
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> tuple[Any, ...]:
@@ -194,22 +331,38 @@ class Blocks(nnx.Module):
         return tuple(block.mixer.init_state(batch_size, max_length, dtype=dtype) for block in self.blocks)
 
     def prefill(
-        self, x: jax.Array, state: tuple[Any, ...], *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        state: tuple[Any, ...],
+        *,
+        mask: jax.Array | View | None = None,
+        positions: jax.Array | None = None,
+        edits: Sequence[Edits | None] | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Decodes a run of tokens `(B, N, C)`."""
         new = []
-        for block, old in zip(self.blocks, state, strict=True):
-            x, after = block.prefill(x, old, mask=mask)
+        for block, old, edit in zip(self.blocks, state, self._each(edits), strict=True):
+            x, after = block.prefill(x, old, mask=mask, positions=positions, edits=edit)
             new.append(after)
         return x, tuple(new)
 
-    def step(self, x_t: jax.Array, state: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+    def step(
+        self,
+        x_t: jax.Array,
+        state: tuple[Any, ...],
+        *,
+        positions: jax.Array | None = None,
+        edits: Sequence[Edits | None] | None = None,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Decodes one token `(B, C)`."""
         new = []
-        for block, old in zip(self.blocks, state, strict=True):
-            x_t, after = block.step(x_t, old)
+        for block, old, edit in zip(self.blocks, state, self._each(edits), strict=True):
+            x_t, after = block.step(x_t, old, positions=positions, edits=edit)
             new.append(after)
         return x_t, tuple(new)
+
+    def _each(self, edits: Sequence[Edits | None] | None) -> Sequence[Edits | None]:
+        return (None,) * len(self.blocks) if edits is None else edits
 
 
 def _grid_as(layout: Layout, grid: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""Cache of keys and values for decoding with softmax attention."""
+"""Caches of keys and values for decoding with dense attention."""
 
 import dataclasses
 from typing import Any, Self
@@ -14,18 +14,25 @@ from jax.typing import ArrayLike
 class KVCache:
     """Keys and values of the tokens so far, compact: those of example b fill the first `length[b]` slots.
 
-    Padding is never stored, so that a slot is the position of its token, whatever the prompts' lengths. The cache is a
-    pytree of fixed shapes: it goes through `jit` (donate it to update in place), `scan` and checkpoints.
+    Padding is never stored, so that slots are in the order of the tokens, whatever the prompts' lengths. A slot is no
+    position: where its token is stands in `at`. The cache is a pytree of fixed shapes: it goes through `jit` (donate it
+    to update in place), `scan` and checkpoints.
 
     Attributes:
       keys: `(B, max_length, G, D)`.
       values: `(B, max_length, G, E)`.
+      at: `(B, max_length)` int32, positions of the stored tokens.
+      labels: `(B, max_length)` int32, see `attnlab.contract.View`; -1 for none.
       length: `(B,)` int32, tokens stored.
+      next_at: `(B,)` int32, the position after the last token's.
     """
 
     keys: jax.Array
     values: jax.Array
+    at: jax.Array
+    labels: jax.Array
     length: jax.Array
+    next_at: jax.Array
 
     @classmethod
     def create(
@@ -43,33 +50,49 @@ class KVCache:
         dtype = jnp.float32 if dtype is None else dtype
         keys = jnp.zeros((batch_size, max_length, num_heads, key_size), dtype)
         values = jnp.zeros((batch_size, max_length, num_heads, value_size), dtype)
-        return cls(keys, values, jnp.zeros((batch_size,), jnp.int32))
+        slots, none = (batch_size, max_length), (batch_size,)
+        # Each an array of its own, so that all can be donated.
+        at, labels = jnp.zeros(slots, jnp.int32), jnp.full(slots, -1, jnp.int32)
+        return cls(keys, values, at, labels, jnp.zeros(none, jnp.int32), jnp.zeros(none, jnp.int32))
 
     @property
     def max_length(self) -> int:
         """Slots of the cache."""
         return self.keys.shape[1]
 
-    def positions(self, num_tokens: int, mask: ArrayLike | None = None) -> jax.Array:
-        """Positions `(B, N)` that the next N tokens will have.
+    def order(self, num_tokens: int, mask: ArrayLike | None = None) -> jax.Array:
+        """Slots `(B, N)` that the next N tokens will have: their places in the order of all tokens.
 
         Args:
           num_tokens: N.
-          mask: `(B, N)` boolean, False at padding, which gets the position of the token before it (-1 at the start).
+          mask: `(B, N)` boolean, False at padding, which gets the slot of the token before it (-1 at the start).
 
         Raises:
           ValueError: if the mask has another shape.
         """
-        real = self._real(num_tokens, mask)
-        return self.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        return self.length[:, None] + self._seen(num_tokens, mask) - 1
 
-    def append(self, keys: ArrayLike, values: ArrayLike, mask: ArrayLike | None = None) -> Self:
+    def positions(self, num_tokens: int, mask: ArrayLike | None = None) -> jax.Array:
+        """Positions `(B, N)` of the next N tokens if none are given: one after the other; arguments as `order`."""
+        return self.next_at[:, None] + self._seen(num_tokens, mask) - 1
+
+    def append(
+        self,
+        keys: ArrayLike,
+        values: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        at: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+    ) -> Self:
         """The cache with N more tokens, N ≥ 1.
 
         Args:
           keys: `(B, N, G, D)`, cast to the dtype of the cache.
           values: `(B, N, G, E)`.
           mask: `(B, N)` boolean, False at padding, which is not stored.
+          at: `(B|1, N)` positions; those of `positions` when None.
+          labels: `(B|1, N)`; -1 when None.
 
         Raises:
           ValueError: if shapes do not fit, or the tokens exceed `max_length`. Lengths that are traced (under `jit`)
@@ -84,14 +107,27 @@ class KVCache:
         tokens = keys.shape[1]
         self._check_room(tokens, mask)
         real = self._real(tokens, mask)
+        at = self.positions(tokens, mask) if at is None else jnp.broadcast_to(at, real.shape)
+        labels = jnp.broadcast_to(-1 if labels is None else labels, real.shape)
         # Out of range on purpose: mode="drop" leaves padding out.
-        slots = jnp.where(real, self.positions(tokens, mask), self.max_length)
+        slots = jnp.where(real, self.order(tokens, mask), self.max_length)
         rows = jnp.arange(keys.shape[0])[:, None]
+
+        def store(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+
+        last = jnp.max(jnp.where(real, at, -1), axis=1).astype(jnp.int32)
         return type(self)(
-            self.keys.at[rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, slots].set(values.astype(self.values.dtype), mode="drop"),
+            store(self.keys, keys),
+            store(self.values, values),
+            store(self.at, at),
+            store(self.labels, labels),
             self.length + real.sum(1, dtype=jnp.int32),
+            jnp.maximum(self.next_at, last + 1),
         )
+
+    def _seen(self, tokens: int, mask: ArrayLike | None) -> jax.Array:
+        return jnp.cumsum(self._real(tokens, mask), axis=1, dtype=jnp.int32)
 
     def _real(self, tokens: int, mask: ArrayLike | None) -> jax.Array:
         shape = (self.keys.shape[0], tokens)
@@ -111,3 +147,23 @@ class KVCache:
             raise ValueError(
                 f"{most} tokens do not fit a cache of max_length {self.max_length}: give more to init_state"
             )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContextCache:
+    """Keys and values of a context, projected once, for decoding with cross-attention.
+
+    Attributes:
+      keys: `(B, M, G, D)`, with their positions worked in.
+      values: `(B, M, G, E)`.
+      mask: `(B, M)` boolean, which tokens of the context exist.
+      length: `(B,)` int32, queries seen so far.
+      next_at: `(B,)` int32, the position after the last query's.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    length: jax.Array
+    next_at: jax.Array

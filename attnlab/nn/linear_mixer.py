@@ -1,8 +1,9 @@
-"""A token mixer around `pallas_kernels.linear_attention`: everything but the projections.
+"""A token mixer around the recurrences of `pallas_kernels`: everything but the projections.
 
-Mechanisms of linear attention differ in how tokens become q, k and v, in the decay, and in what follows the sum. A
-subclass says these (`project`, `merge`, `log_decay`, `normalize`); the call, masks, packed segments, decoding and the
-recorded map are here, once.
+Mechanisms of linear attention differ in how tokens become q, k, v, decays and strengths (`project`), and in what
+follows the sum (`merge`). The call, masks, packed segments, decoding, cross-attention to a context that is projected
+once, points and the recorded map are here, once. A projection with strengths runs on `delta_rule_attention`, all others
+on `linear_attention`.
 """
 
 from typing import Any, NamedTuple
@@ -11,148 +12,298 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from attnlab.contract import TokenMixer, record
+from attnlab.contract import Given, Layout, TokenMixer, UnsupportedArgument, View, record
+from attnlab.nn.grids import to_tokens
 from attnlab.nn.masking import segment_pair, segment_positions
-from pallas_kernels.linear_attention import init_state, linear_attention, linear_attention_step
+from attnlab.points import Edits, visit
+from pallas_kernels.delta_rule_attention import delta_rule_attention, delta_rule_attention_step
+from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention, linear_attention_step
 
 
 class LinearState(NamedTuple):
     """Decode state of a linear mixer, of constant size.
 
     Attributes:
-      memory: state of `linear_attention`, float32: `(B, H, D, E)`, and the sums of keys where the op normalises.
-      position: `(B,)` int32, tokens seen so far.
+      memory: state of the op, float32: `(B, H, D, E)`, and the sums of keys where the op normalises.
+      position: `(B,)` int32, the position after the last token's.
+      carry: what the mixer's `project` carries along.
     """
 
     memory: Any
     position: jax.Array
+    carry: Any = ()
+
+
+class ContextState(NamedTuple):
+    """Decode state of linear cross-attention: the context, projected once.
+
+    Attributes:
+      memory: as in `LinearState`: of the whole context, or causal of the part that was seen.
+      position: `(B,)` int32, queries seen so far.
+      coming: keys and values of the context that causal cross-attention has yet to add; None otherwise.
+    """
+
+    memory: Any
+    position: jax.Array
+    coming: Any = None
 
 
 class Places(NamedTuple):
-    """Positions of queries `(1|B, N)` and keys `(1|B, M)`: from 0 at the start of the sequence, segment or decoding."""
+    """Where tokens are.
+
+    Attributes:
+      queries: positions `(1|B, N)`, from 0 at the start of the sequence, segment or decoding.
+      keys: positions `(1|B, M)`.
+      real: `(B, M)` boolean, which keys are no padding; None when all are.
+      segment_ids: `(B, N)`, or a pair; None without packed segments.
+    """
 
     queries: jax.Array
     keys: jax.Array
+    real: jax.Array | None = None
+    segment_ids: Any = None
+
+
+class Recurrence(NamedTuple):
+    """What the projections make of tokens.
+
+    Attributes:
+      q: queries `(B, N, H, D)`.
+      k: keys `(B, M, G, D)`.
+      v: values `(B, M, G, E)`.
+      log_decay: `(H,)`, `(B, N, H)` per token, or `(B, N, H, D)` per token and channel, float32, at most 0; None for no
+        decay. Causal only.
+      beta: strengths `(B, N, H)` of the delta rule; None for plain sums.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None = None
+    beta: jax.Array | None = None
 
 
 class LinearMixer(TokenMixer):
     """Base of linear attention mixers.
 
     A subclass defines `project` and `merge`, sets `features`, `num_heads`, `key_size` D, `value_size` E, `causal`,
-    `cross` (whether it was built for a context) and `dtype`, and may override `log_decay`, `normalize` (whether the op
-    divides by q·Σk) and `scale` (of q·k).
+    `context_features` (channels of the context; None for self-attention), `layout` and `dtype`, and may override
+    `normalize` (whether the op divides by q·Σk) and `scale` (of q·k). Images and videos, if the mechanism takes them,
+    are a sequence in row-major order. A mixer that carries more than sums from token to token (a running maximum, the
+    last tokens of a convolution) overrides `carry`.
     """
 
     accepts = frozenset({"key_mask", "segment_ids"})
+    points = frozenset({"qkv", "heads"})
     normalize: bool = False
     scale: float | None = None
-    cross: bool = False
+    features: int
     num_heads: int
     key_size: int
     value_size: int
-    dtype: Any = None
 
-    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `(B, N, H, D)` of `x`, keys `(B, M, G, D)` and values `(B, M, G, E)` of `context`."""
+    def carry(self, batch_size: int) -> Any:
+        """What `project` is handed before the first token: a tree of arrays whose shapes do not change; empty here."""
+        return ()
+
+    def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
+        """The recurrence of the tokens `x` `(B, N, C)` on `source` `(B, M, C')`, and what is carried on."""
         raise NotImplementedError
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """From the op's result `(B, N, H, E)` and the tokens `x` `(B, N, C)` to the mixer's `(B, N, C)`."""
         raise NotImplementedError
 
-    def log_decay(self) -> jax.Array | None:
-        """`(H,)` in float32, at most 0, used when causal; None for no decay."""
-        return None
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        tokens = to_tokens(x)
+        source = tokens if given.context is None else given.context
+        at = self._places(tokens, source, given)
+        parts, _ = self.project(tokens, source, at, self.carry(x.shape[0]))
+        parts = self._without_padding(visit(self, given.edits, "qkv", parts), given.mask)
+        record(self, "attention", lambda: self._map(parts, given.segment_ids))
+        y = visit(self, given.edits, "heads", self._recur(parts, given.segment_ids))
+        return self.merge(y, tokens).reshape(x.shape)
 
-    def __call__(
+    def init_state(
         self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
+        batch_size: int,
+        max_length: int | None = None,
         *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x, self.dtype)
-        source = x if context is None else jnp.asarray(context, x.dtype)
-        q, k, v = self.project(x, source, self._places(x, context, segment_ids, positions))
-        if mask is not None:
-            k, v = _zero_where_not(mask, k), _zero_where_not(mask, v)
-        decay = self.log_decay() if self.causal else None
-        options = {
-            "log_decay": decay,
-            "causal": self.causal,
-            "segment_ids": segment_ids,
-            "normalize": self.normalize,
-            "scale": self.scale,
-        }
-        y = linear_attention(q, k, v, **options)
-        record(self, "attention", lambda: linear_attention_map(q, k, **options))
-        return self.merge(y, x)
-
-    def _places(self, x: jax.Array, context: ArrayLike | None, segment_ids: Any, positions: ArrayLike | None) -> Places:
-        if segment_ids is None:
-            queries = jnp.arange(x.shape[1])[None]
-            keys = queries if context is None else jnp.arange(jnp.shape(context)[1])[None]
-        else:
-            queries, keys = (segment_positions(ids) for ids in segment_pair(segment_ids))
-        if positions is not None:
-            queries = jnp.asarray(positions)
-            keys = queries if context is None else keys
-        return Places(queries, keys)
-
-    def _decodes(self) -> bool:
-        return self.causal and not self.cross
-
-    def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> LinearState:
-        """An empty memory; its size does not depend on `max_length`, and it is float32 whatever `dtype`."""
-        if not self._decodes():
-            return super().init_state(batch_size, max_length, dtype=dtype)
-        memory = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
-        return LinearState(memory, jnp.zeros((batch_size,), jnp.int32))
+        context: ArrayLike | None = None,
+        context_mask: ArrayLike | None = None,
+        dtype: Any = None,
+    ) -> LinearState | ContextState:
+        """An empty memory, or that of the context; its size does not depend on `max_length`, and it is float32."""
+        self._check_decodes(context is not None)
+        nothing = jnp.zeros((batch_size,), jnp.int32)
+        empty = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
+        if context is None:
+            if context_mask is not None:
+                raise ValueError("context_mask is given without a context")
+            return LinearState(empty, nothing, self.carry(batch_size))
+        source = jnp.asarray(context, self.dtype)
+        x = jnp.zeros((batch_size, source.shape[1], self.features), source.dtype)
+        parts, _ = self.project(x, source, self._places(x, source, Given(mask=context_mask)), self.carry(batch_size))
+        parts = self._without_padding(parts, context_mask)
+        if self.causal:
+            return ContextState(empty, nothing, parts._replace(q=None))
+        _, memory = linear_attention(
+            *parts[:3], causal=False, normalize=self.normalize, scale=self.scale, return_state=True
+        )
+        return ContextState(memory, nothing)
 
     def prefill(
-        self, x: ArrayLike, state: LinearState, *, mask: ArrayLike | None = None
-    ) -> tuple[jax.Array, LinearState]:
+        self,
+        x: ArrayLike,
+        state: LinearState | ContextState,
+        *,
+        mask: ArrayLike | View | None = None,
+        positions: ArrayLike | None = None,
+        edits: Edits | None = None,
+    ) -> tuple[jax.Array, LinearState | ContextState]:
         """Advances the memory by `(B, N, C)`; where `mask` is False nothing is added and nothing decays."""
-        if not self._decodes():
-            return super().prefill(x, state, mask=mask)
-        self.check_call(x)
+        cross = isinstance(state, ContextState)
+        self._check_decodes(cross)
+        self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
-        real = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
-        seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        at = state.position[:, None] + jnp.maximum(seen - 1, 0)
-        q, k, v = self.project(x, x, Places(at, at))
-        decay = self.log_decay()
-        if mask is not None:
-            k, v = _zero_where_not(real, k), _zero_where_not(real, v)
-            decay = None if decay is None else jnp.where(real[:, :, None], decay, 0)
-        y, memory = linear_attention(
-            q,
-            k,
-            v,
-            log_decay=decay,
+        if isinstance(mask, View):
+            mask = mask.mask
+        if mask is not None and jnp.shape(mask) != x.shape[:2]:
+            raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
+        seen = jnp.cumsum(jnp.ones(x.shape[:2], bool) if mask is None else mask, axis=1, dtype=jnp.int32)
+        at = state.position[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
+        if cross:
+            return self._read(x, state, at, seen, mask, edits)
+        parts, carry = self.project(x, x, Places(at, at, None if mask is None else jnp.asarray(mask)), state.carry)
+        parts = self._without_padding(visit(self, edits, "qkv", parts), mask)
+        record(self, "attention", lambda: self._map(parts, None))
+        y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
+        y = visit(self, edits, "heads", y)
+        return self.merge(y, x), LinearState(memory, state.position + seen[:, -1], carry)
+
+    def step(
+        self,
+        x_t: ArrayLike,
+        state: LinearState | ContextState,
+        *,
+        positions: ArrayLike | None = None,
+        edits: Edits | None = None,
+    ) -> tuple[jax.Array, LinearState | ContextState]:
+        """Advances the memory by one token `(B, C)`."""
+        x = jnp.asarray(x_t, self.dtype)[:, None]
+        if isinstance(state, ContextState):
+            positions = None if positions is None else jnp.asarray(positions)[:, None]
+            y, state = self.prefill(x, state, positions=positions, edits=edits)
+            return y[:, 0], state
+        self._check_decodes(False)
+        self.check_call(x, positions=positions, decoding=True)
+        at = (state.position if positions is None else jnp.asarray(positions))[:, None]
+        parts, carry = self.project(x, x, Places(at, at), state.carry)
+        parts = visit(self, edits, "qkv", parts)
+        y, memory = self._recur_step(parts, state.memory)
+        y = visit(self, edits, "heads", y[:, None])
+        return self.merge(y, x)[:, 0], LinearState(memory, state.position + 1, carry)
+
+    def _read(
+        self, x: jax.Array, state: ContextState, at: jax.Array, seen: jax.Array, mask: Any, edits: Edits | None
+    ) -> tuple[jax.Array, ContextState]:
+        """Queries of a context: of all its keys, or when causal of as many as there were queries."""
+        none = jnp.zeros((*x.shape[:2], self._source_features), x.dtype)
+        parts, _ = self.project(x, none, Places(at, at), self.carry(x.shape[0]))
+        count = state.position + seen[:, -1]
+        if self.causal:
+            index = state.position[:, None] + seen - 1
+            taken = jax.tree.map(lambda a: _take_tokens(a, index), state.coming)
+            parts = taken._replace(q=parts.q)
+            inside = index < state.coming.k.shape[1]
+            parts = self._without_padding(parts, inside if mask is None else inside & mask)
+            y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
+            state = ContextState(memory, count, state.coming)
+        else:
+            y = _read_memory(parts.q, state.memory, self.scale)
+            state = ContextState(state.memory, count)
+        return self.merge(visit(self, edits, "heads", y), x), state
+
+    def _recur(self, parts: Recurrence, segment_ids: Any, **state: Any) -> Any:
+        if parts.beta is not None:
+            return delta_rule_attention(
+                parts.q,
+                parts.k,
+                parts.v,
+                parts.beta,
+                log_decay=parts.log_decay,
+                scale=self.scale,
+                segment_ids=segment_ids,
+                **state,
+            )
+        return linear_attention(
+            parts.q,
+            parts.k,
+            parts.v,
+            log_decay=parts.log_decay if self.causal else None,
+            causal=self.causal,
+            segment_ids=segment_ids,
             normalize=self.normalize,
             scale=self.scale,
-            initial_state=state.memory,
-            return_state=True,
+            **state,
         )
-        return self.merge(y, x), LinearState(memory, state.position + seen[:, -1])
 
-    def step(self, x_t: ArrayLike, state: LinearState) -> tuple[jax.Array, LinearState]:
-        """Advances the memory by one token `(B, C)`."""
-        if not self._decodes():
-            return super().step(x_t, state)
-        x = jnp.asarray(x_t, self.dtype)[:, None]
-        self.check_call(x)
-        at = state.position[:, None]
-        q, k, v = (array[:, 0] for array in self.project(x, x, Places(at, at)))
-        y, memory = linear_attention_step(
-            q, k, v, state.memory, log_decay=self.log_decay(), normalize=self.normalize, scale=self.scale
+    def _recur_step(self, parts: Recurrence, memory: Any) -> tuple[jax.Array, Any]:
+        q, k, v = (array[:, 0] for array in parts[:3])
+        decay = parts.log_decay
+        decay = decay if decay is None or decay.ndim == 1 else decay[:, 0]
+        if parts.beta is not None:
+            return delta_rule_attention_step(q, k, v, parts.beta[:, 0], memory, log_decay=decay, scale=self.scale)
+        return linear_attention_step(q, k, v, memory, log_decay=decay, normalize=self.normalize, scale=self.scale)
+
+    def _map(self, parts: Recurrence, segment_ids: Any) -> jax.Array:
+        return linear_attention_map(
+            parts.q,
+            parts.k,
+            log_decay=parts.log_decay if self.causal else None,
+            causal=self.causal,
+            normalize=self.normalize,
+            scale=self.scale,
+            segment_ids=segment_ids,
         )
-        return self.merge(y[:, None], x)[:, 0], LinearState(memory, state.position + 1)
+
+    def _without_padding(self, parts: Recurrence, mask: ArrayLike | None) -> Recurrence:
+        """Where the mask `(B, M)` is False nothing is added and nothing decays."""
+        if mask is None:
+            return parts
+        real = jnp.asarray(mask)
+        k, v = (jnp.where(real[:, :, None, None], array, 0) for array in (parts.k, parts.v))
+        decay, beta = parts.log_decay, parts.beta
+        if decay is not None and self.causal:
+            decay = jnp.where(real.reshape(*real.shape, *(1,) * max(decay.ndim - 2, 1)), decay, 0)
+        if beta is not None:
+            beta = jnp.where(real[:, :, None], beta, 0)
+        return parts._replace(k=k, v=v, log_decay=decay, beta=beta)
+
+    def _places(self, x: jax.Array, source: jax.Array, given: Given) -> Places:
+        real = None if given.mask is None else jnp.asarray(given.mask)
+        if given.segment_ids is not None:
+            queries, keys = (segment_positions(ids) for ids in segment_pair(given.segment_ids))
+        else:
+            keys = jnp.arange(source.shape[1])[None]
+            queries = keys if given.context is None else jnp.arange(x.shape[1])[None]
+        if given.positions is not None:
+            queries = given.positions
+            keys = queries if given.context is None else keys
+        return Places(queries, keys, real, given.segment_ids)
+
+    @property
+    def _source_features(self) -> int:
+        return self.features if self.context_features is None else self.context_features
+
+    def _check_decodes(self, cross: bool) -> None:
+        if self.layout is not Layout.SEQUENCE or not (cross or self.causal):
+            raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
+        if not cross and self.context_features is not None:
+            raise ValueError(
+                f"{type(self).__name__} was built for a context of {self.context_features} channels: "
+                f"give init_state the context"
+            )
 
 
 def linear_attention_map(
@@ -167,17 +318,14 @@ def linear_attention_map(
 ) -> jax.Array:
     """The weights `(B, H, N, M)` in float32 that `linear_attention` gives the values, written out; quadratic.
 
-    `log_decay` is `(H,)` or None; the other arguments are those of `linear_attention`.
+    Arguments are those of `linear_attention`.
     """
     heads, groups = q.shape[2], k.shape[2]
     q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), heads // groups, axis=2)
-    weights = jnp.einsum("bnhd,bmhd->bhnm", q, k)
+    weights = jnp.einsum("bnhd,bmhd->bhnm", q, k) if log_decay is None else _decayed(q, k, log_decay)
     weights = weights if scale is None else weights * scale
-    distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
-    if log_decay is not None:
-        weights = weights * jnp.exp(log_decay[:, None, None] * jnp.maximum(distance, 0))
     if causal:
-        weights = jnp.where(distance >= 0, weights, 0)
+        weights = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), weights, 0)
     if segment_ids is not None:
         of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
         same = jnp.asarray(of_q)[:, None, :, None] == jnp.asarray(of_k)[:, None, None, :]
@@ -188,5 +336,32 @@ def linear_attention_map(
     return weights
 
 
-def _zero_where_not(mask: ArrayLike, x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.asarray(mask)[:, :, None, None], x, 0)
+def _decayed(q: jax.Array, k: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """Σ_d q_id k_jd exp(G_id - G_jd) for j ≤ i, G the running sum of decays; (B, H, N, M)."""
+    decay = log_decay if log_decay.ndim > 1 else jnp.broadcast_to(log_decay, (1, q.shape[1], q.shape[2]))
+    total = jnp.cumsum(decay.astype(jnp.float32), axis=1)
+    shrink = jnp.exp(jnp.minimum(total[:, :, None] - total[:, None], 0))  # (B|1, N, M, H[, D])
+    if log_decay.ndim == 4:
+        return jnp.einsum("bnhd,bmhd,bnmhd->bhnm", q, k, shrink)
+    return jnp.einsum("bnhd,bmhd->bhnm", q, k) * jnp.moveaxis(shrink, -1, 1)
+
+
+def _read_memory(q: jax.Array, memory: Any, scale: float | None) -> jax.Array:
+    """`(B, N, H, E)`: what queries read of a state that does not change."""
+    kv, z = memory if isinstance(memory, NormalizedState) else (memory, None)
+    wide = q.astype(kv.dtype)
+    y = jnp.einsum("bnhd,bhde->bnhe", wide, kv)
+    if z is not None:
+        total = jnp.einsum("bnhd,bhd->bnh", wide, z)[..., None]
+        y = jnp.where(total == 0, 0, y / jnp.where(total == 0, 1, total + jnp.sign(total) * 1e-12))
+    elif scale is not None:
+        y = y * scale
+    return y.astype(q.dtype)
+
+
+def _take_tokens(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Tokens `(B, N)` of `(B, M, …)`; decays per head, `(H,)`, are the same for all."""
+    if array.ndim == 1:
+        return array
+    index = jnp.clip(index, 0, array.shape[1] - 1)
+    return jnp.take_along_axis(array, index.reshape(*index.shape, *(1,) * (array.ndim - 2)), axis=1)

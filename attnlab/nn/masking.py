@@ -3,13 +3,15 @@
 Everywhere: True means that the query may attend to the key. None means that nothing is masked.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.masks import Mask
+from attnlab.contract import View
+from pallas_kernels.masks import And, Mask, Not, Or
 
 SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
 
@@ -35,6 +37,60 @@ def both(*masks: jax.Array | None) -> jax.Array | None:
         if mask is not None:
             combined = mask if combined is None else combined & mask
     return combined
+
+
+@dataclasses.dataclass(frozen=True)
+class SameLabel(Mask):
+    """Pairs of tokens with one label of at least 0: `Causal() | SameLabel()` opens such spans to be seen both ways.
+
+    It looks at labels, which a `View` brings, not at indices; `allowed_by` evaluates rules that hold it.
+    """
+
+    def __call__(self, q_idx: Any, k_idx: Any) -> Any:
+        raise ValueError("SameLabel looks at labels: give them in a View, with q_labels")
+
+
+def allowed_by(
+    rule: Mask, q_idx: ArrayLike, k_idx: ArrayLike, q_labels: ArrayLike | None = None, k_labels: ArrayLike | None = None
+) -> jax.Array:
+    """What a rule on indices and labels allows; all arrays broadcast against each other.
+
+    Raises:
+      ValueError: if the rule looks at labels and there are none.
+    """
+    match rule:
+        case SameLabel():
+            if q_labels is None or k_labels is None:
+                raise ValueError("the rule SameLabel needs labels: give the View q_labels, and k_labels with a context")
+            return (q_labels == k_labels) & (jnp.asarray(q_labels) >= 0)
+        case And(first, second):
+            parts = (allowed_by(part, q_idx, k_idx, q_labels, k_labels) for part in (first, second))
+            return next(parts) & next(parts)
+        case Or(first, second):
+            parts = (allowed_by(part, q_idx, k_idx, q_labels, k_labels) for part in (first, second))
+            return next(parts) | next(parts)
+        case Not(part):
+            return ~allowed_by(part, q_idx, k_idx, q_labels, k_labels)
+    return jnp.asarray(rule(q_idx, k_idx))
+
+
+def visible_keys(view: View) -> jax.Array | None:
+    """All that a complete view says of who sees whom, in one mask.
+
+    Returns:
+      Boolean `(B|1, H|1, N|1, M)`, or None if every query sees every key.
+    """
+    given = None if view.mask is None else full_mask(view.mask)
+    same = by_rule = None
+    if view.segment_ids is not None:
+        q_ids, k_ids = segment_pair(view.segment_ids)
+        same = q_ids[:, None, :, None] == k_ids[:, None, None, :]
+    if view.rule is not None:
+        rows, columns = jnp.atleast_2d(view.q_idx)[:, None, :, None], jnp.atleast_2d(view.k_idx)[:, None, None, :]
+        q_labels = None if view.q_labels is None else jnp.atleast_2d(view.q_labels)[:, None, :, None]
+        k_labels = None if view.k_labels is None else jnp.atleast_2d(view.k_labels)[:, None, None, :]
+        by_rule = allowed_by(view.rule, rows, columns, q_labels, k_labels)
+    return both(given, same, by_rule)
 
 
 def segment_pair(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:

@@ -121,6 +121,26 @@ def attention_weights(
     return _flatten_heads(_weights(rules, terms, scale, batch))
 
 
+def attention_scores(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """The scores `(B, H, N, M)` in float32 (or wider) of `softmax_attention`, before masks; arguments as there."""
+    terms, rules, scale, _ = _normal_form(q, k, bias, None, None, None, False, None, None, scale, softcap)
+    return _flatten_heads(_scores(rules, terms, scale))
+
+
+def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Σ_j weights_ij v_j: weights `(B, H, N, M)` and values `(B, M, G, E)` to `(B, N, H, E)` in the values' dtype."""
+    b, h, n, m = weights.shape
+    groups = v.shape[2]
+    return _merge_heads(_sum_values(weights.reshape(b, groups, h // groups, n, m), v)).astype(v.dtype)
+
+
 class _Terms(NamedTuple):
     """What the scores are made of: q (B, N, G, R, D), k (B, M, G, D), bias (B|1, G|1, R|1, N|1, M|1)."""
 

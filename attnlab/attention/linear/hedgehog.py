@@ -25,8 +25,8 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Pattern
 from attnlab.nn.feature_maps import elu1, relu
-from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer, Places
+from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import rms_norm
 from attnlab.nn.positions import Rotary
 from attnlab.registry import Cost, Paper, Source, register
@@ -237,20 +237,19 @@ class HedgehogAttention(LinearMixer):
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.normalize, self.scale = normalize, scale
         self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float) else rotary
-        self.groups, self.value_size = groups, head_dim
-        self.cross = context_features is not None
+        self.value_size, self.context_features = head_dim, context_features
         self.permutation_equivariant = rotary is None
-        if causal and self.cross:
+        if causal and context_features is not None:
             self.accepts = self.accepts - {"segment_ids"}  # the op takes one array of ids when causal
         if self.rotary is not None:
             self.rotary.check(head_dim, 1)
             self.accepts = self.accepts | {"positions"}
         source = features if context_features is None else context_features
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = Linear(features, num_heads * head_dim, axes=("embed", "heads"), **common)
-        self.key = Linear(source, groups * head_dim, axes=("embed", "heads"), **common)
-        self.value = Linear(source, groups * head_dim, axes=("embed", "heads"), **common)
-        self.out = Linear(num_heads * head_dim, features, axes=("heads", "embed"), **common)
+        self.query = ToHeads(features, num_heads, head_dim, **common)
+        self.key = ToHeads(source, groups, head_dim, **common)
+        self.value = ToHeads(source, groups, head_dim, **common)
+        self.out = FromHeads(num_heads, head_dim, features, **common)
         mapping = {
             "feature_dim": feature_dim,
             "activation": activation,
@@ -267,14 +266,11 @@ class HedgehogAttention(LinearMixer):
         self.key_map = nnx.data(None) if tie_qk_kernels else HedgehogFeatureMap(groups, head_dim, **mapping)
         self.key_size = self.query_map.out_features
 
-    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q = self.query(x).reshape(*x.shape[:2], self.num_heads, self.value_size)
-        k = self.key(context).reshape(*context.shape[:2], self.groups, self.value_size)
-        v = self.value(context).reshape(*context.shape[:2], self.groups, self.value_size)
+    def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
+        q, k, v = self.query(x), self.key(source), self.value(source)
         if self.rotary is not None:
             q, k = self.rotary(q, at.queries), self.rotary(k, at.keys)
-        return self.query_map(q), (self.query_map if self.key_map is None else self.key_map)(k), v
+        return Recurrence(self.query_map(q), (self.query_map if self.key_map is None else self.key_map)(k), v), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = y if self.normalize else rms_norm(y)
-        return self.out(y.reshape(*y.shape[:2], -1))
+        return self.out(y if self.normalize else rms_norm(y))

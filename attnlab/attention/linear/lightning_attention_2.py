@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.contract import Pattern
-from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer, Places
+from attnlab.contract import Constant, Pattern
+from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
+from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import RMSNorm
 from attnlab.nn.positions import alibi_slopes
 from attnlab.registry import Cost, Paper, Source, register
@@ -109,21 +109,18 @@ class LightningAttention(LinearMixer):
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.key_size = self.value_size = head_dim
         factor = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
-        self.slopes = tuple(2 ** (-8 * (head + 1) / num_heads) * factor for head in range(num_heads))
-        width = num_heads * head_dim
+        self.slopes = Constant(2.0 ** (-8 * jnp.arange(1.0, num_heads + 1) / num_heads) * factor)
         common = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(features, 3 * width, axes=("embed", "heads"), **common)
-        self.gate = Linear(features, width, axes=("embed", "heads"), **common)
-        self.norm = RMSNorm(width, eps=eps, param_dtype=param_dtype, rngs=rngs)
-        self.out = Linear(width, features, axes=("heads", "embed"), **common)
+        self.query, self.key, self.value, self.gate = (
+            ToHeads(features, num_heads, head_dim, **common) for _ in range(4)
+        )
+        self.norm = RMSNorm(num_heads * head_dim, eps=eps, param_dtype=param_dtype, rngs=rngs)
+        self.out = FromHeads(num_heads, head_dim, features, **common)
 
-    def log_decay(self) -> jax.Array:
-        return -jnp.asarray(self.slopes, jnp.float32)
-
-    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv = jax.nn.silu(self.qkv(x)).reshape(*x.shape[:2], self.num_heads, 3 * self.key_size)
-        return tuple(jnp.split(qkv, 3, axis=-1))
+    def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
+        q, k, v = (jax.nn.silu(part(x)) for part in (self.query, self.key, self.value))
+        return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = self.norm(y.reshape(*y.shape[:2], -1))
+        y = split_heads(self.norm(merge_heads(y)), self.num_heads)
         return self.out(y * jax.nn.sigmoid(self.gate(x)))

@@ -24,9 +24,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.attention.linear.lightning_attention_2 import layer_slopes
-from attnlab.contract import Pattern
+from attnlab.contract import Constant, Pattern
+from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
 from attnlab.nn.linear import Linear
-from attnlab.nn.linear_mixer import LinearMixer, Places
+from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import LayerNorm, rms_norm
 from attnlab.registry import Cost, Paper, Source, register
 
@@ -69,18 +70,15 @@ class _TnlMixer(LinearMixer):
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.SELF})
     permutation_equivariant = True
 
-    def _set_sizes(self, features: int, num_heads: int, width: int, causal: bool, dtype: Any) -> int:
+    def _set_sizes(
+        self, features: int, num_heads: int, width: int, causal: bool, layer: int, num_layers: int, dtype: Any
+    ) -> int:
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.key_size = self.value_size = width // num_heads
+        self.slopes = Constant(layer_slopes(num_heads, layer, num_layers))
         return self.value_size
-
-    def log_decay(self) -> jax.Array:
-        return -layer_slopes(self.num_heads, self.layer, self.num_layers)
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, self.value_size)
 
 
 @register(
@@ -125,12 +123,12 @@ class NormLinearAttention(_TnlMixer):
         rngs: nnx.Rngs,
     ):
         width = features if hidden is None else hidden
-        head_dim = self._set_sizes(features, num_heads, width, causal, dtype)
-        self.layer, self.num_layers = layer, num_layers
+        head_dim = self._set_sizes(features, num_heads, width, causal, layer, num_layers, dtype)
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(features, 3 * width, axes=("embed", "heads"), **common)
-        self.gate = Linear(features, width, axes=("embed", "heads"), **common)
-        self.out = Linear(width, features, axes=("heads", "embed"), **common)
+        self.query, self.key, self.value, self.gate = (
+            ToHeads(features, num_heads, head_dim, **common) for _ in range(4)
+        )
+        self.out = FromHeads(num_heads, head_dim, features, **common)
         self.theta = nnx.data(None)
         if layer in lrpe_layers:
             self.key_size = 2 * head_dim
@@ -139,15 +137,14 @@ class NormLinearAttention(_TnlMixer):
             self.accepts = self.accepts | {"positions"}
             self.permutation_equivariant = False
 
-    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (self._heads(part) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        q, k = jax.nn.silu(q), jax.nn.silu(k)
+    def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
+        q, k, v = jax.nn.silu(self.query(x)), jax.nn.silu(self.key(x)), self.value(x)
         if self.theta is not None:
             q, k = (lrpe(part, self.theta[...], at.queries) for part in (q, k))
-        return q, k, v
+        return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(self.gate(x) * rms_norm(y.reshape(*y.shape[:2], -1)))
+        return self.out(self.gate(x) * split_heads(rms_norm(merge_heads(y)), self.num_heads))
 
 
 @register(
@@ -189,19 +186,18 @@ class TnlAttention(_TnlMixer):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        head_dim = self._set_sizes(features, num_heads, features, causal, dtype)
-        self.layer, self.num_layers = layer, num_layers
+        head_dim = self._set_sizes(features, num_heads, features, causal, layer, num_layers, dtype)
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        into, out = ("embed", "heads"), ("heads", "embed")
-        self.query, self.key, self.value = (Linear(features, features, axes=into, **common) for _ in range(3))
+        self.query, self.key, self.value = (ToHeads(features, num_heads, head_dim, **common) for _ in range(3))
         self.norm = LayerNorm(features, eps=eps, param_dtype=param_dtype, rngs=rngs)
         self.gate_down = Linear(features, head_dim, axes=("embed", None), **common)
-        self.gate_up = Linear(head_dim, features, axes=(None, "heads"), **common)
-        self.out = Linear(features, features, axes=out, **common)
+        self.gate_up = ToHeads(head_dim, num_heads, head_dim, **common)
+        self.out = FromHeads(num_heads, head_dim, features, **common)
 
-    def project(self, x: jax.Array, context: jax.Array, at: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return tuple(self._heads(jax.nn.silu(layer(x))) for layer in (self.query, self.key, self.value))
+    def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
+        q, k, v = (jax.nn.silu(part(x)) for part in (self.query, self.key, self.value))
+        return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = self.norm(y.reshape(*y.shape[:2], -1))
+        y = split_heads(self.norm(merge_heads(y)), self.num_heads)
         return self.out(y * jax.nn.sigmoid(self.gate_up(self.gate_down(x))))

@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
-from attnlab.contract import Layout, Site, UnsupportedArgument
+from attnlab.contract import Layout, Site, UnsupportedArgument, View
+from attnlab.nn.dense_mixer import with_core
+from attnlab.nn.masking import SameLabel
 from attnlab.nn.positions import Rotary
+from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import create
-from pallas_kernels.masks import SlidingWindow
+from pallas_kernels.masks import Causal, SlidingWindow
 from tests.accuracy import relative_rms
 
 
@@ -26,14 +29,14 @@ def test_equals_the_equations():
     mixer = build(12, num_heads=4, num_kv_heads=2, head_dim=6, value_dim=5, context_features=10, causal=True)
     x, context = draw(0, 2, 7, 12), draw(1, 2, 9, 10)
     weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64) for name in ("query", "key", "value")}
-    out = np.asarray(mixer.projection.kernel[...], np.float64)
-    q = (x @ weight["query"]).reshape(2, 7, 4, 6)
-    k = (context @ weight["key"]).reshape(2, 9, 2, 6).repeat(2, axis=2)
-    v = (context @ weight["value"]).reshape(2, 9, 2, 5).repeat(2, axis=2)
+    out = np.asarray(mixer.out.kernel[...], np.float64)
+    q = np.einsum("bnc,chd->bnhd", x, weight["query"])
+    k = np.einsum("bnc,chd->bnhd", context, weight["key"]).repeat(2, axis=2)
+    v = np.einsum("bnc,chd->bnhd", context, weight["value"]).repeat(2, axis=2)
     scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(6)
     e = np.exp(scores) * np.tri(7, 9)
     weights = e / e.sum(-1, keepdims=True)
-    expected = np.einsum("bhnm,bmhe->bnhe", weights, v).reshape(2, 7, 20) @ out
+    expected = np.einsum("bhnm,bmhe,hec->bnc", weights, v, out)
     y, seen = nnx.capture(mixer, nnx.Intermediate)(x, context)
     assert relative_rms(y, expected) < 1e-6
     assert relative_rms(seen["attention"][0], weights) < 1e-6
@@ -79,7 +82,7 @@ def test_left_padding_changes_nothing(options):
     last, state = mixer.step(batch[:, 10], state)
     assert relative_rms(y[:1, 3:], alone[:, :7]) < 1e-6 and relative_rms(last[:1], alone[:, 7]) < 1e-6
     np.testing.assert_array_equal(state.length, [8, 11])
-    np.testing.assert_array_equal(y[0, :3], np.broadcast_to(mixer.projection.bias[...], (3, 16)))
+    np.testing.assert_array_equal(y[0, :3], np.broadcast_to(mixer.out.bias[...], (3, 16)))
 
 
 def test_a_scan_of_donated_steps_stays_in_place():
@@ -167,7 +170,7 @@ def test_bfloat16_tokens_keep_their_dtype():
 
 def test_the_registry_builds_it():
     mixer = create("softmax_attention", Site(16, 4, causal=True), rngs=nnx.Rngs(0), rotary=10000.0)
-    assert isinstance(mixer, SoftmaxAttention) and mixer.causal and mixer.rotary == Rotary(10000.0)
+    assert isinstance(mixer, SoftmaxAttention) and mixer.causal and mixer.core.rotary == Rotary(10000.0)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +200,75 @@ def test_calls_that_mean_nothing_are_refused():
         build()(x, positions=np.arange(4)[None])
     with pytest.raises(UnsupportedArgument, match="does not take segment_ids"):
         build(layout="image")(x[:, None], segment_ids=np.zeros((2, 4), int))
-    with pytest.raises(UnsupportedArgument, match="rotary positions in the layout image do not reach"):
+    with pytest.raises(UnsupportedArgument, match="positions in the layout image do not reach"):
         build(layout="image", rotary=10.0)(x[:, None], draw(0, 2, 3, 16))
     with pytest.raises(ValueError, match=r"positions must be \(B, 4\)"):
         build(alibi=True)(x, positions=np.arange(4))
     with pytest.raises(ValueError, match=r"positions must be \(B, 4, 2\)"):
         build(layout="image", rotary=10.0)(x[:, None], positions=np.arange(4)[None])
-    for options in ({}, {"causal": True, "context_features": 16}, {"causal": True, "layout": "image"}):
+    for options in ({}, {"causal": True, "layout": "image"}):
         with pytest.raises(UnsupportedArgument, match="decodes causal self-attention of a sequence"):
             build(**options).init_state(2, 4)
+    with pytest.raises(ValueError, match="give init_state the context"):
+        build(causal=True, context_features=16).init_state(2, 4)
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        build()(x, mask=np.zeros((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "rotary": 100.0}, {"num_kv_heads": 2}])
+def test_cross_attention_decodes(options):
+    mixer = build(context_features=10, **options)
+    x, context = draw(14, 2, 6, 16), draw(15, 2, 8, 10)
+    mask = np.ones((2, 8), bool)
+    mask[1, 5:] = False
+    whole = mixer(x, context, mask=mask)
+    state = mixer.init_state(2, context=context, context_mask=mask)
+    first, state = mixer.prefill(x[:, :4], state)
+    second, state = mixer.step(x[:, 4], state)
+    third, state = mixer.step(x[:, 5], state)
+    decoded = np.concatenate([first, second[:, None], third[:, None]], 1)
+    assert relative_rms(decoded, whole) < 1e-6
+
+
+def test_spans_are_unlocked_by_a_view():
+    """A causal mixer whose tokens 2..4 see each other both ways, in the call, in one prefill, and in steps after it."""
+    mixer = build(causal=True, rotary=100.0)
+    x = draw(16, 1, 7, 16)
+    labels = np.array([[-1, -1, 0, 0, 0, -1, -1]])
+    view = View(rule=Causal() | SameLabel(), q_labels=labels)
+    allowed = np.tri(7, dtype=bool) | ((labels[0][:, None] == labels[0]) & (labels[0] >= 0))
+    want = build(rotary=100.0)(x, mask=allowed[None, None])
+    assert relative_rms(mixer(x, mask=view), want) < 1e-6
+    assert relative_rms(mixer(x), want) > 1e-3
+    y, state = mixer.prefill(x[:, :6], mixer.init_state(1, 9), mask=View(rule=view.rule, q_labels=labels[:, :6]))
+    last, _ = mixer.step(x[:, 6], state)
+    assert relative_rms(np.concatenate([y, last[:, None]], 1), want) < 1e-6
+    with pytest.raises(ValueError, match="needs a rule that looks at them"):
+        mixer(x, mask=View(q_labels=labels))
+    with pytest.raises(ValueError, match="needs labels"):
+        mixer(x, mask=View(rule=SameLabel()))
+
+
+def test_a_position_is_not_a_slot():
+    mixer = build(causal=True, rotary=100.0)
+    x, at = draw(17, 1, 6, 16), np.array([[0, 1, 1, 1, 2, 3]])
+    whole = mixer(x, positions=at)
+    y, state = mixer.prefill(x[:, :4], mixer.init_state(1, 8), positions=at[:, :4])
+    np.testing.assert_array_equal((state.length, state.next_at), ([4], [2]))
+    fifth, state = mixer.step(x[:, 4], state)
+    sixth, state = mixer.step(x[:, 5], state, positions=np.array([3]))
+    assert relative_rms(np.concatenate([y, fifth[:, None], sixth[:, None]], 1), whole) < 1e-6
+
+
+def test_another_core_has_the_same_weights():
+    model = nnx.List([build(causal=True), build(causal=True)])
+    x = draw(18, 1, 5, 16)
+    capped = with_core(model, lambda core: SoftmaxCore(4, softcap=2.0), layers=[1])
+    assert capped[0].core.softcap is None and capped[1].core.softcap == 2.0 and model[1].core.softcap is None
+    assert capped[1].query.kernel[...] is model[1].query.kernel[...]
+    assert relative_rms(capped[1](x), build(causal=True, softcap=2.0)(x)) < 1e-6
+    assert relative_rms(capped[0](x), model[0](x)) == 0
+    with pytest.raises(ValueError, match="layers must be among the 2"):
+        with_core(model, SoftmaxCore(4), layers=[2])
+    with pytest.raises(ValueError, match="head size must be even"):
+        with_core(build(20, num_heads=4), SoftmaxCore(4, rotary=10.0))
