@@ -29,9 +29,10 @@ test: $(READY) lint ## lint, and run the tests that need no accelerator
 test-slow: $(READY) ## the tests that take minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff, and mypy over the public API
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
@@ -41,4 +42,4 @@ table: $(READY) ## regenerate the README's tables of variants and docs/mechanism
 	JAX_PLATFORMS=cpu $(BIN)/attnlab docs
 
 clean: ## remove the environment and the caches (not what was trained)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

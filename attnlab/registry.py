@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from attnlab.contract import Layout, Pattern, Pooling, Site, TokenMixer
+from attnlab.contract import Layout, Pattern, Pooling, Site, SiteModule, TokenMixer
 from attnlab.suggest import suggestion
 
 HOMES = ("attention", "mixers", "pooling", "interventions", "analysis", "objectives", "tasks", "models", "nn")
@@ -174,15 +174,45 @@ class Variant:
     def layouts(self) -> frozenset[Layout]:
         return getattr(self.target, "layouts", frozenset())
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options that build it small.
+
+        Raises:
+          TypeError: if its kind has an example instead, see `BUILT_FROM_OPTIONS`.
+        """
+        if not isinstance(self.small, Mapping):
+            raise TypeError(f"{self.name} is of kind {self.kind}, which has an example and no options")
+        return self.small
+
+    def example(self) -> Example:
+        """Makes its small example.
+
+        Raises:
+          TypeError: if it is built from options instead, see `BUILT_FROM_OPTIONS`.
+        """
+        if isinstance(self.small, Mapping):
+            raise TypeError(f"{self.name} is of kind {self.kind}, which has options and no example")
+        return self.small()
+
+    @property
+    def site_class(self) -> type[SiteModule]:
+        """The class of a mixer or pooling, which are built for a place in a model.
+
+        Raises:
+          TypeError: if it is of another kind.
+        """
+        if self.kind not in (Kind.MIXER, Kind.POOLING) or not issubclass(self.cls, SiteModule):
+            raise TypeError(f"{self.name} is of kind {self.kind}: only mixers and poolings are built for a site")
+        return self.cls
+
     def create(self, site: Site, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
         """Builds a mixer or pooling for a place in a model; see `TokenMixer.for_site`.
 
         Raises:
           TypeError: if it is of another kind.
         """
-        if self.kind not in (Kind.MIXER, Kind.POOLING):
-            raise TypeError(f"{self.name} is a {self.kind}: only mixers and poolings are built for a site")
-        return self.cls.for_site(site, rngs=rngs, **options)  # type: ignore[attr-defined]
+        return self.site_class.for_site(site, rngs=rngs, **options)
 
 
 _variants: dict[str, Variant] = {}

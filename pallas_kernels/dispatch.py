@@ -135,7 +135,7 @@ def current_platform() -> str:
     """The platform of `target`, or where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
     if (chosen := _target.get()) is not None:
         return chosen[0]
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
@@ -145,7 +145,7 @@ def current_device_kind() -> str | None:
     """The device kind of `target`, or that of the device where JAX puts arrays; None when `target` names none."""
     if (chosen := _target.get()) is not None:
         return chosen[1]
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return (jax.devices(device)[0] if device is None or isinstance(device, str) else device).device_kind
 
 

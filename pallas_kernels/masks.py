@@ -15,7 +15,7 @@ so that a mask of a million tokens is lowered without ever being built.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -427,9 +427,7 @@ def _look(mask: Mask, verdict: np.ndarray, q: Interval, k: Interval) -> None:
         verdict[i, j] = np.where(allowed.all((1, 2)), FULL, np.where(allowed.any((1, 2)), PARTIAL, EMPTY))
 
 
-def _lists(
-    q_blocks: int, k_blocks: int, counts: Sequence[int], key_blocks: np.ndarray, is_full: np.ndarray
-) -> BlockLists:
+def _lists(q_blocks: int, k_blocks: int, counts: np.ndarray, key_blocks: np.ndarray, is_full: np.ndarray) -> BlockLists:
     arrays = np.append(0, np.cumsum(counts)).astype(np.int32), key_blocks.astype(np.int32), is_full.astype(bool)
     for array in arrays:  # they are shared by all callers
         array.setflags(write=False)

@@ -81,8 +81,8 @@ def calls(variant: Variant) -> dict[str, str]:
         return {"called": f"{target.__name__}{signature(target)}"}
     found = {"built": f"{target.__name__}{signature(target)}"}
     if issubclass(target, TokenMixer):
-        accepts = getattr(target, "accepts", frozenset())
-        found["arguments of a call"] = ", ".join(["x", *sorted(accepts if isinstance(accepts, frozenset) else ())])
+        accepts = target.accepts if isinstance(target.accepts, frozenset) else frozenset()  # an instance may narrow it
+        found["arguments of a call"] = ", ".join(["x", *sorted(accepts)])
     elif variant.kind is Kind.TASK:
         found["called"] = f"task.sample{signature(target.sample)}"  # type: ignore[attr-defined]
     elif "__call__" in dir(target):
@@ -104,7 +104,8 @@ def options(target: Callable[..., Any]) -> list[Option]:
         note = documented.get(name, "")
         if name in told and isinstance(target, type) and issubclass(target, TokenMixer):
             note = f"{note} (a model fills it in)".strip()
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+        stars = stars if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) else ""
         default = "" if parameter.default is parameter.empty else repr(_Short(parameter.default))
         found.append(Option(stars + name, _type(parameter.annotation), default, note))
     return found
@@ -158,7 +159,7 @@ def decode_bytes(variant: Variant) -> Mapping[int, int] | None:
     from flax import nnx
 
     def state(length: int) -> Any:
-        mixer = variant.create(DECODE_SITE, rngs=nnx.Rngs(0), **variant.small)
+        mixer: Any = variant.create(DECODE_SITE, rngs=nnx.Rngs(0), **variant.options)
         return mixer.init_state(1, length, dtype=jnp.bfloat16)
 
     if Pattern.CAUSAL_SELF not in variant.patterns or Layout.SEQUENCE not in variant.layouts:

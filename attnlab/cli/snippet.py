@@ -6,7 +6,7 @@ from typing import Any
 
 from attnlab.cli import describe
 from attnlab.contract import Layout, Pattern, Site, UnsupportedArgument
-from attnlab.registry import Example, Kind, Variant
+from attnlab.registry import Kind, Variant
 
 FEATURES, HEADS, BATCH, IMAGE = 16, 2, 2, 32
 GRIDS = {Layout.SEQUENCE: (12,), Layout.IMAGE: (4, 6), Layout.VIDEO: (2, 4, 3)}
@@ -58,7 +58,7 @@ def _site(variant: Variant) -> Site:
                 context_features=FEATURES if pattern in (Pattern.CROSS, Pattern.CAUSAL_CROSS) else None,
             )
             try:
-                variant.cls.check_site(site)  # type: ignore[attr-defined]
+                variant.site_class.check_site(site)
             except UnsupportedArgument:
                 continue
             return site
@@ -81,12 +81,12 @@ def _build(variant: Variant, site: Site) -> str:
     """The call of the constructor with what a model at this site would tell it, where it differs from the defaults."""
     known = describe.parameters(variant.target)
     told = {field.name: getattr(site, field.name) for field in dataclasses.fields(site) if field.name in known}
-    given = told | variant.cls.site_defaults(site) | dict(variant.small)  # type: ignore[attr-defined]
+    given = told | variant.site_class.site_defaults(site) | dict(variant.options)
     return _call(variant, {name: value for name, value in given.items() if value != known[name].default})
 
 
 def _backbone(variant: Variant) -> str:
-    small: Mapping[str, Any] = variant.small  # type: ignore[assignment]
+    small = variant.options
     if vocabulary := small.get("vocab_size"):
         inputs = f"tokens = jax.random.randint(jax.random.key(0), ({BATCH}, 12), 0, {vocabulary})  # (B, N)"
         name = "tokens"
@@ -100,7 +100,7 @@ def _backbone(variant: Variant) -> str:
 
 def _task(variant: Variant) -> str:
     name = variant.target.__name__
-    arguments = ", ".join(f"{key}={_source(value)}" for key, value in variant.small.items())  # type: ignore[union-attr]
+    arguments = ", ".join(f"{key}={_source(value)}" for key, value in variant.options.items())
     return "\n".join(
         [
             "import numpy as np",
@@ -117,11 +117,11 @@ def _task(variant: Variant) -> str:
 def _example(variant: Variant) -> str:
     import jax
 
-    example: Example = variant.small()  # type: ignore[operator]
+    example = variant.example()
     same = example.call is variant.target
     shapes = [
         f"# {name}: {jax.tree.map(_shape, value)}".replace("'", "")
-        for name, value in {**dict(enumerate(example.args)), **example.kwargs}.items()
+        for name, value in [*enumerate(example.args), *example.kwargs.items()]
     ]
     lines = ["import attnlab"]
     if same:
@@ -131,7 +131,7 @@ def _example(variant: Variant) -> str:
         [
             *lines,
             "",
-            f'example = attnlab.get("{variant.name}").small()',
+            f'example = attnlab.get("{variant.name}").example()',
             *shapes,
             f"result = {call}(*example.args, **example.kwargs)",
         ]

@@ -13,6 +13,7 @@ Sources: DeltaNet (arXiv:2406.06484), gated DeltaNet (arXiv:2412.06464); β up t
 """
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -151,11 +152,11 @@ def delta_rule_attention_step(
     q, k, v = (per_head(x[:, 0], heads, axis=1).astype(dtype) for x in (args.q, args.k, args.v))
     g = jnp.zeros((), dtype) if args.log_decay is None else args.log_decay
     g = jnp.broadcast_to(g, args.beta.shape)[:, 0]
-    state, y = token(args.initial_state, q, k, v, args.beta[:, 0], g)
+    state, y = token(cast(jax.Array, args.initial_state), q, k, v, args.beta[:, 0], g)
     return finish(y, args.scale, normalize=False, dtype=args.q.dtype), state
 
 
-def explain(*args: ArrayLike, platform: str | None = None, **options) -> list[dispatch.Choice]:
+def explain(*args: Any, platform: str | None = None, **options: Any) -> list[dispatch.Choice]:
     """Which implementations would run a call of `delta_rule_attention`, best first, and why the others would not.
 
     Args:

@@ -12,6 +12,7 @@ Sources: Linear Transformers (arXiv:2006.16236), Lightning Attention-2 (arXiv:24
 """
 
 import operator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def linear_attention(
         y, state = context_parallel.run(
             args, axis_name, lambda args: dispatch.choose(OP, args, implementation).load().run(args), implementation
         )
-    return (y, state) if return_state else y
+    return (y, cast(State, state)) if return_state else y
 
 
 def linear_attention_step(
@@ -221,7 +222,7 @@ def init_state(
     return NormalizedState(kv, jnp.zeros((batch, heads, key_size), dtype)) if normalize else kv
 
 
-def explain(*args: ArrayLike, platform: str | None = None, **options) -> list[dispatch.Choice]:
+def explain(*args: Any, platform: str | None = None, **options: Any) -> list[dispatch.Choice]:
     """Which implementations would run a call of `linear_attention`, best first, and why the others would not.
 
     Args:
@@ -249,7 +250,7 @@ def normal_form(
     causal: bool = True,
     normalize: bool = False,
     feature_map: FeatureMaps | None = None,
-    initial_state: State | None = None,
+    initial_state: ArrayLike | NormalizedState | None = None,
     return_state: bool = False,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     chunk_size: int | None = None,
@@ -310,7 +311,7 @@ def normal_form(
 
 
 def check_token(
-    q_t: ArrayLike, k_t: ArrayLike, v_t: ArrayLike, state: State, *, several: bool = False
+    q_t: ArrayLike, k_t: ArrayLike, v_t: ArrayLike, state: ArrayLike | NormalizedState, *, several: bool = False
 ) -> tuple[jax.Array, ...]:
     """q, k, v of one token, or of `several` with an axis T, as arrays; what is left to check, `normal_form` does.
 
@@ -351,7 +352,9 @@ def _check_tensors(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> No
         raise ValueError(f"causal=True needs as many keys as queries, got N={q.shape[1]} and M={k.shape[1]}")
 
 
-def _check_segments(segment_ids, queries: tuple[int, int], keys: tuple[int, int], causal: bool):
+def _check_segments(
+    segment_ids: Any, queries: tuple[int, ...], keys: tuple[int, ...], causal: bool
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Ids of queries and keys, int32 or wider, or (None, None)."""
     if segment_ids is None:
         return None, None
@@ -360,7 +363,7 @@ def _check_segments(segment_ids, queries: tuple[int, int], keys: tuple[int, int]
             raise ValueError("segment_ids must be one array (B, N) when causal=True, got a pair")
         if len(segment_ids) != 2:
             raise ValueError(f"segment_ids must be an array or a pair of them, got {len(segment_ids)} of them")
-        pair = tuple(jnp.asarray(ids) for ids in segment_ids)
+        pair = jnp.asarray(segment_ids[0]), jnp.asarray(segment_ids[1])
     else:
         pair = (jnp.asarray(segment_ids),) * 2
         if queries != keys:
@@ -373,10 +376,10 @@ def _check_segments(segment_ids, queries: tuple[int, int], keys: tuple[int, int]
     return pair
 
 
-def _check_state(state: State, shape: tuple[int, ...], normalize: bool, dtype: jnp.dtype) -> State:
+def _check_state(state: Any, shape: tuple[int, ...], normalize: bool, dtype: jnp.dtype) -> State:
     if normalize != isinstance(state, NormalizedState):
-        wanted = "a NormalizedState" if normalize else "an array (B, H, D, E)"
-        raise TypeError(f"the state must be {wanted} when normalize={normalize}, got {type(state).__name__}")
+        form = "a NormalizedState" if normalize else "an array (B, H, D, E)"
+        raise TypeError(f"the state must be {form} when normalize={normalize}, got {type(state).__name__}")
     arrays = state if normalize else (state,)
     for x, wanted in zip(arrays, (shape, shape[:-1]), strict=False):
         if jnp.shape(x) != wanted:

@@ -12,6 +12,7 @@ Attention (arXiv:2403.04690), Generalized Neighborhood Attention (arXiv:2504.169
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def neighborhood_attention(
     return (y, lse) if return_lse else y
 
 
-def neighborhood_attention_weights(q: ArrayLike, k: ArrayLike, kernel_size: PerAxis, **options) -> jax.Array:
+def neighborhood_attention_weights(q: ArrayLike, k: ArrayLike, kernel_size: PerAxis, **options: Any) -> jax.Array:
     """The weights that `neighborhood_attention` never builds, to look at: O(N²) memory.
 
     Args:
@@ -167,7 +168,7 @@ def neighborhood_mask(
     return Grid(shape, tuple(windows))
 
 
-def explain(*args: ArrayLike, platform: str | None = None, **options) -> list[dispatch.Choice]:
+def explain(*args: Any, platform: str | None = None, **options: Any) -> list[dispatch.Choice]:
     """Which implementations would run a call of `neighborhood_attention`, best first, and why the others would not.
 
     Args:
@@ -209,21 +210,22 @@ def normal_form(
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check_tensors(q, k, v)
     mask = neighborhood_mask(q.shape[1:-2], kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    windows = cast(tuple[Window, ...], mask.masks)
     if (additional_keys is None) != (additional_values is None):
         missing = "additional_values" if additional_values is None else "additional_keys"
         raise ValueError(f"additional_keys and additional_values must be given together; {missing} is None")
-    if additional_keys is not None:
-        additional_keys, additional_values = jnp.asarray(additional_keys), jnp.asarray(additional_values)
-        _check_additional(q, k, v, additional_keys, additional_values)
+    more_keys, more_values = (None if x is None else jnp.asarray(x) for x in (additional_keys, additional_values))
+    if more_keys is not None and more_values is not None:
+        _check_additional(q, k, v, more_keys, more_values)
     return Arguments(
         q=q,
         k=k,
         v=v,
-        bias=None if bias is None else _checked_bias(jnp.asarray(bias), q.shape[-2], mask.masks),
-        additional_keys=additional_keys,
-        additional_values=additional_values,
+        bias=None if bias is None else _checked_bias(jnp.asarray(bias), q.shape[-2], windows),
+        additional_keys=more_keys,
+        additional_values=more_values,
         key_mask=None if key_mask is None else _checked_key_mask(jnp.asarray(key_mask), q.shape[:-2]),
-        windows=mask.masks,
+        windows=windows,
         scale=_checked_scale(scale) or q.shape[-1] ** -0.5,
     )
 
@@ -293,7 +295,7 @@ def _checked_scale(scale: float | None) -> float:
     return scale
 
 
-def _integers(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
+def _integers(name: str, value: Any, axes: int) -> tuple[int, ...]:
     try:
         return (operator.index(value),) * axes
     except TypeError:

@@ -35,8 +35,10 @@ def test_a_function_is_registered():
     assert registry.register("doubling", kind=Kind.FUNCTION, small=example, **FACTS)(double) is double
     variant = attnlab.get("doubling")
     assert variant.target is double and variant.kind is Kind.FUNCTION and variant.source == "third-party code"
-    made = variant.small()
+    made = variant.example()
     assert (made.call(*made.args) == 2).all()
+    with pytest.raises(TypeError, match="has an example and no options"):
+        _ = variant.options
     with pytest.raises(TypeError, match="is a function, not a class"):
         _ = variant.cls
     with pytest.raises(TypeError, match="only mixers and poolings"):
@@ -54,7 +56,9 @@ def test_the_kind_of_mixers_and_poolings_follows():
 
     assert attnlab.get("doubling.mixer").kind is Kind.MIXER and attnlab.get("doubling.mixer").cls is Mixer
     assert attnlab.get("doubling.pool").kind is Kind.POOLING and attnlab.get("doubling.pool").cls is Pool
-    assert attnlab.get("doubling.mixer").small == {"dtype": None} and attnlab.get("doubling.pool").small == {}
+    assert attnlab.get("doubling.mixer").options == {"dtype": None} and attnlab.get("doubling.pool").options == {}
+    with pytest.raises(TypeError, match="has options and no example"):
+        attnlab.get("doubling.pool").example()
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Subject:
 
     def build(self, grid: tuple[int, ...] | None = None, *, seed: int = 0, noise: bool = True, **options) -> nnx.Module:
         """The mixer, its parameters moved off their initial values so that none is zero or one by accident."""
-        options = {**attnlab.get(self.name).small, **options}
+        options = {**attnlab.get(self.name).options, **options}
         mixer = attnlab.create(self.name, self.site(grid), rngs=nnx.Rngs(seed), **options)
         if noise:
             state = nnx.state(mixer, nnx.Param)

@@ -14,11 +14,11 @@ every_backbone = pytest.mark.parametrize("name", attnlab.names(kind=Kind.BACKBON
 
 
 def build(name: str, seed: int = 0, **options) -> nnx.Module:
-    return attnlab.get(name).target(**attnlab.get(name).small, **options, rngs=nnx.Rngs(seed))
+    return attnlab.get(name).target(**attnlab.get(name).options, **options, rngs=nnx.Rngs(seed))
 
 
 def inputs(name: str) -> jax.Array:
-    if vocabulary := attnlab.get(name).small.get("vocab_size"):
+    if vocabulary := attnlab.get(name).options.get("vocab_size"):
         return jax.random.randint(jax.random.key(1), (2, 7), 0, vocabulary)
     return jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 

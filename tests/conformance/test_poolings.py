@@ -16,7 +16,7 @@ every_pooling = pytest.mark.parametrize("variant", attnlab.variants(kind=Kind.PO
 
 def build(variant: attnlab.Variant, seed: int = 0, **options) -> attnlab.Pooling:
     site = Site(FEATURES, HEADS, grid=(4, 4))
-    return variant.create(site, rngs=nnx.Rngs(seed), **{**variant.small, **options})
+    return variant.create(site, rngs=nnx.Rngs(seed), **{**variant.options, **options})
 
 
 def tokens(batch: int = 2) -> jax.Array:
