@@ -17,7 +17,7 @@ from attnlab import registry
 from attnlab.contract import Layout, Site, TokenMixer, UnsupportedArgument, View
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
-from attnlab.points import Edits, visit
+from attnlab.points import Edits, Layer, visit
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def layout_for(name: str, allowed: Sequence[Layout]) -> Layout:
 Order = Literal["pre", "post"]
 
 
-class Block(nnx.Module):
+class Block(Layer):
     """One layer, of given parts; a part that is None is left out.
 
         x = x + before(x)
@@ -113,6 +113,11 @@ class Block(nnx.Module):
         for name, part in (parts | {"before": before, "before2": before2}).items():
             setattr(self, name, nnx.data(None) if part is None else part)
         self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
+
+    @property
+    def points(self) -> frozenset[str]:
+        own = {"stream", "normed", "mixed", "middle"} | (set() if self.mlp is None else {"mlp"})
+        return getattr(self.mixer, "points", frozenset()) | own
 
     def __call__(
         self, x: jax.Array, *, edits: Edits | None = None, deterministic: bool = True, **arguments: Any

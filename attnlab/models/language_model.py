@@ -14,18 +14,26 @@ from jax.typing import ArrayLike
 from attnlab.contract import Layout, Site, UnsupportedArgument
 from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
 from attnlab.nn.linear import Linear
+from attnlab.points import Editable, Edits, visit
 
 POSITIONS = ("rotary", "learned", "none")
 
 
 class LanguageState(NamedTuple):
-    """Decode state: those of the mixers, and `position` `(B,)` int32, the number of tokens seen."""
+    """Decode state.
+
+    Attributes:
+      mixers: the state of each mixer.
+      position: `(B,)` int32, the number of tokens seen.
+      memories: what interventions remember, see `attnlab.points`; () without any.
+    """
 
     mixers: tuple[Any, ...]
     position: jax.Array
+    memories: tuple[Any, ...] = ()
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Editable):
     """Token ids `(B, N)` to logits `(B, N, vocab_size)` in float32; logits at n predict token n + 1.
 
     Args:
@@ -57,6 +65,8 @@ class LanguageModel(nnx.Module):
       ValueError: for an unknown option, or `max_length` without a learned table or a learned table without it.
       UnsupportedArgument: for a mixer without a causal form.
     """
+
+    model_points = frozenset({"logits"})
 
     def __init__(
         self,
@@ -157,7 +167,8 @@ class LanguageModel(nnx.Module):
         x = self._embed(tokens, jnp.arange(tokens.shape[1])[None] if positions is None else positions)
         if self.dropout is not None:
             x = self.dropout(x, deterministic=deterministic)
-        return self._logits(self.blocks(x, **arguments))
+        edits = self.edits()
+        return self._logits(self.blocks(x, edits=edits.blocks, **arguments), edits.model)
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> LanguageState:
         """State before the first token; `max_length` bounds what caches of keys and values hold.
@@ -169,7 +180,8 @@ class LanguageModel(nnx.Module):
             rows = self.max_length
             raise ValueError(f"max_length must be at most the {rows} rows of the position table, got {max_length}")
         mixers = self.blocks.init_state(batch_size, max_length, dtype=self.dtype if dtype is None else dtype)
-        return LanguageState(mixers, jnp.zeros((batch_size,), jnp.int32))
+        memories = self.init_memories(batch_size, max_length)
+        return LanguageState(mixers, jnp.zeros((batch_size,), jnp.int32), memories)
 
     def prefill(
         self, tokens: ArrayLike, state: LanguageState, *, mask: ArrayLike | None = None
@@ -182,13 +194,19 @@ class LanguageModel(nnx.Module):
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         positions = state.position[:, None] + jnp.maximum(seen - 1, 0)
-        x, mixers = self.blocks.prefill(self._embed(tokens, positions), state.mixers, mask=mask)
-        return self._logits(x), LanguageState(mixers, state.position + seen[:, -1])
+        edits = self.edits("prefill", state.memories, jnp.where(real, positions, -1))
+        x = self._embed(tokens, positions)
+        x, mixers = self.blocks.prefill(x, state.mixers, mask=mask, edits=edits.blocks)
+        logits = self._logits(x, edits.model)
+        return logits, LanguageState(mixers, state.position + seen[:, -1], edits.memories)
 
     def step(self, token: ArrayLike, state: LanguageState) -> tuple[jax.Array, LanguageState]:
         """Logits `(B, vocab_size)` after one more token `(B,)`, and the new state."""
-        x, mixers = self.blocks.step(self._embed(jnp.asarray(token), state.position), state.mixers)
-        return self._logits(x), LanguageState(mixers, state.position + 1)
+        edits = self.edits("step", state.memories, state.position[:, None])
+        x = self._embed(jnp.asarray(token), state.position)
+        x, mixers = self.blocks.step(x, state.mixers, edits=edits.blocks)
+        logits = self._logits(x[:, None], edits.model)[:, 0]
+        return logits, LanguageState(mixers, state.position + 1, edits.memories)
 
     def _embed(self, tokens: jax.Array, positions: ArrayLike) -> jax.Array:
         x = self.embedding[...][tokens]
@@ -198,9 +216,11 @@ class LanguageModel(nnx.Module):
             x = x + self.position[...][positions]
         return (x * self.embed_scale).astype(self.dtype)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: jax.Array, edits: Edits | None) -> jax.Array:
         x = self.norm(x)
         if self.head is not None:
-            return self.head(x).astype(jnp.float32)
-        table = self.embedding[...].astype(x.dtype)
-        return jnp.einsum("...c,vc->...v", x, table, preferred_element_type=jnp.float32)
+            logits = self.head(x).astype(jnp.float32)
+        else:
+            table = self.embedding[...].astype(x.dtype)
+            logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=jnp.float32)
+        return visit(self, edits, "logits", logits)

@@ -19,11 +19,12 @@ from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.mlp import PatchEmbed
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import sincos_table
+from attnlab.points import Editable, Pass, visit
 
 POSITIONS = ("learned", "sincos", "none")
 
 
-class ViT(nnx.Module):
+class ViT(Editable):
     """Images `(B, H, W, channels)` to logits `(B, num_classes)` in float32.
 
     Args:
@@ -52,6 +53,8 @@ class ViT(nnx.Module):
       ValueError: for sizes that do not fit, or an unknown position or pooling.
       UnsupportedArgument: for a mixer that takes no such tokens.
     """
+
+    model_points = frozenset({"logits"})
 
     def __init__(
         self,
@@ -124,6 +127,9 @@ class ViT(nnx.Module):
 
     def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """Normed tokens of the last block: `(B, N, C)`, or `(B, 1 + N, C)` with a class token."""
+        return self._tokens(images, self.edits(), deterministic)
+
+    def _tokens(self, images: ArrayLike, edits: Pass, deterministic: bool) -> jax.Array:
         images = jnp.asarray(images, self.dtype)
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images must be (B, {', '.join(map(str, self.image_shape))}), got {images.shape}")
@@ -137,15 +143,16 @@ class ViT(nnx.Module):
             x = jnp.concatenate([token, x.reshape(x.shape[0], -1, x.shape[-1])], axis=1)
         if self.dropout is not None:
             x = self.dropout(x, deterministic=deterministic)
-        x = self.blocks(x, deterministic=deterministic)
+        x = self.blocks(x, edits=edits.blocks, deterministic=deterministic)
         return self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
 
     def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.features(images, deterministic=deterministic)
+        edits = self.edits()
+        x = self._tokens(images, edits, deterministic)
         if self.class_token is not None:
             pooled = x[:, 0]
         elif self.pool is not None:
             pooled = self.pool(x, deterministic=deterministic)
         else:
             pooled = x.mean(1, dtype=jnp.float32).astype(x.dtype)
-        return self.head(pooled).astype(jnp.float32)
+        return visit(self, edits.model, "logits", self.head(pooled).astype(jnp.float32))
