@@ -204,30 +204,95 @@ class SiteModule(nnx.Module):
 
 
 class Pooling(SiteModule):
-    """Base of poolings: tokens `(B, N, C)` to one vector `(B, out_features)`.
+    """Base of poolings: tokens `(B, N, C)` to one vector `(B, out_features)`, or to K vectors.
 
-    `y = pool(x, *, deterministic=True)`; the dtype rule is that of token mixers. A pooling never drops the batch axis.
+    `y = pooling(x, queries=None, *, mask=None, deterministic=True)`, and `pooling.branches(...)` with the same
+    arguments; the dtype rule is that of token mixers. A pooling never drops the batch axis. With a mask the result is
+    that of the tokens that exist alone; it is finite where none does. A mechanism writes `pool`, or `pool_branches` if
+    its vector is K vectors side by side.
+
+    `accepts` names the arguments that the mechanism has: `"mask"`, `"queries"`.
     """
 
     features: int
     out_features: int
+    accepts: frozenset[str] = frozenset({"mask"})
     dtype: Any = None
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        raise NotImplementedError
+    @final
+    def __call__(
+        self,
+        x: ArrayLike,
+        queries: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Pools.
 
-    def check_call(self, x: ArrayLike) -> jax.Array:
-        """The tokens in the dtype of the computation, `dtype` or their own; every `__call__` begins with it.
+        Args:
+          x: tokens `(B, N, C)`.
+          queries: `(B, Q, C)` of the caller in place of the learned ones, for example class tokens of an encoder.
+          mask: `(B, N)` boolean, True where a token exists.
+          deterministic: False in training.
+
+        Returns:
+          `(B, out_features)` in the dtype of the computation, `dtype` or the tokens' own.
 
         Raises:
-          ValueError: if `x` is not `(B, N, C)` with the channels that the pooling was built for, or N is 0.
+          UnsupportedArgument: for an argument that the mechanism does not have.
+          ValueError: for shapes that do not fit, or a mask that is not boolean.
         """
-        shape = jnp.shape(x)
+        return self.pool(*self.check_call(x, queries, mask), deterministic)
+
+    @final
+    def branches(
+        self,
+        x: ArrayLike,
+        queries: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """The K vectors `(B, K, E)` of a pooling that makes several, one for all others; arguments as above."""
+        return self.pool_branches(*self.check_call(x, queries, mask), deterministic)
+
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+        """The mechanism: checked arguments to `(B, out_features)`."""
+        y = self.pool_branches(x, queries, mask, deterministic)
+        return y.reshape(y.shape[0], -1)
+
+    def pool_branches(
+        self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
+        """The mechanism: checked arguments to `(B, K, E)`."""
+        return self.pool(x, queries, mask, deterministic)[:, None]
+
+    def check_call(
+        self, x: ArrayLike, queries: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The arguments as arrays, tokens and queries in the dtype of the computation.
+
+        Raises:
+          UnsupportedArgument: for an argument that the mechanism does not have.
+          ValueError: if `x` is not `(B, N, C)` with the channels that the pooling was built for, N is 0, or the mask is
+            not boolean `(B, N)`.
+        """
+        name, shape = type(self).__name__, jnp.shape(x)
         if len(shape) != 3 or shape[-1] != self.features or shape[1] == 0:
-            raise ValueError(
-                f"{type(self).__name__} pools tokens (B, N, {self.features}) with N at least 1, got shape {shape}"
-            )
-        return jnp.asarray(x, self.dtype)
+            raise ValueError(f"{name} pools tokens (B, N, {self.features}) with N at least 1, got shape {shape}")
+        for argument, value in (("queries", queries), ("mask", mask)):
+            if value is not None and argument not in self.accepts:
+                allowed = ", ".join(sorted(self.accepts)) or "x only"
+                raise UnsupportedArgument(f"{name} does not take {argument} (got {_words(value)}); it takes: {allowed}")
+        if mask is not None and (jnp.shape(mask) != shape[:2] or jnp.result_type(mask) != jnp.bool_):
+            raise ValueError(f"mask must be boolean (B, N) = {shape[:2]}, got {_words(mask)}")
+        x = jnp.asarray(x, self.dtype)
+        return (
+            x,
+            None if queries is None else jnp.asarray(queries, x.dtype),
+            None if mask is None else jnp.asarray(mask),
+        )
 
 
 class TokenMixer(SiteModule):

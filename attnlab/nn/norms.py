@@ -103,5 +103,7 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        return super().__call__(x, use_running_average=deterministic).astype(jnp.result_type(x))
+    def __call__(self, x: ArrayLike, *, deterministic: bool = True, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalises; entries where `mask`, of the shape of `x` without channels, is False are in no statistic."""
+        where = None if mask is None else jnp.asarray(mask)[..., None]
+        return super().__call__(x, use_running_average=deterministic, mask=where).astype(jnp.result_type(x))

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
+from attnlab.nn.masking import masked_softmax
 from attnlab.pooling.grid import two_axes
 from attnlab.pooling.parts import CrossAttention, wide
 from attnlab.registry import Cost, Paper, Source, register
@@ -97,18 +97,17 @@ class ABMILPPooling(Pooling):
             for i in range(depth)
         )
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.check_call(x)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         if self.drop_first:
             if x.shape[1] == 1:
                 raise ValueError(f"drop_first leaves no token of x of shape {x.shape}")
-            x = x[:, 1:]
-        mixed = x if self.attention is None else self.attention(x, x)[0]
+            x, mask = x[:, 1:], None if mask is None else mask[:, 1:]
+        mixed = x if self.attention is None else self.attention(x, x, mask=mask)[0]
         read = mixed if self.grid is None else mixed + self._positions(x)
         for layer in self.layers[:-1]:
             read = _ACTIVATIONS[self.activation](layer(read))
         scores = wide(self.layers[-1](read))
-        weights = jax.nn.softmax(scores, axis=1)
+        weights = masked_softmax(scores, None if mask is None else mask[..., None], axis=1)
         record(self, "attention", lambda: weights.swapaxes(1, 2)[:, None])
         summed = mixed if self.self_attention == "both" else x
         return jnp.einsum(

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
@@ -48,6 +47,8 @@ class AIMPooling(Pooling):
       ValueError: if the heads do not divide the channels.
     """
 
+    accepts = frozenset({"mask", "queries"})
+
     def __init__(
         self,
         features: int,
@@ -74,15 +75,14 @@ class AIMPooling(Pooling):
         self.k = Linear(features, features, **maps)
         self.v = Linear(features, features, **maps)
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. `queries` (B, Q, C) of the caller, for example class tokens, stand in for the learned ones."""
-        x = self.check_call(x)
         if queries is None:
             queries = jnp.broadcast_to(self.queries[...].astype(x.dtype), (x.shape[0], *self.queries.shape))
         else:
             queries = given_queries(queries, x, self.num_queries)
-        x = self.norm(x, deterministic=deterministic)
+        x = self.norm(x, deterministic=deterministic, mask=mask)
         q, k, v = (split_heads(a, self.num_heads) for a in (queries, self.k(x), self.v(x)))
-        y, weights = softmax_attention(q, k, v, scale=self.scale, return_weights=True)
+        y, weights = softmax_attention(q, k, v, mask=mask, scale=self.scale, return_weights=True)
         record(self, "attention", lambda: weights)
         return mean(y, 1).reshape(x.shape[0], -1)

@@ -12,7 +12,7 @@ from attnlab.pooling.parts import CrossAttention
 
 
 class SelfAttentionBlock(nnx.Module):
-    """x = x + attention(LN(x)); x = x + MLP(LN(x)), LN of eps 1e-5, without masks.
+    """x = x + attention(LN(x)); x = x + MLP(LN(x)), LN of eps 1e-5.
 
     Args:
       features: channels C.
@@ -39,9 +39,9 @@ class SelfAttentionBlock(nnx.Module):
         self.norm2 = LayerNorm(features, eps=1e-5, **options)
         self.mlp = MLP(features, int(mlp_ratio * features), **options)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens (B, N, C) and the weights (B, H, N, N)."""
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Tokens (B, N, C) and the weights (B, H, N, N); `mask` (B, N) says which tokens exist."""
         normed = self.norm1(x)
-        y, weights = self.attention(normed, normed)
+        y, weights = self.attention(normed, normed, mask=mask)
         x = x + y
         return x + self.mlp(self.norm2(x)), weights

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import uniform_init
@@ -79,9 +78,8 @@ class CAEPooling(Pooling):
             **options,
         )
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.check_call(x)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         query = jnp.broadcast_to(self.norm_q(self.query[...].astype(x.dtype)), (x.shape[0], 1, self.features))
-        y, weights = self.attention(query, self.norm_k(x), self.norm_v(x))
+        y, weights = self.attention(query, self.norm_k(x), self.norm_v(x), mask=mask)
         record(self, "attention", lambda: weights)
         return y[:, 0]

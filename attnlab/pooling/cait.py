@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import trunc_normal, uniform_init
@@ -53,10 +52,11 @@ class ClassAttentionBlock(nnx.Module):
         self.mlp = MLP(features, int(mlp_ratio * features), **options)
         self.scale2 = LayerScale(features, init=init, **options)
 
-    def __call__(self, cls: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, cls: jax.Array, x: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """The new class token, and the weights (B, H, 1, N + 1), the class token's own first."""
         keys = self.norm1(jnp.concatenate([cls, x], 1))
-        y, weights = self.attention(keys[:, :1], keys)
+        seen = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+        y, weights = self.attention(keys[:, :1], keys, mask=seen)
         cls = cls + self.scale1(y)
         return cls + self.scale2(self.mlp(self.norm2(cls))), weights
 
@@ -87,6 +87,8 @@ class CaiTPooling(Pooling):
     Raises:
       ValueError: if the heads do not divide the channels, or `iterations` is less than 1.
     """
+
+    accepts = frozenset({"mask", "queries"})
 
     def __init__(
         self,
@@ -122,17 +124,16 @@ class CaiTPooling(Pooling):
         self.norm = LayerNorm(features, eps=1e-5, **options)
         self.cls = nnx.Param(trunc_normal(rngs.params(), (features,), param_dtype), logical_axes=("embed",))
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. `queries` (B, 1, C), for example class tokens of an encoder, stand in for the learned one.
 
         Recorded are the last block's weights of the N tokens; what they lack to 1 is the class token's own share.
         """
-        x = self.check_call(x)
         if queries is None:
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, self.features))
         else:
             cls = given_queries(queries, x, 1)
         for block in self.blocks:
-            cls, weights = block(cls, x)
+            cls, weights = block(cls, x, mask=mask)
         record(self, "attention", lambda: weights[..., 1:])
         return self.norm(cls)[:, 0]

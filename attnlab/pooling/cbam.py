@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Conv, Linear, uniform_init
@@ -45,6 +44,8 @@ class CBAMPooling(Pooling):
       ValueError: if `kernel_size` is even, or the grid has more than two axes.
     """
 
+    accepts = frozenset()
+
     def __init__(
         self,
         features: int,
@@ -74,8 +75,8 @@ class CBAMPooling(Pooling):
         self.location = Conv(2, 1, (kernel_size, kernel_size), use_bias=False, axes=(None, None), **options)
         self.norm = BatchNorm(1, eps=1e-5, **options)
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = to_map(self.check_call(x), self.grid)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+        x = to_map(x, self.grid)
         summaries = jnp.stack([mean(x, (1, 2)), x.max((1, 2))])
         channel = jax.nn.sigmoid(wide(self.channel_out(jax.nn.relu(self.channel_in(summaries)))).sum(0))
         u = x * channel[:, None, None].astype(x.dtype)

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, Site, UnsupportedArgument, record
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention, given_queries, mean
+from attnlab.pooling.parts import CrossAttention, given_queries, token_mean
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -50,6 +49,8 @@ class CLIPPooling(Pooling):
     Raises:
       ValueError: if the heads do not divide the channels of the attention.
     """
+
+    accepts = frozenset({"mask", "queries"})
 
     def __init__(
         self,
@@ -91,20 +92,20 @@ class CLIPPooling(Pooling):
         if site.grid is None:
             raise UnsupportedArgument("CLIPPooling has one learned position per token: the site must say its grid")
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. `queries` (B, 1, C), for example class tokens, stand in for the mean token; they are not normalised.
 
         The recorded weights are those of the N tokens; what they lack to 1 is the share of the mean token itself.
         """
-        x = self.check_call(x)
         if x.shape[1] != self.num_tokens:
             raise ValueError(f"CLIPPooling was built for {self.num_tokens} tokens, got x of shape {x.shape}")
         x = self.norm(x)
         if queries is None:
-            first = mean(x, 1, keepdims=True)
+            first = token_mean(x, mask, keepdims=True)
         else:
             first = given_queries(queries, x, 1)
         z = jnp.concatenate([first, x], 1) + self.positions[...].astype(x.dtype)
-        y, weights = self.attention(z[:, :1], z)
+        seen = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+        y, weights = self.attention(z[:, :1], z, mask=seen)
         record(self, "attention", lambda: weights[..., 1:])
         return y[:, 0]

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
@@ -44,6 +43,8 @@ class CoCaPooling(Pooling):
       param_dtype: of the parameters.
       rngs: stream `params`.
     """
+
+    accepts = frozenset({"mask", "queries"})
 
     def __init__(
         self,
@@ -83,13 +84,12 @@ class CoCaPooling(Pooling):
         self.mlp_in = linear(width, 2 * hidden, ("embed", "mlp")) if feed_forward else nnx.data(None)
         self.mlp_out = linear(hidden, width, ("mlp", "embed")) if feed_forward else nnx.data(None)
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. The first of `queries` (B, Q, out_features) of the caller stands in for the first learned one.
 
         Raises:
           ValueError: if `x` or `queries` has another shape.
         """
-        x = self.check_call(x)
         batch = x.shape[0]
         if queries is None:
             query = jnp.broadcast_to(self.queries[0].astype(x.dtype), (batch, self.out_features))
@@ -97,12 +97,12 @@ class CoCaPooling(Pooling):
             shape = jnp.shape(queries)
             if len(shape) != 3 or shape[0] != batch or shape[2] != self.out_features:
                 raise ValueError(f"queries must have shape ({batch}, Q, {self.out_features}), got {shape}")
-            query = jnp.asarray(queries, x.dtype)[:, 0]
+            query = queries[:, 0]
         query = self.norm(query)
         x = x if self.context_norm is None else self.context_norm(x)
         k, v = jnp.split(self.kv(x)[:, :, None], 2, axis=-1)
         q = self.q(query).reshape(batch, 1, self.num_heads, -1)
-        y, weights = softmax_attention(q, k, v, scale=self.scale, return_weights=True)
+        y, weights = softmax_attention(q, k, v, mask=mask, scale=self.scale, return_weights=True)
         record(self, "attention", lambda: weights)
         y = self.out(y.reshape(batch, -1))
         if self.mlp_in is None:

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.pooling.block import SelfAttentionBlock
-from attnlab.pooling.parts import mean
+from attnlab.pooling.parts import token_mean
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -55,8 +54,8 @@ class DinoViTPooling(Pooling):
             features, num_heads=num_heads, use_bias=False, param_dtype=param_dtype, rngs=rngs
         )
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. Recorded are the weights of the block, (B, H, N, N)."""
-        y, weights = self.block(self.check_call(x))
+        y, weights = self.block(x, mask=mask)
         record(self, "attention", lambda: weights)
-        return mean(y, 1)
+        return token_mean(y, mask)

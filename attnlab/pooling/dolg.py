@@ -13,13 +13,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Conv, Linear, uniform_init
 from attnlab.nn.norms import BatchNorm
 from attnlab.pooling.grid import to_map, two_axes
-from attnlab.pooling.parts import mean, wide
+from attnlab.pooling.parts import mean, token_mean, wide
 from attnlab.registry import Cost, Paper, Source, register
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu}
@@ -120,6 +119,7 @@ class DOLGPooling(Pooling):
         self.grid = None if grid is None else two_axes(grid)
         options = {"param_dtype": param_dtype, "rngs": rngs}
         self.context = nnx.data(None)
+        self.accepts = frozenset() if context else self.accepts  # its convolutions see a whole map
         if context:
             self.context = SpatialPyramid(features, branch_features=context_features, **options)
         bias = {"bias_init": uniform_init(features)} | options
@@ -127,13 +127,12 @@ class DOLGPooling(Pooling):
         self.norm = BatchNorm(features, eps=eps, **options)
         self.gate = Linear(features, 1, axes=("embed", None), kernel_init=fan_out_init(1), **bias)
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.check_call(x)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         if self.context is not None:
             x = self.context(to_map(x, self.grid)).reshape(x.shape)
-        h = self.norm(self.map(x), deterministic=deterministic)
+        h = self.norm(self.map(x), deterministic=deterministic, mask=mask)
         gate = jax.nn.softplus(wide(self.gate(_ACTIVATIONS[self.activation](h))))
         record(self, "gate", lambda: gate[..., 0])
         # max inside the root: at zero the norm itself has no gradient.
         direction = wide(h) * jax.lax.rsqrt(jnp.maximum(jnp.square(wide(h)).sum(-1, keepdims=True), 1e-24))
-        return (gate * direction).mean(1).astype(x.dtype)
+        return token_mean(gate * direction, mask).astype(x.dtype)

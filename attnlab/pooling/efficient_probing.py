@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, Site, record
 from attnlab.nn.linear import Linear, uniform_init
+from attnlab.nn.masking import masked_softmax
 from attnlab.pooling.parts import given_queries
 from attnlab.registry import Cost, Paper, Source, register
 
@@ -30,16 +31,20 @@ def _accumulator(x: ArrayLike) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def probing_weights(x: ArrayLike, queries: ArrayLike, scale: float | None = None) -> jax.Array:
+def probing_weights(
+    x: ArrayLike, queries: ArrayLike, scale: float | None = None, *, mask: ArrayLike | None = None
+) -> jax.Array:
     """softmax over the tokens of `scale` · q xᵀ, (B, Q, N) in float32.
 
     Args:
       x: tokens, (B, N, C).
       queries: (Q, C) learned, or (B, Q, C) one set per example.
       scale: of the scores; C^-1/2 when None.
+      mask: (B, N) boolean, which tokens exist; a row without any has zeros.
     """
     scores = jnp.einsum("...qc,...nc->...qn", queries, x, preferred_element_type=_accumulator(x))
-    return jax.nn.softmax(scores * (queries.shape[-1] ** -0.5 if scale is None else scale))
+    scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    return masked_softmax(scores, None if mask is None else mask[:, None])
 
 
 def efficient_probing(
@@ -49,6 +54,7 @@ def efficient_probing(
     value_bias: ArrayLike | None = None,
     *,
     scale: float | None = None,
+    mask: ArrayLike | None = None,
 ) -> jax.Array:
     """Pool tokens with shared keys; the operator of `EfficientProbing`.
 
@@ -58,6 +64,7 @@ def efficient_probing(
       value: value projection, (C, C'), C' a multiple of Q.
       value_bias: (C',) or None.
       scale: of the scores; C^-1/2 when None.
+      mask: (B, N) boolean, which tokens exist.
 
     Returns:
       (B, C'), in the dtype of `x`; weights are computed in float32.
@@ -68,7 +75,7 @@ def efficient_probing(
     (num_queries, channels), width = queries.shape[-2:], value.shape[1]
     if width % num_queries:
         raise ValueError(f"value width {width} is not a multiple of the number of queries {num_queries}")
-    weights = probing_weights(x, queries, scale).astype(x.dtype)
+    weights = probing_weights(x, queries, scale, mask=mask).astype(x.dtype)
     pooled = jnp.einsum("bqn,bnc->bqc", weights, x, preferred_element_type=_accumulator(x))
     slices = value.reshape(channels, num_queries, width // num_queries)
     y = jnp.einsum("bqc,cqd->bqd", pooled, slices.astype(pooled.dtype)).reshape(x.shape[0], width)
@@ -106,6 +113,8 @@ class EfficientProbing(Pooling):
       ValueError: if `num_queries` does not divide `out_features`.
     """
 
+    accepts = frozenset({"mask", "queries"})
+
     def __init__(
         self,
         features: int,
@@ -141,14 +150,16 @@ class EfficientProbing(Pooling):
     def site_defaults(cls, site: Site) -> dict[str, Any]:
         return {"num_queries": max(q for q in range(1, min(32, site.features) + 1) if site.features % q == 0)}
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool_branches(
+        self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
         """Pools. `queries` (B, Q, C) of the caller, for example class tokens, stand in for the learned ones."""
-        x = self.check_call(x)
         if queries is None:
             queries = self.queries[...].astype(x.dtype)
         else:
             queries = given_queries(queries, x, self.num_queries)
-        record(self, "attention", lambda: probing_weights(x, queries, self.scale)[:, None])
+        record(self, "attention", lambda: probing_weights(x, queries, self.scale, mask=mask)[:, None])
         kernel = self.value.kernel[...].astype(x.dtype)
         bias = None if self.value.bias is None else self.value.bias[...]
-        return efficient_probing(x, queries, kernel, bias, scale=self.scale)
+        y = efficient_probing(x, queries, kernel, bias, scale=self.scale, mask=mask)
+        return y.reshape(y.shape[0], self.num_queries, -1)

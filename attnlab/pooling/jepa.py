@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import trunc_normal
@@ -54,6 +53,8 @@ class JEPAPooling(Pooling):
       ValueError: if the heads do not divide the channels, or `depth` is less than 1.
     """
 
+    accepts = frozenset({"mask", "queries"})
+
     def __init__(
         self,
         features: int,
@@ -92,23 +93,24 @@ class JEPAPooling(Pooling):
             _shrink(block.attention.out, layer)
             _shrink(block.mlp.fc2, layer)
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool_branches(
+        self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
         """Pools. `queries` (B, Q, C) of the caller, for example class tokens, stand in for the learned ones."""
-        x = self.check_call(x)
         if queries is None:
             q = jnp.broadcast_to(self.queries[...].astype(x.dtype), (x.shape[0], *self.queries.shape))
         else:
             q = given_queries(queries, x, self.num_queries)
         if self.mlp is None:
-            q, weights = self.attention(q, x)
+            q, weights = self.attention(q, x, mask=mask)
         else:
-            y, weights = self.attention(q, self.norm1(x))
+            y, weights = self.attention(q, self.norm1(x), mask=mask)
             q = q + y
             q = q + self.mlp(self.norm2(q))
         record(self, "attention", lambda: weights)
         for block in self.blocks:
             q, _ = block(q)
-        return q.reshape(q.shape[0], -1)
+        return q
 
 
 def _shrink(linear: nnx.Linear, layer: int) -> None:

@@ -4,10 +4,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling
-from attnlab.pooling.parts import mean
+from attnlab.pooling.parts import token_mean
 
 
 class MeanPooling(Pooling):
@@ -22,12 +21,14 @@ class MeanPooling(Pooling):
     def __init__(self, features: int, *, dtype: Any = None, rngs: nnx.Rngs | None = None):
         self.features, self.out_features, self.dtype = features, features, dtype
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        return mean(self.check_call(x), 1)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+        return token_mean(x, mask)
 
 
 class FirstToken(MeanPooling):
     """Tokens (B, N, C) to the first of them (B, C): the class token of a model that has one."""
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        return self.check_call(x)[:, 0]
+    accepts = frozenset()
+
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+        return x[:, 0]

@@ -22,6 +22,15 @@ def mean(x: jax.Array, axis: int | tuple[int, ...], *, keepdims: bool = False) -
     return wide(x).mean(axis, keepdims=keepdims).astype(x.dtype)
 
 
+def token_mean(x: jax.Array, mask: jax.Array | None, *, keepdims: bool = False) -> jax.Array:
+    """Mean (B, C) of the tokens (B, N, C) that exist, summed in float32; zeros where none does."""
+    if mask is None:
+        return mean(x, 1, keepdims=keepdims)
+    total = jnp.where(mask[..., None], wide(x), 0).sum(1, keepdims=keepdims)
+    count = mask.sum(1).reshape(-1, *(1,) * (total.ndim - 1))
+    return (total / jnp.maximum(count, 1)).astype(x.dtype)
+
+
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """(B, N, H·D) to (B, N, H, D)."""
     return x.reshape(*x.shape[:-1], num_heads, -1)
@@ -110,13 +119,21 @@ class CrossAttention(nnx.Module):
         self.k_norm = LayerNorm(head_dim, eps=1e-5, **options) if qk_norm else nnx.data(None)
 
     def __call__(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array | None = None
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The result (B, Q, out_features) and the weights (B, H, Q, N); `values` are the keys' tokens when None."""
+        """The result (B, Q, out_features) and the weights (B, H, Q, N).
+
+        `values` are the keys' tokens when None; `mask` (B, N) says which of them exist.
+        """
         q = split_heads(self.q(queries), self.num_heads)
         k = split_heads(self.k(keys), self.num_heads)
         v = split_heads(self.v(keys if values is None else values), self.num_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y, weights = softmax_attention(q, k, v, scale=self.scale, return_weights=True)
+        y, weights = softmax_attention(q, k, v, mask=mask, scale=self.scale, return_weights=True)
         return self.out(y.reshape(*y.shape[:2], -1)), weights

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import uniform_init
@@ -85,11 +84,17 @@ class SigLIPPooling(Pooling):
         self.norm = LayerNorm(features, eps=1e-5, **options) if use_norm else nnx.data(None)
         self.mlp = MLP(features, int(mlp_ratio * features), **options)
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.check_call(x)
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
+        z = self.pool_branches(x, queries, mask, deterministic)
+        return mean(z, 1) if self.reduce == "mean" else z.reshape(z.shape[0], -1)
+
+    def pool_branches(
+        self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
         # Latents do not see one another: those that are not read need not be computed.
         latents = self.latents[:1] if self.reduce == "first" else self.latents[...]
-        z, weights = self.attention(jnp.broadcast_to(latents.astype(x.dtype), (x.shape[0], *latents.shape)), x)
+        z, weights = self.attention(
+            jnp.broadcast_to(latents.astype(x.dtype), (x.shape[0], *latents.shape)), x, mask=mask
+        )
         record(self, "attention", lambda: weights)
-        z = z + self.mlp(z if self.norm is None else self.norm(z))
-        return mean(z, 1) if self.reduce == "mean" else z.reshape(z.shape[0], -1)
+        return z + self.mlp(z if self.norm is None else self.norm(z))

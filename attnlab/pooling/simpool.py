@@ -17,13 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Pooling, record
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.softmax import softmax_attention
-from attnlab.pooling.parts import given_queries, head_size, mean, split_heads, wide
+from attnlab.pooling.parts import given_queries, head_size, split_heads, token_mean, wide
 from attnlab.registry import Cost, Paper, Source, register
 
 _PAPER = Paper(
@@ -36,6 +35,8 @@ _PAPER = Paper(
 
 class _SimPool(Pooling):
     """What both forms share: how values are averaged."""
+
+    accepts = frozenset({"mask", "queries"})
 
     def __init__(
         self,
@@ -60,18 +61,25 @@ class _SimPool(Pooling):
         self.norm = LayerNorm(features, eps=1e-6, param_dtype=param_dtype, rngs=rngs)
         self.beta = nnx.Param(jnp.zeros((1,), param_dtype), logical_axes=(None,)) if use_beta else nnx.data(None)
 
-    def _query(self, x: jax.Array, queries: ArrayLike | None) -> jax.Array:
+    def _query(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         if queries is None:
-            return mean(x, 1, keepdims=True)
+            return token_mean(x, mask, keepdims=True)
         return given_queries(queries, x, 1)
 
-    def _average(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def _average(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         q, k, v = (split_heads(a, self.num_heads) for a in (q, k, v))
         if self.gamma is None:
-            y, weights = softmax_attention(q, k, v, scale=self.scale, return_weights=True)
+            y, weights = softmax_attention(q, k, v, mask=mask, scale=self.scale, return_weights=True)
         else:
-            lifted = wide(v) - wide(v).min() + 1e-6
-            y, weights = softmax_attention(wide(q), wide(k), lifted**self.gamma, scale=self.scale, return_weights=True)
+            real = None if mask is None else mask[:, :, None, None]
+            least = wide(v).min(initial=jnp.inf, where=real) if mask is not None else wide(v).min()
+            lifted = wide(v) - jnp.where(jnp.isfinite(least), least, 0) + 1e-6
+            lifted = lifted if real is None else jnp.where(real, lifted, 1)
+            y, weights = softmax_attention(
+                wide(q), wide(k), lifted**self.gamma, mask=mask, scale=self.scale, return_weights=True
+            )
+            # Without any token the mean is 0, where a root has no gradient.
+            y = y if mask is None else jnp.where(mask.any(1)[:, None, None, None], y, 1)
             y = y ** (1 / self.gamma)
             y = (y if self.beta is None else y + self.beta[...]).astype(v.dtype)
         record(self, "attention", lambda: weights)
@@ -132,11 +140,10 @@ class SimPool(_SimPool):
         self.q = Linear(features, features, **maps, param_dtype=param_dtype, rngs=rngs)
         self.k = Linear(features, features, **maps, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. `queries` (B, 1, C), for example class tokens, stand in for the mean token."""
-        x = self.check_call(x)
         normed = self.norm(x)
-        return self._average(self.q(self._query(x, queries)), self.k(normed), normed)
+        return self._average(self.q(self._query(x, queries, mask)), self.k(normed), normed, mask)
 
 
 @register(
@@ -187,7 +194,6 @@ class ESimPool(_SimPool):
             rngs=rngs,
         )
 
-    def __call__(self, x: ArrayLike, queries: ArrayLike | None = None, *, deterministic: bool = True) -> jax.Array:
+    def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         """Pools. `queries` (B, 1, C), for example class tokens, stand in for the mean token."""
-        x = self.check_call(x)
-        return self._average(self.norm(self._query(x, queries)), self.norm(x), x)
+        return self._average(self.norm(self._query(x, queries, mask)), self.norm(x), x, mask)

@@ -47,6 +47,35 @@ def test_examples_are_pooled_alone_and_the_batch_axis_stays(name: str):
 
 
 @every_pooling
+def test_a_mask_leaves_the_tokens_that_exist(name: str):
+    """Masked tokens are as if they were not there, and nothing breaks where none is; or the mask is refused."""
+    pool, x = build(name), tokens(2)
+    last = jnp.arange(12) < 7
+    mask = jnp.stack([last, jnp.zeros(12, bool)])
+    if "mask" not in pool.accepts:
+        with pytest.raises(UnsupportedArgument, match="does not take mask"):
+            pool(x, mask=mask)
+        return
+    call = nnx.jit(lambda m, x, mask: m(x, mask=mask))
+    y = call(pool, x, mask)
+    assert jnp.isfinite(y).all()
+    changed = call(pool, jnp.where(mask[..., None], x, 7 * x + 1), mask)
+    np.testing.assert_allclose(changed, y, rtol=2e-5, atol=2e-6)
+    if name != "efficient_probing.clip":  # which has a position for each token, and so their number
+        np.testing.assert_allclose(pool(x[:1, :7]), y[:1], rtol=2e-5, atol=2e-6)
+    gradient = jax.grad(lambda x: jnp.sum(pool(x, mask=mask) ** 2))(x)
+    assert jnp.isfinite(gradient).all() and not jnp.any(gradient[0, 7:])
+
+
+@every_pooling
+def test_branches_make_the_vector(name: str):
+    pool, x = build(name), tokens(2)
+    branches = pool.branches(x)
+    assert branches.ndim == 3 and branches.shape[0] == 2
+    np.testing.assert_allclose(branches.reshape(2, -1), pool(x), rtol=2e-5, atol=2e-6)
+
+
+@every_pooling
 def test_dtype_follows_the_tokens_or_the_option(name: str):
     x = tokens(2)
     pool, call = build(name), nnx.jit(lambda m, x: m(x))
