@@ -1,22 +1,19 @@
 """Weights of billpsomas/efficient-probing (arXiv:2506.10178): efficient probing and the other poolings of its registry.
 
-    load_pooling(EfficientProbing(768, num_queries=32, rngs=nnx.Rngs(0)), state_dict)
-
 The names below `pooling`, the first entry of a probe's `Sequential(pooling, BatchNorm1d, Linear)`, are those expected.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from flax import nnx
-from jax.typing import ArrayLike
+import jax
 
-from attnlab.contract import Pooling
-from attnlab.interop import official
-from attnlab.interop.official import StateDict
-from attnlab.nn.mlp import MLP
+from attnlab.interop.names import Named, Part, Squeezed
+from attnlab.interop.official import ConfigError, Official, Only, options
 from attnlab.pooling.abmilp import ABMILPPooling
 from attnlab.pooling.aim import AIMPooling
-from attnlab.pooling.block import SelfAttentionBlock
 from attnlab.pooling.cae import CAEPooling
 from attnlab.pooling.cait import CaiTPooling
 from attnlab.pooling.cbam import CBAMPooling
@@ -26,196 +23,236 @@ from attnlab.pooling.dinovit import DinoViTPooling
 from attnlab.pooling.dolg import DOLGPooling
 from attnlab.pooling.efficient_probing import EfficientProbing
 from attnlab.pooling.jepa import JEPAPooling
-from attnlab.pooling.parts import CrossAttention
 from attnlab.pooling.siglip import SigLIPPooling
 from attnlab.pooling.simpool import ESimPool, SimPool
 
-_UNUSED = ("norm2_cross.*", "norm.beta", "context_norm.beta", "pos_embed")
-"""Parameters without effect, biases fixed at zero, and a table that follows from the grid."""
+Given = Mapping[str, Any]
+_MAPS = {"qkv_bias": "use_bias", "qk_scale": "scale"}
+_QKV = {("q", "k", "v"): "qkv", "out": "proj"}
+_Q_KV = {("k", "v"): "kv", "out": "proj"}
+_BLOCK = {"attention": Part("attn", _QKV)}
 
 
-def load_pooling(module: Pooling, arrays: Mapping[str, ArrayLike]) -> None:
-    """Loads an official pooling's state dict.
-
-    Args:
-      module: the counterpart of the official class, of the same configuration.
-      arrays: the official state dict.
-
-    Raises:
-      StateDictError: if the two do not fit.
-      TypeError: if the pooling is none of that repository.
-    """
-    if type(module) not in _LOADERS:
-        names = ", ".join(cls.__name__ for cls in _LOADERS)
-        raise TypeError(f"no weights are known for a {type(module).__name__}; there are some for {names}")
-    # The positions of CLIP's pooling are learned: of that name, but loaded.
-    with StateDict(arrays, into=module, ignore=_UNUSED) as weights:
-        _LOADERS[type(module)](module, weights)
+def _squeezed(module: Any, inputs: dict[str, jax.Array], given: Given) -> jax.Array:
+    """The official class loses the batch axis at batch 1."""
+    return module(*inputs.values()).squeeze()
 
 
-def _qkv(module: CrossAttention, weights: StateDict, name: str = "") -> None:
-    official.linears((module.q, module.k, module.v), weights, f"{name}qkv")
-    official.linear(module.out, weights, f"{name}proj")
+# Where official classes return one vector per query, or per head, they stand side by side here.
 
 
-def _q_kv(module: CrossAttention, weights: StateDict, name: str = "") -> None:
-    official.linear(module.q, weights, f"{name}q")
-    official.linears((module.k, module.v), weights, f"{name}kv")
-    official.linear(module.out, weights, f"{name}proj")
+def _simpool(module: Any, inputs: dict[str, jax.Array], given: Given) -> jax.Array:
+    y = module(*inputs.values())
+    return (y if module.gamma is None else y.reshape(len(y), module.num_heads, -1)).squeeze()
 
 
-def _mlp(module: MLP, weights: StateDict) -> None:
-    official.linear(module.fc1, weights, "mlp.fc1")
-    official.linear(module.fc2, weights, "mlp.fc2")
+def _siglip(module: Any, inputs: dict[str, jax.Array], given: Given) -> jax.Array:
+    y = module(*inputs.values())
+    return y.reshape(len(y), given["latent_len"], -1) if module.reduce == "all" else y
 
 
-def _block(module: SelfAttentionBlock, weights: StateDict) -> None:
-    official.norm(module.norm1, weights, "norm1")
-    _qkv(module.attention, weights, "attn.")
-    official.norm(module.norm2, weights, "norm2")
-    _mlp(module.mlp, weights)
+def _jepa(module: Any, inputs: dict[str, jax.Array], given: Given) -> jax.Array:
+    y = module(*inputs.values())
+    return y if module.num_queries == 1 else y.reshape(len(y), module.num_queries, -1)
 
 
-def _first(variable: nnx.Variable, weights: StateDict, name: str) -> None:
-    """A parameter with a leading batch axis there."""
-    official.param(variable, weights, name, lambda a: a[0])
+def _grid(given: Given) -> dict[str, Any]:
+    size = given["feat_size"]
+    return {"grid": (size, size) if isinstance(size, int) else tuple(size)}
 
 
-def _efficient_probing(module: EfficientProbing, weights: StateDict) -> None:
-    _first(module.queries, weights, "cls_token")
-    official.linear(module.value, weights, "v")
+def _positions(given: Given) -> dict[str, Any]:
+    if given["cond"] != "pe":
+        return {}
+    side = math.isqrt(given["num_patches"])
+    return {"positions": True, "grid": (side, side)}
 
 
-def _aim(module: AIMPooling, weights: StateDict) -> None:
-    _first(module.queries, weights, "cls_token")
-    official.batch_norm(module.norm, weights, "bn")
-    official.linear(module.k, weights, "k")
-    official.linear(module.v, weights, "v")
+def _same_width(given: Given) -> dict[str, Any]:
+    if given["s3_dim"] != given["in_c"]:
+        raise ConfigError(f"SpatialAttention2d needs s3_dim equal to in_c, got {given['s3_dim']} and {given['in_c']}")
+    return {}
 
 
-def _esimpool(module: ESimPool, weights: StateDict) -> None:
-    official.norm(module.norm, weights, "norm_patches")
-    if module.beta is not None:
-        official.param(module.beta, weights, "beta")
+def _hidden(given: Given) -> dict[str, int]:
+    divisor = given["rd_divisor"]
+    rounded = int(given["channels"] * given["rd_ratio"] + divisor / 2) // divisor * divisor
+    return {"hidden_features": given.get("rd_channels") or max(divisor, rounded)}
 
 
-def _simpool(module: SimPool, weights: StateDict) -> None:
-    _esimpool(module, weights)
-    official.linear(module.q, weights, "wq")
-    official.linear(module.k, weights, "wk")
-
-
-def _siglip(module: SigLIPPooling, weights: StateDict) -> None:
-    _first(module.latents, weights, "latent")
-    _q_kv(module.attention, weights)
-    if module.attention.q_norm is not None:
-        official.norm(module.attention.q_norm, weights, "q_norm")
-        official.norm(module.attention.k_norm, weights, "k_norm")
-    if module.norm is not None:
-        official.norm(module.norm, weights, "norm")
-    _mlp(module.mlp, weights)
-
-
-def _clip(module: CLIPPooling, weights: StateDict) -> None:
-    official.param(module.positions, weights, "pos_embed")
-    official.norm(module.norm, weights, "norm")
-    _qkv(module.attention, weights)
-
-
-def _cait(module: CaiTPooling, weights: StateDict) -> None:
-    official.param(module.cls, weights, "cls_token", lambda a: a[0, 0])
-    official.norm(module.norm, weights, "norm")
-    for i, block in enumerate(module.blocks):
-        there = weights.sub(f"blocks_token_only.{i}")
-        official.norm(block.norm1, there, "norm1")
-        for name in ("q", "k", "v"):
-            official.linear(getattr(block.attention, name), there, f"attn.{name}")
-        official.linear(block.attention.out, there, "attn.proj")
-        official.param(block.scale1.scale, there, "gamma_1")
-        official.norm(block.norm2, there, "norm2")
-        _mlp(block.mlp, there)
-        official.param(block.scale2.scale, there, "gamma_2")
-
-
-def _jepa(module: JEPAPooling, weights: StateDict) -> None:
-    _first(module.queries, weights, "query_tokens")
-    there = weights.sub("cross_attention_block")
-    if module.mlp is None:
-        _q_kv(module.attention, there)
-    else:
-        official.norm(module.norm1, there, "norm1")
-        _q_kv(module.attention, there, "xattn.")
-        official.norm(module.norm2, there, "norm2")
-        _mlp(module.mlp, there)
-    for i, block in enumerate(module.blocks):
-        _block(block, weights.sub(f"blocks.{i}"))
-
-
-def _cae(module: CAEPooling, weights: StateDict) -> None:
-    official.param(module.query, weights, "query_token", lambda a: a[0, 0])
-    for name in ("q", "k", "v"):
-        official.norm(getattr(module, f"norm_{name}"), weights, f"norm1_{name}")
-        linear = getattr(module.attention, name)
-        official.linear(linear, weights, "cross_attn", weight=f"{name}.weight", bias=f"{name}_bias")
-    official.linear(module.attention.out, weights, "cross_attn.proj")
-
-
-def _coca(module: CoCaPooling, weights: StateDict) -> None:
-    official.param(module.queries, weights, "img_queries")
-    official.param(module.norm.scale, weights, "norm.gamma")
-    if module.context_norm is not None:
-        official.param(module.context_norm.scale, weights, "context_norm.gamma")
-    official.linear(module.q, weights, "to_q")
-    official.linear(module.kv, weights, "to_kv")
-    official.linear(module.out, weights, "to_out")
-    if module.mlp_in is not None:
-        official.linear(module.mlp_in, weights, "ff.0")
-        official.linear(module.mlp_out, weights, "ff.2")
-
-
-def _abmilp(module: ABMILPPooling, weights: StateDict) -> None:
-    if module.attention is not None:
-        _qkv(module.attention, weights, "self_attn.")
-    for i, layer in enumerate(module.layers):
-        official.linear(layer, weights, f"attention_predictor.{2 * i}")
-
-
-def _dolg(module: DOLGPooling, weights: StateDict) -> None:
-    if module.context is not None:
-        official.linear(module.context.mean, weights, "aspp.im_pool.1")
-        official.linear(module.context.point, weights, "aspp.aspp.0")
-        for i, conv in enumerate(module.context.dilated, 1):
-            official.conv(conv, weights, f"aspp.aspp.{i}")
-        official.linear(module.context.mix, weights, "aspp.conv_after.0")
-    official.linear(module.map, weights, "conv1")
-    official.batch_norm(module.norm, weights, "bn")
-    official.linear(module.gate, weights, "conv2")
-
-
-def _cbam(module: CBAMPooling, weights: StateDict) -> None:
-    official.linear(module.channel_in, weights, "channel.fc1")
-    official.linear(module.channel_out, weights, "channel.fc2")
-    official.conv(module.location, weights, "spatial.conv.conv")
-    official.batch_norm(module.norm, weights, "spatial.conv.bn")
-
-
-def _dinovit(module: DinoViTPooling, weights: StateDict) -> None:
-    _block(module.block, weights.sub("dino_block"))
-
-
-_LOADERS: dict[type[Pooling], Callable[[Pooling, StateDict], None]] = {
-    EfficientProbing: _efficient_probing,
-    AIMPooling: _aim,
-    SimPool: _simpool,
-    ESimPool: _esimpool,
-    SigLIPPooling: _siglip,
-    CLIPPooling: _clip,
-    CaiTPooling: _cait,
-    JEPAPooling: _jepa,
-    CAEPooling: _cae,
-    CoCaPooling: _coca,
-    ABMILPPooling: _abmilp,
-    DOLGPooling: _dolg,
-    CBAMPooling: _cbam,
-    DinoViTPooling: _dinovit,
+_SIMPOOL = options("num_heads", "gamma", dim="features", **_MAPS) | {
+    "use_beta": lambda given: {"use_beta": given["use_beta"] and given.get("gamma") is not None}
 }
+_JEPA = Official(
+    "AttentivePooler",
+    JEPAPooling,
+    options(
+        *("num_queries", "num_heads", "mlp_ratio", "depth", "complete_block"),
+        embed_dim="features",
+        qkv_bias="use_bias",
+        norm_layer=None,
+        init_std=None,
+    ),
+    {
+        "queries": Squeezed("query_tokens", 0),
+        "norm1": "cross_attention_block.norm1",
+        "norm2": "cross_attention_block.norm2",
+        "attention": Part("cross_attention_block.xattn", _Q_KV),
+        "mlp": "cross_attention_block.mlp",
+        "blocks.*": Part("blocks.*", _BLOCK),
+    },
+    call=_jepa,
+    defaults={"embed_dim": 768},
+    when=lambda given: given.get("complete_block", True),
+)
+
+OFFICIAL = [
+    Official(
+        "EfficientProbing",
+        EfficientProbing,
+        options("num_queries", dim="features", **_MAPS)
+        | {"num_heads": Only(1), "d_out": lambda given: {"out_features": given["dim"] // given["d_out"]}},
+        {"queries": Squeezed("cls_token", 0), "value": "v"},
+    ),
+    Official(
+        "AttentionPoolingClassifier",
+        AIMPooling,
+        options("num_heads", "num_queries", dim="features", **_MAPS),
+        {"queries": Squeezed("cls_token", 0), "norm": "bn"},
+    ),
+    Official("SimPool", SimPool, _SIMPOOL, {"norm": "norm_patches", "q": "wq", "k": "wk"}, _simpool),
+    Official(
+        "SimPool_nolinears",
+        ESimPool,
+        _SIMPOOL | {"qkv_bias": None},
+        {"norm": "norm_patches"},
+        _simpool,
+        defaults={"num_heads": 1},
+    ),
+    Official(
+        "AttentionPoolLatent",
+        SigLIPPooling,
+        options("num_heads", "mlp_ratio", "qk_norm", in_features="features", qkv_bias="use_bias")
+        | dict.fromkeys(("embed_dim", "out_features", "latent_dim", "pos_embed", "drop"))
+        | {
+            "latent_len": "num_latents",
+            "norm_layer": lambda given: {"use_norm": given["norm_layer"] is not None},
+            "pool_type": lambda given: {"reduce": {"token": "first", "avg": "mean"}.get(given["pool_type"], "all")},
+        },
+        {"latents": Squeezed("latent", 0), "attention": Part("", _Q_KV)},
+        _siglip,
+        defaults={"latent_len": 1},
+    ),
+    Official(
+        "AttentionPool2d",
+        CLIPPooling,
+        options("num_heads", "out_features", in_features="features", embed_dim="embed_features", qkv_bias="use_bias")
+        | {"feat_size": _grid},
+        {"positions": "pos_embed", "attention": Part("", _QKV)},
+    ),
+    Official(
+        "CAPooling",
+        CaiTPooling,
+        options("num_heads", "iterations", "init_scale", embed_dim="features", mlp_ratio_clstk="mlp_ratio", **_MAPS)
+        | dict.fromkeys(("norm_layer", "act_layer")),
+        {
+            "cls": Squeezed("cls_token", 0, 1),
+            "blocks": "blocks_token_only",
+            "blocks.*.attention": "blocks_token_only.*.attn",
+            "blocks.*.attention.out": "blocks_token_only.*.attn.proj",
+            "blocks.*.scale1": "blocks_token_only.*.gamma_1",
+            "blocks.*.scale2": "blocks_token_only.*.gamma_2",
+        },
+    ),
+    _JEPA,
+    dataclasses.replace(
+        _JEPA,
+        names=_JEPA.names | {"attention": Part("cross_attention_block", _Q_KV)},
+        when=lambda given: not given.get("complete_block", True),
+    ),
+    Official(
+        "CAEAttentiveBlock",
+        CAEPooling,
+        options("num_heads", dim="features", attn_head_dim="head_dim", **_MAPS)
+        | dict.fromkeys(("mlp_ratio", "drop", "attn_drop", "drop_path", "init_values", "act_layer", "norm_layer"))
+        | {"window_size": None},
+        {
+            "query": Squeezed("query_token", 0, 1),
+            "norm_*": "norm1_*",
+            **{f"attention.{n}": Named("cross_attn", weight=f"{n}.weight", bias=f"{n}_bias") for n in "qkv"},
+            "attention.out": "cross_attn.proj",
+        },
+        _squeezed,
+        ignore=("norm2_cross.*",),  # without effect
+    ),
+    Official(
+        "CrossAttention",
+        CoCaPooling,
+        options(
+            dim="out_features",
+            dim_head="head_dim",
+            heads="num_heads",
+            num_img_queries="num_queries",
+            parallel_ff="feed_forward",
+            ff_mult="mlp_ratio",
+            norm_context="context_norm",
+            context_dim=lambda given: {"features": given["context_dim"] or given["dim"]},
+        ),
+        {
+            "queries": "img_queries",
+            "norm": Named("norm", weight="gamma"),
+            "context_norm": Named("context_norm", weight="gamma"),
+            "q": "to_q",
+            "kv": "to_kv",
+            "out": "to_out",
+            "mlp_in": "ff.0",
+            "mlp_out": "ff.2",
+        },
+        defaults={"context_dim": None},
+        ignore=("norm.beta", "context_norm.beta"),  # fixed at zero
+    ),
+    Official(
+        "ABMILPHead",
+        ABMILPPooling,
+        options("depth", "activation", dim="features", self_attention_apply_to="self_attention", num_patches=None)
+        | {"content": lambda given: {"drop_first": given["content"] == "patch"}, "cond": _positions},
+        {"attention": Part("self_attn", _QKV), "layers.*": lambda i: f"attention_predictor.{2 * i}"},
+        ignore=("pos_embed",),  # follows from the grid
+    ),
+    Official(
+        "SpatialAttention2d",
+        DOLGPooling,
+        options(in_c="features", s3_dim=_same_width, with_aspp="context", bn_eps="eps", bn_nom=None)
+        | {"act_fn": lambda given: {"activation": "relu" if given["act_fn"].lower() == "relu" else "leaky_relu"}},
+        {
+            "context.mean": Squeezed("aspp.im_pool.1", 2, 3),
+            "context.point": Squeezed("aspp.aspp.0", 2, 3),
+            "context.dilated.*": lambda i: f"aspp.aspp.{i + 1}",
+            "context.mix": Squeezed("aspp.conv_after.0", 2, 3),
+            "map": Squeezed("conv1", 2, 3),
+            "norm": "bn",
+            "gate": Squeezed("conv2", 2, 3),
+        },
+        defaults={"s3_dim": 1024},
+    ),
+    Official(
+        "CbamPooling",
+        CBAMPooling,
+        options(channels="features", spatial_kernel_size="kernel_size", mlp_bias="use_bias", rd_ratio=_hidden)
+        | dict.fromkeys(("rd_divisor", "rd_channels", "act_layer", "gate_layer", "output_size")),
+        {
+            "channel_in": Squeezed("channel.fc1", 2, 3),
+            "channel_out": Squeezed("channel.fc2", 2, 3),
+            "location": "spatial.conv.conv",
+            "norm": "spatial.conv.bn",
+        },
+        _squeezed,
+        defaults={"rd_ratio": 1 / 16, "rd_divisor": 1},
+    ),
+    Official(
+        "DinoViTBlockPooling",
+        DinoViTPooling,
+        options("num_heads", d_model="features"),
+        {"block": Part("dino_block", _BLOCK)},
+    ),
+]

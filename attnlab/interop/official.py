@@ -1,26 +1,20 @@
-"""Loading parameters in the layout of the authors' PyTorch state dicts into Flax NNX modules.
+"""One description per official class: it builds our counterpart, loads and dumps the authors' arrays, and calls it.
 
-The differences between the layouts stand here, once: a `Linear` weight is (out, in) there and (in, out) here, a
-convolution's (out, in/groups, *k) there and (*k, in/groups, out) here, a norm's weight is called `scale` here. A loader
-of a whole module is then a list of pairs:
+    Official(
+        "EfficientProbing",                                    # the class over there
+        EfficientProbing,                                      # and here
+        config={"dim": "features", "num_queries": "num_queries", "attn_drop": None},
+        names={"queries": Squeezed("cls_token", 0), "value": "v"},
+    )
 
-    with official.StateDict(param, into=module) as weights:
-        official.linears((module.query, module.key, module.value), weights, "qkv")
-        official.conv(module.positional, weights, "dwc")
-        official.param(module.tokens, weights, "cls_token", lambda a: a[0])
-        for i, block in enumerate(module.blocks):
-            load_block(block, weights.sub(f"blocks.{i}"))
-
-Leaving the `with` block fails unless every official array was loaded, or is named in `ignore`, and unless every
-parameter of `into` got its value. A bias that only one side has is an error too. Shapes are checked, after the change
-of layout; values are cast to the dtype of the parameter. All of it can be traced by JAX: gradients flow to `param`.
-
-Every function takes the official name after the state dict; "" means that the state dict given is the layer's own.
-`weight=` and `bias=` rename the two arrays of the layer (`weight="in_proj_weight"` in PyTorch's MultiheadAttention).
+An adapter of golden cases is `run = runner(OFFICIAL)`; `attnlab.interop.load` and `export` find a model's description
+by its class among the lists `OFFICIAL` of the files in this folder.
 """
 
+import dataclasses
 import difflib
-import fnmatch
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -30,16 +24,205 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.interop.names import (
+    NEVER_LOADED,
+    Rules,
+    StateDictError,
+    Transform,
+    join,
+    made_class,
+    matches,
+    resolve,
+)
 from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.suggest import suggestion
 
-Transform = Callable[[jax.Array], jax.Array]
-
-NEVER_LOADED = ("num_batches_tracked",)
-"""Buffers that every state dict may hold and that no module here has a use for."""
+Outputs = jax.Array | Mapping[str, jax.Array]
+Call = Callable[[Any, dict[str, jax.Array], dict[str, Any]], Outputs]
 
 
-class StateDictError(ValueError):
-    """An official state dict and a module do not fit."""
+class ConfigError(ValueError):
+    """An official constructor argument that has no counterpart here, or a value of one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """An official argument that is supported, without effect, for these values alone."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any):
+        object.__setattr__(self, "values", values)
+
+
+Option = str | None | Only | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def plain(module: Any, inputs: dict[str, jax.Array], given: dict[str, Any]) -> Outputs:
+    """The module on its inputs in their order."""
+    return module(*inputs.values())
+
+
+def options(*same: str, **others: Option) -> dict[str, Option]:
+    """Options that have the same name on both sides, and others: `options("depth", dim="features", attn_drop=None)`."""
+    return {**dict(zip(same, same, strict=True)), **others}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Official:
+    """A class, or a function, of the authors' code and what it is here.
+
+    Args:
+      symbol: its name over there.
+      cls: our class; or a function that builds one (annotated with what it returns, and with an argument `rngs`); or,
+        for an official function, ours.
+      config: for every official argument, of the constructor or of the call, the name of our constructor's; or None, if
+        it has no effect here; or `Only(values)`; or a function of all official arguments that are given, or have a
+        default here, which returns our arguments. An argument that is not named is refused.
+      names: where parameters stand, as `attnlab.interop.names` describes.
+      call: `call(module, inputs, given)` returns the outputs by name, or one array, which is called `y`. `given` holds
+        the official arguments.
+      defaults: official arguments to add where they are not given: those whose default is another here.
+      always: arguments of our constructor that do not follow from official ones.
+      when: whether official arguments are those of this class, for several of one name.
+      ignore: patterns of official arrays, tables and buffers, that follow from the configuration or have no effect.
+    """
+
+    symbol: str
+    cls: Callable[..., Any]
+    config: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    names: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+    call: Call = plain
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    when: Callable[[Mapping[str, Any]], bool] | None = None
+    ignore: Sequence[str] = ()
+
+    def options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our constructor's arguments for official ones.
+
+        Raises:
+          ConfigError: for an argument that this description does not name, or a value that it does not support.
+        """
+        given, options = {**self.defaults, **config}, dict(self.always)
+        for name, value in given.items():
+            if name not in self.config:
+                raise ConfigError(f"{self.symbol} has no option {name!r} here: {suggestion(name, self.config)}")
+            option = self.config[name]
+            if isinstance(option, str):
+                options[option] = value
+            elif isinstance(option, Only):
+                if value not in option.values:
+                    allowed = " or ".join(map(repr, option.values))
+                    raise ConfigError(f"{self.symbol}: {name} must be {allowed} here, got {value!r}")
+            elif option is not None:
+                options |= option(given)
+        return options
+
+    def build(self, config: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> Any:
+        """Our counterpart for official arguments: a module, or a function with its options."""
+        options, cls = self.options(config), self.cls
+        while isinstance(cls, functools.partial):
+            cls = cls.func
+        if not isinstance(cls, type) and "rngs" not in inspect.signature(cls).parameters:
+            return functools.partial(self.cls, **options)
+        return self.cls(**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
+
+    def rules(self, module: Any) -> Rules:
+        """What stands where, for this module.
+
+        Raises:
+          StateDictError: if the module lacks what the description names.
+        """
+        return resolve(module, self.names, self.ignore)
+
+    def load(self, module: Any, arrays: Mapping[str, ArrayLike]) -> None:
+        """Gives a module the values of an official state dict, cast to the dtypes of its parameters.
+
+        Raises:
+          StateDictError: if the two do not fit; nothing has changed then.
+        """
+        self.rules(module).load(arrays)
+
+    def dump(self, module: Any) -> dict[str, jax.Array]:
+        """The official state dict of a module, without what `ignore` names; the inverse of `load`."""
+        return self.rules(module).dump()
+
+    def run(self, module: Any, inputs: dict[str, jax.Array], config: Mapping[str, Any]) -> Mapping[str, jax.Array]:
+        """The outputs of a call by their official names."""
+        outputs = self.call(module, inputs, {**self.defaults, **config})
+        return outputs if isinstance(outputs, Mapping) else {"y": outputs}
+
+    def describes(self, module: Any) -> bool:
+        """Whether the module is of our class."""
+        return isinstance(module, made_class(self.cls))
+
+
+def choose(officials: Iterable[Official], symbol: str, config: Mapping[str, Any], names: Iterable[str]) -> Official:
+    """The description of an official class; of several with that name, the one that fits.
+
+    Args:
+      officials: to choose from.
+      symbol: name of the class.
+      config: its arguments.
+      names: of the arrays in its state dict.
+
+    Raises:
+      ConfigError: if there is none for these arguments.
+      StateDictError: if there are several for these arguments, and the names fit none.
+    """
+    named = [official for official in officials if official.symbol == symbol]
+    fitting = [official for official in named if official.when is None or official.when(config)]
+    if not fitting:
+        raise ConfigError(f"{symbol} is not described{' for these options' if named else ''}: {dict(config)}")
+    if len(fitting) == 1:
+        return fitting[0]
+    return closest(((official, official.build(config)) for official in fitting), names)
+
+
+def closest(pairs: Iterable[tuple[Official, Any]], names: Iterable[str]) -> Official:
+    """The description under which a module has official arrays of exactly these names.
+
+    Args:
+      pairs: descriptions, each with the module that it is to describe.
+      names: official names of arrays.
+
+    Raises:
+      StateDictError: if none fits; with what is wrong under the one that has most of the names.
+    """
+    names, best, problem = list(names), -1, "nothing to choose from"
+    for official, module in pairs:
+        try:
+            rules = official.rules(module)
+        except StateDictError as error:
+            if best < 0:
+                problem = str(error)
+            continue
+        misfit = rules.misfit(names)
+        if misfit is None:
+            return official
+        if (common := len(set(names) & set(rules.names()))) > best:
+            best, problem = common, f"as {official.symbol}: {misfit}"
+    raise StateDictError(problem)
+
+
+def runner(officials: Sequence[Official]) -> Callable[..., Mapping[str, jax.Array]]:
+    """The function `run(meta, param, inputs)` of a golden adapter; `tests/golden/README.md` says what it is to do."""
+
+    def run(
+        meta: Mapping[str, Any], param: Mapping[str, ArrayLike], inputs: Mapping[str, jax.Array]
+    ) -> Mapping[str, jax.Array]:
+        config = meta["config"] | meta["call"]
+        official = choose(officials, meta["class"], config, param)
+        module = official.build(config)
+        official.load(module, param)
+        order = [*meta["inputs"], *(name for name in inputs if name not in meta["inputs"])]
+        return official.run(module, {name: inputs[name] for name in order if name in inputs}, config)
+
+    return run
+
+
+# ---- Loaders written as functions
 
 
 class _Record:
@@ -141,7 +324,7 @@ class StateDict:
         Raises:
           StateDictError: naming the official arrays never loaded, and the parameters of `into` that got no value.
         """
-        left = [n for n in self._record.arrays if n not in self._record.taken and not _matches(n, self._ignore)]
+        left = [n for n in self._record.arrays if n not in self._record.taken and not matches(n, self._ignore)]
         problems = [f"official arrays never loaded: {', '.join(left)}"] if left else []
         if self._into is not None:
             loaded = {id(variable) for variable in self._record.assigned}
@@ -150,7 +333,7 @@ class StateDict:
                 for path, variable in nnx.iter_graph(self._into)
                 if isinstance(variable, nnx.Param) and id(variable) not in loaded
             ]
-            bare = [name for name in bare if not _matches(name, self._keep)]
+            bare = [name for name in bare if not matches(name, self._keep)]
             problems += [f"parameters here without an official value: {', '.join(bare)}"] if bare else []
         if problems:
             raise StateDictError("; ".join(problems))
@@ -173,14 +356,6 @@ class StateDict:
 _KINDS = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
-
-
-def _join(name: str, leaf: str) -> str:
-    return f"{name}.{leaf}" if name else leaf
-
-
 def _same(array: jax.Array) -> jax.Array:
     return array
 
@@ -201,10 +376,10 @@ def _pair(
     to_bias: Transform,
 ) -> None:
     """Loads a layer's two arrays; a bias must stand on both sides or on neither."""
-    param(getattr(module, kernel, None), weights, _join(name, weight), to_kernel)
-    _check_bias([module], weights, _join(name, bias))
+    param(getattr(module, kernel, None), weights, join(name, weight), to_kernel)
+    _check_bias([module], weights, join(name, bias))
     if module.bias is not None:
-        param(module.bias, weights, _join(name, bias), to_bias)
+        param(module.bias, weights, join(name, bias), to_bias)
 
 
 def _check_bias(modules: Iterable[Any], weights: StateDict, name: str) -> None:
@@ -245,7 +420,7 @@ def linear(
     Raises:
       StateDictError: if something is missing or left over on either side, or has another shape.
     """
-    source = weights._full(_join(name, weight))
+    source = weights._full(join(name, weight))
     _pair(module, "kernel", weights, name, weight, bias, lambda a: rows(_pointwise(a, source)).T, rows)
 
 
@@ -271,44 +446,20 @@ def linears(
     Raises:
       StateDictError: as `linear`, and if the output channels do not add up.
     """
-    source = weights._full(_join(name, weight))
-    matrix = rows(_pointwise(weights[_join(name, weight)], source))
+    source = weights._full(join(name, weight))
+    matrix = rows(_pointwise(weights[join(name, weight)], source))
     sizes = [module.out_features for module in modules]
     if sum(sizes) != matrix.shape[0]:
         raise StateDictError(f"official {source!r} has {matrix.shape[0]} output channels; here they are {sizes}")
-    _check_bias(modules, weights, _join(name, bias))
-    vector = rows(weights[_join(name, bias)]) if _join(name, bias) in weights else None
+    _check_bias(modules, weights, join(name, bias))
+    vector = rows(weights[join(name, bias)]) if join(name, bias) in weights else None
     start = 0
     for module, size in zip(modules, sizes, strict=True):
         part = slice(start, start + size)
         weights.assign(module.kernel, matrix[part].T, f"official {source!r}, rows {part.start}:{part.stop},")
         if vector is not None:
-            weights.assign(module.bias, vector[part], f"official {weights._full(_join(name, bias))!r}")
+            weights.assign(module.bias, vector[part], f"official {weights._full(join(name, bias))!r}")
         start += size
-
-
-def joined_linear(module: nnx.Linear, weights: StateDict, names: Sequence[str], *, rows: Transform = _same) -> None:
-    """Loads several official linear maps into one that has their output channels one after the other.
-
-    Args:
-      module: with `kernel` (in, out) and `bias` (out,) or None.
-      weights: the state dict.
-      names: of the layers in it (`("q", "kv")` into `qkv`).
-      rows: applied to the joined output channels: a permutation.
-
-    Raises:
-      StateDictError: as `linear`.
-    """
-    source = " + ".join(repr(weights._full(name)) for name in names)
-    matrices = [_pointwise(weights[_join(n, "weight")], weights._full(_join(n, "weight"))) for n in names]
-    if len({matrix.shape[1] for matrix in matrices}) > 1:
-        raise StateDictError(f"official {source} have different input channels: {[m.shape[1] for m in matrices]}")
-    weights.assign(module.kernel, rows(jnp.concatenate(matrices)).T, f"official {source}")
-    for name in names:
-        _check_bias([module], weights, _join(name, "bias"))
-    if module.bias is not None:
-        vector = rows(jnp.concatenate([weights[_join(n, "bias")] for n in names]))
-        weights.assign(module.bias, vector, f"official biases of {source}")
 
 
 def to_heads(
@@ -326,19 +477,19 @@ def to_heads(
     Raises:
       StateDictError: as `linear`.
     """
-    source, heads, size = weights._full(_join(name, weight)), modules[0].num_heads, modules[0].head_dim
+    source, heads, size = weights._full(join(name, weight)), modules[0].num_heads, modules[0].head_dim
     shape = (heads, len(modules), size) if heads_first else (len(modules), heads, size)
-    matrix = _pointwise(weights[_join(name, weight)], source)
+    matrix = _pointwise(weights[join(name, weight)], source)
     if matrix.shape[0] != len(modules) * heads * size:
         raise StateDictError(f"official {source!r} has {matrix.shape[0]} output channels; here they are {shape}")
-    _check_bias(modules, weights, _join(name, "bias"))
+    _check_bias(modules, weights, join(name, "bias"))
     parts = jnp.moveaxis(matrix.reshape(*shape, -1), 1 if heads_first else 0, 0)
-    vector = weights[_join(name, "bias")].reshape(shape) if _join(name, "bias") in weights else None
+    vector = weights[join(name, "bias")].reshape(shape) if join(name, "bias") in weights else None
     for index, module in enumerate(modules):
         weights.assign(module.kernel, jnp.moveaxis(parts[index], -1, 0), f"official {source!r}")
         if vector is not None:
             part = vector[:, index] if heads_first else vector[index]
-            weights.assign(module.bias, part, f"official {weights._full(_join(name, 'bias'))!r}")
+            weights.assign(module.bias, part, f"official {weights._full(join(name, 'bias'))!r}")
 
 
 def from_heads(module: FromHeads, weights: StateDict, name: str) -> None:
@@ -347,12 +498,36 @@ def from_heads(module: FromHeads, weights: StateDict, name: str) -> None:
     Raises:
       StateDictError: as `linear`.
     """
-    source = weights._full(_join(name, "weight"))
+    source = weights._full(join(name, "weight"))
 
     def to_kernel(weight: jax.Array) -> jax.Array:
         return _pointwise(weight, source).T.reshape(module.num_heads, -1, module.features)
 
     _pair(module, "kernel", weights, name, "weight", "bias", to_kernel, _same)
+
+
+def joined_linear(module: nnx.Linear, weights: StateDict, names: Sequence[str], *, rows: Transform = _same) -> None:
+    """Loads several official linear maps into one that has their output channels one after the other.
+
+    Args:
+      module: with `kernel` (in, out) and `bias` (out,) or None.
+      weights: the state dict.
+      names: of the layers in it (`("q", "kv")` into `qkv`).
+      rows: applied to the joined output channels: a permutation.
+
+    Raises:
+      StateDictError: as `linear`.
+    """
+    source = " + ".join(repr(weights._full(name)) for name in names)
+    matrices = [_pointwise(weights[join(n, "weight")], weights._full(join(n, "weight"))) for n in names]
+    if len({matrix.shape[1] for matrix in matrices}) > 1:
+        raise StateDictError(f"official {source} have different input channels: {[m.shape[1] for m in matrices]}")
+    weights.assign(module.kernel, rows(jnp.concatenate(matrices)).T, f"official {source}")
+    for name in names:
+        _check_bias([module], weights, join(name, "bias"))
+    if module.bias is not None:
+        vector = rows(jnp.concatenate([weights[join(n, "bias")] for n in names]))
+        weights.assign(module.bias, vector, f"official biases of {source}")
 
 
 def conv(module: nnx.Conv, weights: StateDict, name: str, *, weight: str = "weight", bias: str = "bias") -> None:
@@ -372,11 +547,11 @@ def norm(module: nnx.Module, weights: StateDict, name: str, *, weight: str = "we
     Raises:
       StateDictError: if something is missing or left over on either side, or has another shape.
     """
-    if (_join(name, weight) in weights) or module.scale is not None:
-        param(module.scale, weights, _join(name, weight))
-    _check_bias([module], weights, _join(name, bias))
+    if (join(name, weight) in weights) or module.scale is not None:
+        param(module.scale, weights, join(name, weight))
+    _check_bias([module], weights, join(name, bias))
     if getattr(module, "bias", None) is not None:
-        param(module.bias, weights, _join(name, bias))
+        param(module.bias, weights, join(name, bias))
 
 
 def batch_norm(module: nnx.BatchNorm, weights: StateDict, name: str) -> None:
@@ -386,8 +561,8 @@ def batch_norm(module: nnx.BatchNorm, weights: StateDict, name: str) -> None:
       StateDictError: if something is missing or left over on either side, or has another shape.
     """
     norm(module, weights, name)
-    param(module.mean, weights, _join(name, "running_mean"))
-    param(module.var, weights, _join(name, "running_var"))
+    param(module.mean, weights, join(name, "running_mean"))
+    param(module.var, weights, join(name, "running_var"))
 
 
 def embedding(module: nnx.Embed, weights: StateDict, name: str, *, weight: str = "weight") -> None:
@@ -396,4 +571,4 @@ def embedding(module: nnx.Embed, weights: StateDict, name: str, *, weight: str =
     Raises:
       StateDictError: if it is missing or has another shape.
     """
-    param(module.embedding, weights, _join(name, weight))
+    param(module.embedding, weights, join(name, weight))

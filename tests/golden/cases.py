@@ -37,6 +37,18 @@ def find_cases(slugs: Iterable[str], folders: Iterable[Path] = (DATA, SHARED)) -
     return [found[case] for case in sorted(found)]
 
 
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a file says of itself, and its arrays."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def group(arrays: Mapping[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
+    """The arrays of one group of a file, by their names in it."""
+    return {name.removeprefix(f"{group}/"): array for name, array in arrays.items() if name.startswith(f"{group}/")}
+
+
 def rms(array: Any) -> float:
     """Root mean square of the finite entries."""
     array = np.asarray(array, np.float64)
@@ -61,12 +73,10 @@ def fault(got: Any, want: np.ndarray, tolerance: float, floor: float = SMALLEST_
 
 def faults(path: Path, run: Run) -> list[str]:
     """All that differs between a case's numbers and those of the adapter's function `run`; [] if it passes."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    meta = json.loads(str(arrays.pop("meta")))
-    param, inputs = ({k: jnp.asarray(v) for k, v in _group(arrays, g).items()} for g in ("param", "in"))
-    want = {"in": _group(arrays, "grad_in"), "param": _group(arrays, "grad_param")}
-    cotangents = _group(arrays, "cot")
+    meta, arrays = read(path)
+    param, inputs = ({k: jnp.asarray(v) for k, v in group(arrays, kind).items()} for kind in ("param", "in"))
+    want = {"in": group(arrays, "grad_in"), "param": group(arrays, "grad_param")}
+    cotangents = group(arrays, "cot")
     if cotangents and any(want.values()):
         chosen = {"in": {k: inputs[k] for k in want["in"]}, "param": {k: param[k] for k in want["param"]}}
         outputs, grads = _outputs_and_gradients(lambda p, i: run(meta, param | p, inputs | i), chosen, cotangents)
@@ -74,7 +84,7 @@ def faults(path: Path, run: Run) -> list[str]:
         outputs, grads = run(meta, param, inputs), None
 
     found = []
-    for name, reference in _group(arrays, "out").items():
+    for name, reference in group(arrays, "out").items():
         if name in meta.get("not_compared", ()):
             continue
         wrong = fault(outputs[name], reference, OUTPUT_TOLERANCE) if name in outputs else "is missing"
@@ -83,11 +93,11 @@ def faults(path: Path, run: Run) -> list[str]:
         return found
     if missing := sorted(cotangents.keys() - outputs.keys()):
         return [*found, f"no gradients without the outputs {', '.join(missing)}"]
-    floor = max(SMALLEST_SCALE, GRADIENT_FLOOR * max(rms(g) for group in want.values() for g in group.values()))
-    for group, references in want.items():
+    floor = max(SMALLEST_SCALE, GRADIENT_FLOOR * max(rms(g) for gradients in want.values() for g in gradients.values()))
+    for kind, references in want.items():
         for name, reference in references.items():
-            wrong = fault(grads[group][name], reference, GRADIENT_TOLERANCE, floor)
-            found += [f"grad_{group}/{name} {wrong}"] if wrong else []
+            wrong = fault(grads[kind][name], reference, GRADIENT_TOLERANCE, floor)
+            found += [f"grad_{kind}/{name} {wrong}"] if wrong else []
     return found
 
 
@@ -109,7 +119,3 @@ def _outputs_and_gradients(
         return call(chosen["param"], chosen["in"]), jax.grad(scalar)(chosen)
 
     return jax.jit(both)(chosen)
-
-
-def _group(arrays: Mapping[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(f"{group}/"): array for name, array in arrays.items() if name.startswith(f"{group}/")}

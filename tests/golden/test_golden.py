@@ -4,9 +4,12 @@ import importlib
 import itertools
 
 import jax
+import numpy as np
 import pytest
 
-from tests.golden.cases import DATA, SHARED, adapters, faults, find_cases
+from attnlab.interop.names import NEVER_LOADED, matches
+from attnlab.interop.official import choose
+from tests.golden.cases import DATA, SHARED, adapters, faults, find_cases, group, read
 
 COMMITTED_BYTES = 12e6
 finished = itertools.count(1)
@@ -20,10 +23,47 @@ def bounded_memory():
         jax.clear_caches()
 
 
-@pytest.mark.parametrize("path", find_cases(adapters()), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def every_case(test):
+    """Runs a test for every case: the committed ones, one per class, always; the others with `make test-goldens`."""
+    params = [
+        pytest.param(
+            path,
+            id=f"{path.parent.name}-{path.stem}",
+            marks=() if path.is_relative_to(DATA) else pytest.mark.goldens,
+        )
+        for path in find_cases(adapters())
+    ]
+    return pytest.mark.parametrize("path", params)(test)
+
+
+def adapter(path):
+    return importlib.import_module(f"tests.golden.adapters.{path.parent.name}")
+
+
+@every_case
 def test_the_authors_numbers(path, bounded_memory):
-    run = importlib.import_module(f"tests.golden.adapters.{path.parent.name}").run
-    assert not faults(path, run)
+    assert not faults(path, adapter(path).run)
+
+
+@every_case
+def test_dumped_arrays_are_those_loaded(path, bounded_memory):
+    """Under the same names, but for those that a description declares to follow from the configuration."""
+    officials = getattr(adapter(path), "OFFICIAL", None)
+    if officials is None:
+        return
+    meta, arrays = read(path)
+    config, param = meta["config"] | meta["call"], group(arrays, "param")
+    official = choose(officials, meta["class"], config, param)
+
+    def load_and_dump(param):
+        module = official.build(config)
+        official.load(module, param)
+        return official.dump(module)
+
+    dumped = jax.jit(load_and_dump)(param)
+    assert all(matches(name, (*official.ignore, *NEVER_LOADED)) for name in param.keys() - dumped.keys())
+    for name, array in dumped.items():
+        np.testing.assert_array_equal(array, param[name], err_msg=name)
 
 
 def test_adapters_and_committed_cases_belong_together():
