@@ -55,20 +55,22 @@ class Name:
     """Official name of a layer or a parameter, with what differs beyond the name.
 
     Args:
-      base: names of the layers, "" for the state dict's own; several make up one of ours, equal shares of its rows.
+      base: names of the layers, "" for the state dict's own; several make up one of ours, its rows one after the other.
       leaves: official names of a layer's arrays where they are others: `{"weight": "gamma"}`.
-      here: from the official weight to what a usual state dict would hold: (out, in) for a Linear; for a parameter that
-        is no layer's, to the parameter itself.
-      there: the inverse of `here`.
+      there: from what a usual state dict would hold to the official weight; for a parameter that is no layer's, from the
+        parameter itself.
+      here: the inverse of `there`; None where `there` only changes the shape.
       interleaved: for several of ours that are one there: each head has its rows of the first, the second, ...; else
         all rows of the first come before those of the second.
+      shares: of the rows, for several official layers; equal ones when empty.
     """
 
     base: str | tuple[str, ...]
     leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    here: Transform | None = None
     there: Transform | None = None
+    here: Transform | None = None
     interleaved: bool = False
+    shares: tuple[int, ...] = ()
 
 
 def Named(base: str, **leaves: str) -> Name:
@@ -78,17 +80,27 @@ def Named(base: str, **leaves: str) -> Name:
 
 def Squeezed(base: str, *axes: int) -> Name:
     """A weight or parameter that has further axes of size one there: `axes`, counted there."""
-    return Name(base, here=lambda a: jnp.squeeze(a, axes), there=lambda a: jnp.expand_dims(a, axes))
+    return Name(base, there=lambda a: jnp.expand_dims(a, axes))
+
+
+def Flattened(base: str) -> Name:
+    """A table (*S, C) over a grid that is (1, N, C) there."""
+    return Name(base, there=lambda a: a.reshape(1, -1, a.shape[-1]))
 
 
 def Mapped(base: str, here: Transform, there: Transform) -> Name:
     """A weight or parameter that `here` makes ours, and `there`, its inverse, theirs."""
-    return Name(base, here=here, there=there)
+    return Name(base, there=there, here=here)
 
 
 def Interleaved(base: str) -> Name:
     """One official map for several of ours, head by head: `[q|k|v]` inside each head."""
     return Name(base, interleaved=True)
+
+
+def Joined(*bases: str, shares: tuple[int, ...] = ()) -> Name:
+    """Several official maps for one of ours: its rows in shares, equal ones unless given."""
+    return Name(bases, shares=shares)
 
 
 class Part:
@@ -394,59 +406,61 @@ def _layer_rules(paths: Sequence[str], layers: Sequence[Any], name: Name, base: 
         if one.keys() != held[0].keys():
             sides = " and ".join(f"{p} has {', '.join(h) or 'nothing'}" for p, h in zip(paths, held, strict=True))
             raise StateDictError(f"{name.base!r} is one layer there; here {sides}")
-    bases = (name.base,) if isinstance(name.base, str) else name.base
     heads = getattr(layers[0], "num_heads", None)
     if name.interleaved and heads is None:
         raise StateDictError(f"{name.base!r} goes head by head there; {paths[0]} here has no axis of heads")
+    groups = heads if name.interleaved else 1
     for leaf in held[0]:
         ours = [one[leaf] for one in held]
-        official = tuple(join(base, b, name.leaves.get(leaf, leaf)) for b in bases)
-        transformed = name.here is not None and leaf in ("", "weight")
+        bases = (name.base,) if isinstance(name.base, str) else name.base
+        layout = name if leaf in ("", "weight") else dataclasses.replace(name, here=None, there=None)
         yield Rule(
             tuple(join(path, one.path) for path, one in zip(paths, ours, strict=True)),
             tuple(one.variable for one in ours),
-            official,
-            functools.partial(_here, ours, heads if name.interleaved else None, name.here if transformed else _same),
-            functools.partial(
-                _there, ours, heads if name.interleaved else None, name.there if transformed else _same, len(official)
-            ),
+            tuple(join(base, b, name.leaves.get(leaf, leaf)) for b in bases),
+            functools.partial(_here, ours, groups, layout),
+            functools.partial(_there, ours, groups, layout),
         )
 
 
-def _there(
-    ours: Sequence[Leaf], groups: int | None, transform: Transform, count: int, values: Sequence[jax.Array]
-) -> list[jax.Array]:
+def _there(ours: Sequence[Leaf], groups: int, name: Name, values: Sequence[jax.Array]) -> list[jax.Array]:
     """Official arrays of our values: layouts changed, rows put together, transformed, shared out."""
-    parts = [leaf.there(value) for leaf, value in zip(ours, values, strict=True)]
-    if len(parts) > 1 and groups is not None:
-        parts = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-        whole = jnp.concatenate(parts, 1)
-        whole = whole.reshape(-1, *whole.shape[2:])
-    else:
-        whole = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    whole = transform(whole)
-    if count == 1:
+    whole = _together([leaf.there(value) for leaf, value in zip(ours, values, strict=True)], groups)
+    whole = whole if name.there is None else name.there(whole)
+    if isinstance(name.base, str):
         return [whole]
-    if whole.shape[0] % count:
-        raise StateDictError(f"{whole.shape[0]} rows here cannot be {count} equal shares there")
-    return jnp.split(whole, count)
+    shares = name.shares or (1,) * len(name.base)
+    if whole.shape[0] % sum(shares):
+        raise StateDictError(f"{whole.shape[0]} rows cannot be {' to '.join(map(str, shares))} in {name.base}")
+    return _apart(whole, [share * whole.shape[0] // sum(shares) for share in shares], 1)
 
 
-def _here(
-    ours: Sequence[Leaf], groups: int | None, transform: Transform, arrays: Sequence[jax.Array]
-) -> list[jax.Array]:
+def _here(ours: Sequence[Leaf], groups: int, name: Name, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The inverse of `_there`."""
-    whole = transform(jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0])
-    if len(ours) == 1:
-        return [ours[0].here(whole)]
-    rows = [jax.eval_shape(leaf.there, leaf.variable[...]).shape[0] // (groups or 1) for leaf in ours]
-    ends = [sum(rows[: i + 1]) for i in range(len(rows) - 1)]
-    if groups is None:
-        parts = jnp.split(whole, ends)
-    else:
-        parts = jnp.split(whole.reshape(groups, -1, *whole.shape[1:]), ends, axis=1)
-        parts = [part.reshape(-1, *part.shape[2:]) for part in parts]
+    whole = _together(arrays, 1)
+    shapes = [jax.eval_shape(leaf.there, leaf.variable[...]).shape for leaf in ours]
+    rows = [shape[0] for shape in shapes] if len(ours) > 1 else []
+    if name.here is not None:
+        whole = name.here(whole)
+    elif name.there is not None:
+        whole = whole.reshape((sum(rows), *shapes[0][1:]) if rows else shapes[0])
+    parts = _apart(whole, rows, groups) if rows else [whole]
     return [leaf.here(part) for leaf, part in zip(ours, parts, strict=True)]
+
+
+def _together(parts: Sequence[jax.Array], groups: int) -> jax.Array:
+    """Rows of the parts one after the other, in each of so many groups."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = jnp.concatenate([part.reshape(groups, -1, *part.shape[1:]) for part in parts], 1)
+    return whole.reshape(-1, *whole.shape[2:])
+
+
+def _apart(whole: jax.Array, rows: Sequence[int], groups: int) -> list[jax.Array]:
+    """The inverse of `_together`, for parts of so many rows each."""
+    ends = [sum(rows[:end]) // groups for end in range(1, len(rows))]
+    parts = jnp.split(whole.reshape(groups, -1, *whole.shape[1:]), ends, axis=1)
+    return [part.reshape(-1, *part.shape[2:]) for part in parts]
 
 
 _PARTS = (nnx.Variable, nnx.Module, dict, list, tuple)

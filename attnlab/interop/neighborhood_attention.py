@@ -1,13 +1,36 @@
-"""Weights of NATTEN's modules `NeighborhoodAttention1D`, `2D` and `3D`, of any version."""
+"""NATTEN's ops and modules, of any version: SHI-Labs/NATTEN."""
 
+from typing import Any
+
+import jax
+
+from attnlab import Layout
 from attnlab.attention.local.neighborhood_attention import NeighborhoodAttention
-from attnlab.interop import official
-from attnlab.interop.official import StateDict
+from attnlab.interop.official import Official, options
+from pallas_kernels.neighborhood_attention import neighborhood_attention
 
 
-def load_neighborhood_attention(module: NeighborhoodAttention, weights: StateDict) -> None:
-    """Loads `qkv`, `proj` and, where the module has a relative position bias, `rpb`."""
-    official.linear(module.query_key_value, weights, "qkv")
-    official.linear(module.projection, weights, "proj")
-    if module.bias is not None:
-        official.param(module.bias, weights, "rpb")
+def _op(op: Any, inputs: dict[str, jax.Array], given: Any) -> dict[str, jax.Array]:
+    y, lse = op(**inputs, return_lse=True)
+    return {"y": y, "lse": lse}
+
+
+_OPTIONS = ("kernel_size", "stride", "dilation")
+
+OFFICIAL = [
+    *(
+        Official(f"na{axes}d", neighborhood_attention, options(*_OPTIONS, "is_causal", "scale"), call=_op)
+        for axes in (1, 2, 3)
+    ),
+    *(
+        Official(
+            f"NeighborhoodAttention{axes}D",
+            NeighborhoodAttention,
+            options(*_OPTIONS, "num_heads", "qkv_bias", embed_dim="features", dim="features", is_causal="causal")
+            | {"qk_scale": "scale", "rel_pos_bias": "relative_bias", "proj_drop": "projection_dropout"},
+            {"query_key_value": "qkv", "projection": "proj", "bias": "rpb"},
+            always={"layout": layout},
+        )
+        for axes, layout in enumerate((Layout.SEQUENCE, Layout.IMAGE, Layout.VIDEO), 1)
+    ),
+]

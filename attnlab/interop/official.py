@@ -78,7 +78,8 @@ class Official:
         for an official function, ours.
       config: for every official argument, of the constructor or of the call, the name of our constructor's; or None, if
         it has no effect here; or `Only(values)`; or a function of all official arguments that are given, or have a
-        default here, which returns our arguments. An argument that is not named is refused.
+        default here, which returns our arguments. An argument that is not named is refused. None instead of it: `cls`
+        takes the official arguments themselves, and refuses others.
       names: where parameters stand, as `attnlab.interop.names` describes.
       call: `call(module, inputs, given)` returns the outputs by name, or one array, which is called `y`. `given` holds
         the official arguments.
@@ -90,7 +91,7 @@ class Official:
 
     symbol: str
     cls: Callable[..., Any]
-    config: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Option] | None = dataclasses.field(default_factory=dict)
     names: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     call: Call = plain
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,6 +106,8 @@ class Official:
           ConfigError: for an argument that this description does not name, or a value that it does not support.
         """
         given, options = {**self.defaults, **config}, dict(self.always)
+        if self.config is None:
+            return options | given
         for name, value in given.items():
             if name not in self.config:
                 raise ConfigError(f"{self.symbol} has no option {name!r} here: {suggestion(name, self.config)}")

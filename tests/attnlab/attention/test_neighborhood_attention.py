@@ -9,8 +9,7 @@ from flax import nnx
 import attnlab
 from attnlab import Layout, Site, UnsupportedArgument
 from attnlab.attention.local.neighborhood_attention import NeighborhoodAttention
-from attnlab.interop.neighborhood_attention import load_neighborhood_attention
-from attnlab.interop.official import StateDict, StateDictError
+from attnlab.interop.names import StateDictError
 from pallas_kernels.neighborhood_attention import neighborhood_mask
 
 
@@ -123,9 +122,8 @@ def test_official_weights_must_fit():
         "proj.bias": np.ones(8),
         "rpb": np.ones((2, 5, 5)),
     }
-    with StateDict(arrays, into=mixer) as weights:
-        load_neighborhood_attention(mixer, weights)
+    attnlab.interop.load(mixer, arrays)
     assert mixer.bias[...].shape == (2, 5, 5)
     without = {name: a for name, a in arrays.items() if name != "rpb"}
-    with pytest.raises(StateDictError, match="rpb"), StateDict(without, into=mixer) as weights:
-        load_neighborhood_attention(mixer, weights)
+    with pytest.raises(StateDictError, match="no 'rpb'"):
+        attnlab.interop.load(mixer, without)

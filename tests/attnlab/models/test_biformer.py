@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab.interop.biformer import load_biformer
-from attnlab.interop.official import StateDictError
+from attnlab.interop.names import StateDictError
 from attnlab.models.biformer import BiFormer, BiFormerBlock, biformer_base, biformer_small, biformer_tiny
 
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "head_dim": 4, "n_win": 2, "topks": (1, 2, 0, -2)}
@@ -40,5 +39,5 @@ def test_what_does_not_fit_is_refused():
     model = BiFormer(5, **SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"BiFormer takes images \(B, Hh, Ww, 3\), got shape \(1, 64, 64, 1\)"):
         model(jnp.zeros((1, 64, 64, 1)))
-    with pytest.raises(StateDictError, match=r"nothing below 'downsample_layers\.0'"):
-        load_biformer(model, {"head.weight": np.zeros((5, 16))})
+    with pytest.raises(StateDictError, match=r"no 'downsample_layers\.0\.0\.weight'"):
+        attnlab.interop.load(model, {"head.weight": np.zeros((5, 16))})
