@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import attnlab
+import attnlab.interop
 from attnlab import Layout, Site, UnsupportedArgument
 from attnlab.attention.local.neighborhood_attention import NeighborhoodAttention
 from attnlab.interop.names import StateDictError

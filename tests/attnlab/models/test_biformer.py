@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import attnlab.interop
 from attnlab.interop.names import StateDictError
 from attnlab.models.biformer import BiFormer, BiFormerBlock, biformer_base, biformer_small, biformer_tiny
 
