@@ -471,6 +471,27 @@ class TokenMixer(SiteModule):
                 allowed = ", ".join(sorted(self.accepts)) or "x only"
                 raise UnsupportedArgument(f"{name} does not take {argument} (got {came}); it takes: {allowed}")
 
+    def check_decodes(self, cross: bool) -> None:
+        """Refuses to decode what a causal mixer of sequences, or a sequence's attention to a context, is not.
+
+        Args:
+          cross: whether there is a context.
+
+        Raises:
+          ValueError: if the mixer was built for a context and there is none.
+          UnsupportedArgument: if it has no causal form to decode by.
+        """
+        if not cross and self.context_features is not None:
+            raise ValueError(
+                f"{type(self).__name__} was built for a context of {self.context_features} channels: "
+                f"give init_state the context"
+            )
+        if self.layout is not Layout.SEQUENCE or not (cross or self.causal):
+            raise UnsupportedArgument(
+                f"{type(self).__name__} decodes causal self-attention of a sequence, or a sequence's attention to a "
+                f"context; {self._pattern_words()}, its layout is {self.layout}"
+            )
+
     def _pattern_words(self) -> str:
         built = "causal" if self.causal else "non-causal"
         return f"it is built {built}; its patterns are {', '.join(sorted(self.patterns))}"

@@ -193,7 +193,7 @@ class DenseMixer(TokenMixer):
           UnsupportedArgument: unless built for sequences, and for causal self-attention or for a context.
           ValueError: without `max_length`, or without the context.
         """
-        self._check_decodes(context is not None)
+        self.check_decodes(context is not None)
         if context is None:
             if context_mask is not None:
                 raise ValueError("context_mask is given without a context")
@@ -223,7 +223,7 @@ class DenseMixer(TokenMixer):
           ValueError: for shapes that do not fit, or more tokens than the cache has room for.
         """
         cross = isinstance(state, ContextCache)
-        self._check_decodes(cross)
+        self.check_decodes(cross)
         self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
         view = mask if isinstance(mask, View) else View(mask=None if mask is None else jnp.asarray(mask))
@@ -301,18 +301,6 @@ class DenseMixer(TokenMixer):
             segment_ids=given.segment_ids,
             mask=given.mask,
         )
-
-    def _check_decodes(self, cross: bool) -> None:
-        if self.layout is not Layout.SEQUENCE or not (cross or self.causal):
-            raise UnsupportedArgument(
-                f"{type(self).__name__} decodes causal self-attention of a sequence, or a sequence's attention to a "
-                f"context; this is built {'causal' if self.causal else 'non-causal'}, layout {self.layout}"
-            )
-        if not cross and self.context_features is not None:
-            raise ValueError(
-                f"{type(self).__name__} was built for a context of {self.context_features} channels: "
-                f"give init_state the context"
-            )
 
 
 def with_core(model: ModuleT, core: Core | Callable[[Core], Core], *, layers: Collection[int] | None = None) -> ModuleT:

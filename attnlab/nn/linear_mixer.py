@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from attnlab.contract import Given, Layout, TokenMixer, UnsupportedArgument, View, record
+from attnlab.contract import Given, TokenMixer, View, record
 from attnlab.nn.grids import to_tokens
 from attnlab.nn.masking import segment_pair, segment_positions
 from attnlab.points import Edits, visit
@@ -134,7 +134,7 @@ class LinearMixer(TokenMixer):
         dtype: Any = None,
     ) -> LinearState | ContextState:
         """An empty memory, or that of the context; its size does not depend on `max_length`, and it is float32."""
-        self._check_decodes(context is not None)
+        self.check_decodes(context is not None)
         nothing = jnp.zeros((batch_size,), jnp.int32)
         empty = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
         if context is None:
@@ -163,7 +163,7 @@ class LinearMixer(TokenMixer):
     ) -> tuple[jax.Array, LinearState | ContextState]:
         """Advances the memory by `(B, N, C)`; where `mask` is False nothing is added and nothing decays."""
         cross = isinstance(state, ContextState)
-        self._check_decodes(cross)
+        self.check_decodes(cross)
         self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
         if isinstance(mask, View):
@@ -195,7 +195,7 @@ class LinearMixer(TokenMixer):
             positions = None if positions is None else jnp.asarray(positions)[:, None]
             y, state = self.prefill(x, state, positions=positions, edits=edits)
             return y[:, 0], state
-        self._check_decodes(False)
+        self.check_decodes(False)
         self.check_call(x, positions=positions, decoding=True)
         at = (state.position if positions is None else jnp.asarray(positions))[:, None]
         parts, carry = self.project(x, x, Places(at, at), state.carry)
@@ -295,15 +295,6 @@ class LinearMixer(TokenMixer):
     @property
     def _source_features(self) -> int:
         return self.features if self.context_features is None else self.context_features
-
-    def _check_decodes(self, cross: bool) -> None:
-        if self.layout is not Layout.SEQUENCE or not (cross or self.causal):
-            raise UnsupportedArgument(f"{type(self).__name__} does not decode: {self._pattern_words()}")
-        if not cross and self.context_features is not None:
-            raise ValueError(
-                f"{type(self).__name__} was built for a context of {self.context_features} channels: "
-                f"give init_state the context"
-            )
 
 
 def linear_attention_map(
