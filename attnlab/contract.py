@@ -26,7 +26,8 @@ where a mixer accepts them:
 
 Standard constructor arguments, in this order: `features`, then keyword-only `num_heads`, options of the mechanism,
 `dtype=None`, `param_dtype=jnp.float32`, `rngs`. A constructor that needs to know where it stands takes any of `causal`,
-`layout`, `grid`, `prefix`, `layer`, `num_layers`, `context_features`, `rotary`, with the meanings of `Site`. What
+`layout`, `grid`, `prefix`, `layer`, `num_layers`, `context_features`, `rotary`, with the meanings of `Site`. One that
+takes `**options` passes them on to its base's constructor, whose arguments are then its own too. What
 depends on the layer and is not learned (decays, scales) is a `Constant`, so that the states of several layers can be
 stacked.
 """
@@ -167,6 +168,21 @@ class Given(NamedTuple):
     edits: Any = None
 
 
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class's constructor by name; of one that passes `**options` on, those of its base's too."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            found |= {n: p for n, p in parameters.items() if p.kind in _NAMED and n not in ("self", *found)}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
+    return found
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 class SiteModule(nnx.Module):
     """A module that can be built from the place where it stands, see `for_site`."""
 
@@ -183,7 +199,7 @@ class SiteModule(nnx.Module):
     def for_site(cls, site: Site, *, rngs: nnx.Rngs, **options: Any) -> Self:
         """Builds the module for a place in a model.
 
-        The constructor is given those fields of the site that it names, then `site_defaults`, then `options`.
+        The constructor is given those fields of the site that it takes, then `site_defaults`, then `options`.
 
         Args:
           site: what the model tells its parts.
@@ -195,7 +211,7 @@ class SiteModule(nnx.Module):
           TypeError: if an option is not an argument of the constructor.
         """
         cls.check_site(site)
-        arguments = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "rngs")]
+        arguments = [name for name in constructor_parameters(cls) if name != "rngs"]
         for option in options:
             if option not in arguments:
                 raise TypeError(f"{cls.__name__} has no option {option!r}: {suggestion(option, arguments)}")

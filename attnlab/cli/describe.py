@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument
+from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument, constructor_parameters
 from attnlab.registry import Kind, Paper, Variant
 
 DECODE_SITE = Site(256, 4, causal=True, num_layers=2)
@@ -50,9 +50,9 @@ def source_file(variant: Variant) -> Path:
 
 def parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments of a function or of a class's constructor, without `self`."""
-    # A module's own signature is that of its metaclass, `(*args, **kwargs)`.
-    function: Callable[..., Any] = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
-    return {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    if isinstance(call, type):
+        return constructor_parameters(call)
+    return {name: p for name, p in inspect.signature(call).parameters.items() if name != "self"}
 
 
 def signature(call: Callable[..., Any]) -> str:
@@ -96,7 +96,8 @@ def options(target: Callable[..., Any]) -> list[Option]:
 
     documented = {
         p.arg_name.lstrip("*"): " ".join((p.description or "").split())
-        for p in parse(inspect.getdoc(target) or "").params
+        for described in reversed(target.__mro__ if isinstance(target, type) else (target,))
+        for p in parse(inspect.cleandoc(described.__doc__ or "")).params
     }
     told = {field.name for field in dataclasses.fields(Site)}
     found = []

@@ -93,6 +93,19 @@ def visible_keys(view: View) -> jax.Array | None:
     return both(given, same, by_rule)
 
 
+def visible_count(visible: ArrayLike | None, num_keys: int) -> jax.Array:
+    """How many keys each query sees, float32, broadcastable to `(B, H, N, 1)`.
+
+    Args:
+      visible: boolean, broadcastable to `(B, H, N, M)`, what `visible_keys` returns; None if all see all.
+      num_keys: M.
+    """
+    if visible is None:
+        return jnp.full((1, 1, 1, 1), num_keys, jnp.float32)
+    visible = jnp.asarray(visible)
+    return jnp.broadcast_to(visible, (*visible.shape[:-1], num_keys)).sum(-1, keepdims=True, dtype=jnp.float32)
+
+
 def segment_pair(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:
     """Segment ids of queries `(B, N)` and keys `(B, M)`; one array serves for both."""
     pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)

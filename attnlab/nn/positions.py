@@ -35,15 +35,19 @@ class Rotary:
       theta: base of the frequencies.
       split: pairs of channels for each axis; evenly when None.
       interleaved: whether pairs are neighbours (2i, 2i+1) rather than (i, i + D/2).
+      regroup: whether pairs that are neighbours come out as (i, i + D/2).
     """
 
     theta: float = 10000.0
     split: tuple[int, ...] | None = None
     interleaved: bool = False
+    regroup: bool = False
 
     def __call__(self, x: ArrayLike, positions: ArrayLike) -> jax.Array:
         """`rotary` with these options."""
-        return rotary(x, positions, theta=self.theta, split=self.split, interleaved=self.interleaved)
+        return rotary(
+            x, positions, theta=self.theta, split=self.split, interleaved=self.interleaved, regroup=self.regroup
+        )
 
     def check(self, size: int, axes: int) -> None:
         """Raises `ValueError` if these options do not fit heads of `size` channels and positions along `axes` axes."""
@@ -57,6 +61,7 @@ def rotary(
     theta: float = 10000.0,
     split: Sequence[int] | None = None,
     interleaved: bool = False,
+    regroup: bool = False,
 ) -> jax.Array:
     """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) along one or several axes.
 
@@ -70,6 +75,8 @@ def rotary(
       theta: base of the frequencies.
       split: pairs of channels for each axis, D/2 in sum; evenly when None, the first axes taking the remainder.
       interleaved: pairs are the channels (2i, 2i+1), as in the paper; else (i, i + D/2), as in Llama's code.
+      regroup: pairs that are neighbours come out as (i, i + D/2). Where queries and keys are both rotated, this changes
+        nothing; where queries alone are, some authors' weights need it.
 
     Returns:
       `(B, N, H, D)` in the dtype of `x`.
@@ -83,10 +90,11 @@ def rotary(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]
-        y = jnp.stack([first * cos - second * sin, first * sin + second * cos], -1).reshape(x.shape)
     else:
         first, second = jnp.split(wide, 2, axis=-1)
-        y = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    together = interleaved and not regroup
+    y = jnp.stack(turned, -1).reshape(x.shape) if together else jnp.concatenate(turned, -1)
     return y.astype(x.dtype)
 
 
