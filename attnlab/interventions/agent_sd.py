@@ -9,11 +9,10 @@ projections, D the head size, and agents A projected like queries,
     Y = softmax(D^{-γ/2} Q Aᵀ) softmax(D^{-1/2} A Kᵀ) V + k V,    γ = 0.3, k = 0.075
 
 if there are fewer than half as many agents as tokens; else plain softmax attention. Afterwards each merged source gets
-the value of its destination. In use:
+the value of its destination. As projections are affine and merging takes means, merged queries, keys and values are the
+projections of merged tokens: the whole is an edit of `heads`, given what `stream` and `qkv` saw.
 
-    merging = AgentSD().match(x, image_grid, key=key)         # None in layers that are left alone
-    tokens, agents = merging.merge(norm(x))
-    x = x + merging.unmerge(attention(tokens, agents=agents))
+    fast = attach(model, AgentSD(image_grid))
 
 Reference for names and defaults: LeapLabTHU/Agent-Attention, agentsd.
 """
@@ -28,9 +27,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.attention.linear.agent_attention import agent_attention
-from attnlab.nn.linear import Linear
+from attnlab.attention.linear.agent_attention import PAPER, agent_attention
+from attnlab.nn.dense_mixer import Heads
+from attnlab.nn.grids import to_tokens
 from attnlab.nn.softmax import softmax_attention
+from attnlab.points import At, Intervention, Setting
+from attnlab.registry import Cost, Example, Kind, Source, register
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +55,7 @@ class Merging:
     agent_merged: int | None = dataclasses.field(metadata={"static": True})
 
     def merge(self, x: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
-        """Tokens `(B, N, C)` to the merged ones `(B, N - merged, C)` and to the agents, None if there are none.
+        """Tokens `(B, N, ...)` to the merged ones `(B, N - merged, ...)` and to the agents, None if there are none.
 
         The sources that remain come first, then the destinations.
         """
@@ -62,23 +64,28 @@ class Merging:
         return self._merge(x, self.merged), agents
 
     def unmerge(self, y: ArrayLike) -> jax.Array:
-        """Merged tokens `(B, N - merged, C)` to all of them `(B, N, C)`, sources as their destinations."""
+        """Merged tokens `(B, N - merged, ...)` to all of them `(B, N, ...)`, sources as their destinations."""
         y = jnp.asarray(y)
         kept = self.sources.shape[1] - self.merged
         destinations = y[:, kept:]
-        copies = jnp.take_along_axis(destinations, self.nearest[:, : self.merged, None], 1)
+        copies = _rows(destinations, self.nearest[:, : self.merged])
         whole = jnp.concatenate([copies, y[:, :kept], destinations], 1)
         places = jnp.broadcast_to(self.destinations, (y.shape[0], self.destinations.shape[0]))
         places = jnp.concatenate([self.sources, places], 1)
         return jnp.zeros_like(whole).at[jnp.arange(y.shape[0])[:, None], places].set(whole)
 
     def _merge(self, x: jax.Array, count: int) -> jax.Array:
-        sources = jnp.take_along_axis(x, self.sources[..., None], 1)
+        sources = _rows(x, self.sources)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         batch, into = jnp.arange(x.shape[0])[:, None], self.nearest[:, :count]
         total = x[:, self.destinations].astype(wide).at[batch, into].add(sources[:, :count].astype(wide))
         members = jnp.ones(total.shape[:2], wide).at[batch, into].add(1)
-        return jnp.concatenate([sources[:, count:], (total / members[..., None]).astype(x.dtype)], 1)
+        members = members.reshape(members.shape + (1,) * (x.ndim - 2))
+        return jnp.concatenate([sources[:, count:], (total / members).astype(x.dtype)], 1)
+
+
+def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
+    return x[jnp.arange(x.shape[0])[:, None], places]
 
 
 def match_tokens(
@@ -129,125 +136,130 @@ def match_tokens(
     return Merging(places[order], destinations, nearest, merged, agent_merged if has_agents else None)
 
 
-@dataclasses.dataclass(frozen=True)
-class AgentSD:
-    """The settings of the edit.
+def agent_sd_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    agents: ArrayLike | None,
+    *,
+    mask: ArrayLike | None = None,
+    broadcast_power: float = 0.3,
+    shortcut: float = 0.075,
+) -> jax.Array:
+    """Attention through agents if there are few enough of them, else plain softmax attention.
 
-    Attributes:
+    Args:
+      q: queries `(B, N, H, D)`.
+      k: keys `(B, M, H, D)`.
+      v: values `(B, M, H, D)`.
+      agents: `(B, n, H, D)`, projected like queries; they are used if 2 n < N.
+      mask: `(B, M)`, which keys exist; not through agents.
+      broadcast_power: γ.
+      shortcut: k; 0 leaves the term out, as it must be if M differs from N.
+
+    Returns:
+      `(B, N, H, D)`.
+
+    Raises:
+      ValueError: for a mask together with agents that are used, or a shortcut where M differs from N.
+    """
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    if agents is None or 2 * jnp.shape(agents)[1] >= q.shape[1]:
+        return softmax_attention(q, k, v, mask=mask)
+    if mask is not None:
+        raise ValueError(f"mask is not supported through agents, got {jnp.shape(mask)}")
+    if shortcut and k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"shortcut {shortcut} adds values to queries: it needs as many keys as queries, "
+            f"got {k.shape[1]} and {q.shape[1]}"
+        )
+    scale = q.shape[-1] ** -0.5
+    y = agent_attention(q, k, v, jnp.asarray(agents), scale=scale, broadcast_scale=scale**broadcast_power)
+    return y + jnp.asarray(shortcut, y.dtype) * v if shortcut else y
+
+
+def _example() -> Example:
+    from attnlab.interventions.examples import small_vit
+    from attnlab.points import attach
+
+    images, model = small_vit()
+    return Example(attach(model, AgentSD((4, 4), ratio=0.25, agent_ratio=0.75)), (images,))
+
+
+@register(
+    "agent_attention.sd",
+    kind=Kind.INTERVENTION,
+    paper=PAPER,
+    source=Source.AUTHORS_CODE,
+    repository="LeapLabTHU/Agent-Attention",
+    cost=Cost("O(N·n·C)", "O(N·C)"),
+    summary="merges similar tokens of a trained model, and attends through a few of them as agents",
+    small=_example,
+)
+class AgentSD(Intervention):
+    """The edit of self-attention in a model of images: not causal, without rotary positions and normed queries.
+
+    Args:
+      image_grid: rows and columns of the latent image that the model denoises.
       ratio: part of the tokens that is merged away; at most 1 - 1/(cell area) has an effect.
       agent_ratio: part that is merged away for the agents.
       cell: rows and columns in which one token is a destination.
       max_downsample: layers whose grid is smaller than the image by more than this factor are left alone.
-    """
-
-    ratio: float = 0.5
-    agent_ratio: float = 0.8
-    cell: tuple[int, int] = (2, 2)
-    max_downsample: int = 1
-
-    def match(self, x: ArrayLike, image_grid: tuple[int, int], *, key: jax.Array | None = None) -> Merging | None:
-        """The merging for the tokens `(B, N, C)` of a layer, None if the layer is left alone.
-
-        Args:
-          x: tokens before the norm.
-          image_grid: rows and columns of the latent image that the model denoises.
-          key: for random destinations. With an odd batch there must be none, since the two halves of a batch, with
-            and without prompt, would be merged differently.
-        """
-        batch, tokens, _ = jnp.shape(x)
-        downsample = math.ceil(math.sqrt(image_grid[0] * image_grid[1] // tokens))
-        if downsample > self.max_downsample:
-            return None
-        return match_tokens(
-            x,
-            (math.ceil(image_grid[0] / downsample), math.ceil(image_grid[1] / downsample)),
-            merged=int(tokens * self.ratio),
-            agent_merged=int(tokens * self.agent_ratio),
-            cell=self.cell,
-            key=None if batch % 2 else key,
-        )
-
-
-class AgentSDAttention(nnx.Module):
-    """The attention of Stable Diffusion's blocks, that takes agents.
-
-    Args:
-      features: channels C.
-      num_heads: H.
-      head_size: D.
-      context_features: channels of the context of cross-attention, C when None.
       broadcast_power: γ.
-      shortcut: k; 0 leaves the term out, as it must be with a context of another length.
-      dtype: of the computation and the result; that of the input when None.
-      param_dtype: of the parameters.
-      rngs: stream `params`.
+      shortcut: k.
+      key: for random destinations, other ones in each layer; the upper left token of a cell when None. It has no effect
+        on an odd batch, since the two halves of a batch, with and without prompt, would be merged differently.
     """
 
     def __init__(
         self,
-        features: int,
+        image_grid: tuple[int, int],
         *,
-        num_heads: int = 8,
-        head_size: int = 64,
-        context_features: int | None = None,
+        ratio: float = 0.5,
+        agent_ratio: float = 0.8,
+        cell: tuple[int, int] = (2, 2),
+        max_downsample: int = 1,
         broadcast_power: float = 0.3,
         shortcut: float = 0.075,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        key: jax.Array | None = None,
     ):
-        context_features = features if context_features is None else context_features
-        inner = num_heads * head_size
-        self.num_heads, self.broadcast_power, self.shortcut = num_heads, broadcast_power, shortcut
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        heads = {"use_bias": False, "axes": ("embed", "heads")} | common
-        self.query = Linear(features, inner, **heads)
-        self.key = Linear(context_features, inner, **heads)
-        self.value = Linear(context_features, inner, **heads)
-        self.projection = Linear(inner, features, axes=("heads", "embed"), **common)
+        self.image_grid, self.cell, self.max_downsample = tuple(image_grid), tuple(cell), max_downsample
+        self.ratio, self.agent_ratio = ratio, agent_ratio
+        self.broadcast_power, self.shortcut = broadcast_power, shortcut
+        self.key = nnx.data(None) if key is None else Setting(key)
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        agents: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Attends, through agents if there are few enough of them.
+    def stream(self, x: jax.Array, at: At, memory: Any) -> tuple[jax.Array, Any]:
+        if at.phase != "call":
+            raise ValueError(f"AgentSD merges the tokens of an image all at once: there is no {at.phase}")
+        return x, self._match(to_tokens(x), at.layer)
 
-        Args:
-          x: tokens `(B, N, C)`.
-          context: `(B, M, C')` for cross-attention.
-          agents: tokens `(B, n, C)`; they are used if 2 n < N.
-          mask: `(B, M)`, which keys exist; not through agents.
-
-        Returns:
-          `(B, N, C)`.
-
-        Raises:
-          ValueError: for a mask together with agents that are used, or a shortcut where M differs from N.
-        """
-        x = jnp.asarray(x)
-        source = x if context is None else jnp.asarray(context)
-        q, k, v = self._heads(self.query(x)), self._heads(self.key(source)), self._heads(self.value(source))
-        if agents is not None and 2 * jnp.shape(agents)[1] < x.shape[1]:
-            if mask is not None:
-                raise ValueError(f"mask is not supported through agents, got {jnp.shape(mask)}")
-            y = self._through_agents(q, k, v, self._heads(self.query(agents)))
-        else:
-            y = softmax_attention(q, k, v, mask=mask)
-        return self.projection(y.reshape(*x.shape[:2], -1))
-
-    def _through_agents(self, q: jax.Array, k: jax.Array, v: jax.Array, agents: jax.Array) -> jax.Array:
-        if self.shortcut and k.shape[1] != q.shape[1]:
+    def qkv(self, heads: Heads, at: At, merging: Merging | None) -> tuple[Heads, Any]:
+        if merging is not None and heads.k.shape[1] != heads.q.shape[1]:
             raise ValueError(
-                f"shortcut {self.shortcut} adds values to queries: it needs as many keys as queries, "
-                f"got {k.shape[1]} and {q.shape[1]}"
+                f"AgentSD edits self-attention; here {heads.q.shape[1]} queries have {heads.k.shape[1]} keys"
             )
-        scale = q.shape[-1] ** -0.5
-        y = agent_attention(q, k, v, agents, scale=scale, broadcast_scale=scale**self.broadcast_power)
-        return y + jnp.asarray(self.shortcut, y.dtype) * v if self.shortcut else y
+        return heads, (merging, heads)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+    def heads(self, y: jax.Array, at: At, memory: Any) -> tuple[jax.Array, Any]:
+        merging, projected = memory
+        if merging is None:
+            return y, memory
+        q, agents = merging.merge(projected.q)
+        k, v = (merging.merge(part)[0] for part in projected[1:3])
+        options = {"broadcast_power": self.broadcast_power, "shortcut": self.shortcut}
+        return merging.unmerge(agent_sd_attention(q, k, v, agents, **options)), memory
+
+    def _match(self, x: ArrayLike, layer: ArrayLike) -> Merging | None:
+        """The merging for the tokens `(B, N, C)` of a layer, before the norm; None if the layer is left alone."""
+        batch, tokens, _ = jnp.shape(x)
+        downsample = math.ceil(math.sqrt(self.image_grid[0] * self.image_grid[1] // tokens))
+        if downsample > self.max_downsample:
+            return None
+        return match_tokens(
+            x,
+            (math.ceil(self.image_grid[0] / downsample), math.ceil(self.image_grid[1] / downsample)),
+            merged=int(tokens * self.ratio),
+            agent_merged=int(tokens * self.agent_ratio),
+            cell=self.cell,
+            key=None if self.key is None or batch % 2 else jax.random.fold_in(self.key[...], layer),
+        )

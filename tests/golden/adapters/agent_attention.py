@@ -9,8 +9,9 @@ from attnlab.attention.dense.spatial_reduction_attention import SpatialReduction
 from attnlab.attention.linear.agent_attention import AgentAttention
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
 from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.contract import Given
 from attnlab.interop import official
-from attnlab.interventions.agent_sd import AgentSDAttention, match_tokens
+from attnlab.interventions.agent_sd import agent_sd_attention, match_tokens
 from attnlab.models.agent_transformers import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from attnlab.models.swin import swin_window
 from tests.golden.adapters import _vision as vision
@@ -162,23 +163,26 @@ def _kinds(config, letters, options, agents=(9, 16, 49, 49)):
 
 def _agent_sd(meta, param, inputs):
     config = vision.Config(meta["config"])
-    module = AgentSDAttention(
+    options = {"broadcast_power": config.take("k_scale2", 0.3), "shortcut": config.take("k_shortcut", 0.075)}
+    mixer = SoftmaxAttention(
         config.take("query_dim"),
         num_heads=config.take("heads", 8),
-        head_size=config.take("dim_head", 64),
+        head_dim=config.take("dim_head", 64),
         context_features=config.take("context_dim"),
-        broadcast_power=config.take("k_scale2", 0.3),
-        shortcut=config.take("k_shortcut", 0.075),
+        qkv_bias=False,
         rngs=nnx.Rngs(0),
     )
     config.drop("dropout", "attn_precision")
     config.done()
-    with official.StateDict(param, into=module) as weights:
-        for layer, name in ((module.query, "q"), (module.key, "k"), (module.value, "v")):
-            official.linear(layer, weights, f"to_{name}")
-        official.linear(module.projection, weights, "to_out.0")
-    y = module(inputs["x"], inputs.get("context"), agents=inputs.get("agent"), mask=inputs.get("mask"))
-    return {"y": y}
+    with official.StateDict(param, into=mixer) as weights:
+        for layer, name in ((mixer.query, "q"), (mixer.key, "k"), (mixer.value, "v")):
+            official.to_heads([layer], weights, f"to_{name}")
+        official.from_heads(mixer.out, weights, "to_out.0")
+    x, agents = inputs["x"], inputs.get("agent")
+    heads = mixer.project(x, inputs.get("context", x), Given())
+    agents = None if agents is None else mixer.query(agents)
+    y = agent_sd_attention(heads.q, heads.k, heads.v, agents, mask=inputs.get("mask"), **options)
+    return {"y": mixer.merge(y, x)}
 
 
 def _merge(meta, param, inputs):
