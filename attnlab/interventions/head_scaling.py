@@ -38,7 +38,7 @@ def _example() -> Example:
 @register(
     "head_scaling",
     kind=Kind.INTERVENTION,
-    paper=Paper("Are Sixteen Heads Really Better than One?", "Michel, Levy and Neubig", 2019, "1905.10650"),
+    paper=Paper("Are Sixteen Heads Really Better than One?", "Michel et al.", 2019, "1905.10650"),
     source=Source.PAPER_TEXT,
     cost=Cost("O(N·C)", "O(N·C)"),
     summary="a factor on each head's output: ablation, and importance as the gradient of the factor",

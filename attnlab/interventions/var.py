@@ -105,7 +105,7 @@ def _example() -> Example:
     kind=Kind.INTERVENTION,
     paper=Paper(
         "See What You Are Told: Visual Attention Sink in Large Multimodal Models",
-        "Kang, Kim, Kim and Hwang",
+        "Kang et al.",
         2025,
         "2503.03321",
         number=23,
