@@ -17,9 +17,8 @@ from jax.typing import ArrayLike
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.linear.agent_attention import AgentAttention, AgentCore
-from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
+from attnlab.attention.linear.inline_attention import InlineCore
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
-from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.contract import TokenMixer
 from attnlab.interop import official
 from attnlab.models.backbone import PreNormBlock
@@ -27,6 +26,8 @@ from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.deit import DeiT
 from attnlab.models.pvt import PyramidVisionTransformer
 from attnlab.models.swin import SwinTransformer
+from attnlab.nn.dense_mixer import Core
+from attnlab.nn.grid_mixer import GridMixer
 
 BUFFERS = ("attn_mask", "relative_position_index")
 """Tables that the authors' modules store and that are computed here."""
@@ -78,8 +79,8 @@ def load_mixer(mixer: TokenMixer, weights: official.StateDict) -> None:
     raise TypeError(f"load_mixer takes {', '.join(cls.__name__ for cls in _MIXERS)}, got {type(mixer).__name__}")
 
 
-def load_agent_core(core: AgentCore, weights: official.StateDict, local: str = "dwc") -> None:
-    """Loads the biases of agent attention and its convolution, whose official name is `local`."""
+def load_agent_core(core: AgentCore, weights: official.StateDict) -> None:
+    """Loads the biases of agent attention."""
 
     def table(variable: nnx.Variable, name: str, *squeezed: int) -> None:
         official.param(variable, weights, name, lambda a: jnp.squeeze(a, squeezed) if squeezed else a)
@@ -90,76 +91,52 @@ def load_agent_core(core: AgentCore, weights: official.StateDict, local: str = "
     table(core.aggregate_column, "aw_bias", 0, 3)
     table(core.broadcast_row, "ha_bias", 0, 3)
     table(core.broadcast_column, "wa_bias", 0, 2)
-    if core.class_token:
-        table(core.aggregate_class, "ac_bias", 0, 3)
-        table(core.broadcast_class, "ca_bias", 0, 2)
-    official.conv(core.local, weights, local)
+    if core.prefix:
+        table(core.aggregate_prefix, "ac_bias", 0)
+        table(core.broadcast_prefix, "ca_bias", 0)
 
 
 def load_inline_core(core: InlineCore, weights: official.StateDict) -> None:
     """Loads what computes the kernels of InLine attention."""
-    official.conv(core.describe, weights, "residual.0")
-    official.conv(core.kernels, weights, "residual.2")
+    official.within_heads(core.describe, weights, "residual.0")
+    official.within_heads(core.kernels, weights, "residual.2")
 
 
 def load_stripe(branch: StripeAttention, weights: official.StateDict) -> None:
     """Loads one branch of CSwin's attention."""
-    if branch.kind == "agent":
-        load_agent_core(branch.core, weights, "get_v")
-        return
-    if branch.kind == "inline":
-        load_inline_core(branch.core, weights)
-    official.conv(branch.position, weights, "get_v")
+    _load_core(branch.core, weights)
+    official.depthwise(branch.position, weights, "get_v")
 
 
-def _load_agent(mixer: AgentAttention, weights: official.StateDict) -> None:
-    _load_query_key_value(mixer, weights)
-    load_agent_core(mixer.core, weights)
-    official.linear(mixer.projection, weights, "proj")
+def _load_core(core: Core, weights: official.StateDict) -> None:
+    if isinstance(core, AgentCore):
+        load_agent_core(core, weights)
+    elif isinstance(core, InlineCore):
+        load_inline_core(core, weights)
+    elif core.bias is not None:
+        official.param(core.bias.table, weights, "relative_position_bias_table")
 
 
-def _load_inline(mixer: InlineAttention, weights: official.StateDict) -> None:
+def _load_mixer(mixer: GridMixer | SpatialReductionAttention | SoftmaxAttention, weights: official.StateDict) -> None:
     if "qkv.weight" in weights:
-        official.linear(mixer.query_key_value, weights, "qkv")
+        official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
     else:
-        official.joined_linear(mixer.query_key_value, weights, ("q", "kv"))
-    load_inline_core(mixer.core, weights)
-    official.linear(mixer.projection, weights, "proj")
-
-
-def _load_spatial_reduction(mixer: SpatialReductionAttention, weights: official.StateDict) -> None:
-    _load_query_key_value(mixer, weights)
-    official.linear(mixer.projection, weights, "proj")
-
-
-def _load_query_key_value(mixer: AgentAttention | SpatialReductionAttention, weights: official.StateDict) -> None:
-    if "qkv.weight" in weights:
-        official.linears((mixer.query, mixer.key_value), weights, "qkv")
-    else:
-        official.linear(mixer.query, weights, "q")
-        official.linear(mixer.key_value, weights, "kv")
-    if mixer.reduce is not None:
-        official.conv(mixer.reduce, weights, "sr")
-        official.norm(mixer.reduce_norm, weights, "norm")
-
-
-def _load_softmax(mixer: SoftmaxAttention, weights: official.StateDict) -> None:
-    official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
+        official.to_heads((mixer.query,), weights, "q")
+        official.to_heads((mixer.key, mixer.value), weights, "kv")
+    _load_core(mixer.core, weights)
+    if isinstance(mixer, AgentAttention):
+        official.depthwise(mixer.local, weights, "dwc")
+    if (reduce := getattr(mixer, "reduce", None)) is not None:
+        official.conv(reduce.conv, weights, "sr")
+        official.norm(reduce.norm, weights, "norm")
     official.from_heads(mixer.out, weights, "proj")
 
 
-def _load_window(mixer: WindowAttention, weights: official.StateDict) -> None:
-    official.linear(mixer.query_key_value, weights, "qkv")
-    if mixer.bias is not None:
-        official.param(mixer.bias.table, weights, "relative_position_bias_table")
-    official.linear(mixer.projection, weights, "proj")
-
-
 def _load_cross_shaped(mixer: CrossShapedWindowAttention, weights: official.StateDict) -> None:
-    official.linear(mixer.query_key_value, weights, "qkv")
+    official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
     for index, branch in enumerate(mixer.branches):
         load_stripe(branch, weights.sub(f"attns.{index}"))
-    official.linear(mixer.projection, weights, "proj")
+    official.from_heads(mixer.out, weights, "proj")
 
 
 def _load_pvt(model: PyramidVisionTransformer, weights: official.StateDict) -> None:
@@ -219,10 +196,8 @@ _BACKBONES = {
     DeiT: _load_deit,
 }
 _MIXERS = {
-    AgentAttention: _load_agent,
-    InlineAttention: _load_inline,
-    SoftmaxAttention: _load_softmax,
-    SpatialReductionAttention: _load_spatial_reduction,
-    WindowAttention: _load_window,
+    GridMixer: _load_mixer,
+    SoftmaxAttention: _load_mixer,
+    SpatialReductionAttention: _load_mixer,
     CrossShapedWindowAttention: _load_cross_shaped,
 }

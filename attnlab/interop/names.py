@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.nn.mlp import LayerScale
 from attnlab.nn.norms import LayerNorm, RMSNorm
 from attnlab.suggest import suggestion
@@ -218,6 +219,34 @@ def _(layer: FromHeads) -> dict[str, Leaf]:
             lambda kernel: kernel.reshape(heads * size, channels).T,
         ),
         bias="bias",
+    )
+
+
+@leaves.register(WithinHeads)
+def _(layer: WithinHeads) -> dict[str, Leaf]:
+    heads, size, out = layer.kernel.shape
+    return _leaves(
+        layer,
+        weight=(
+            "kernel",
+            lambda weight: weight.reshape(heads, out, size).swapaxes(1, 2),
+            lambda kernel: kernel.swapaxes(1, 2).reshape(heads * out, size, 1),
+        ),
+        bias=("bias", lambda bias: bias.reshape(heads, out), jnp.ravel),
+    )
+
+
+@leaves.register(DepthwiseConv)
+def _(layer: DepthwiseConv) -> dict[str, Leaf]:
+    size, channels = layer.kernel_size, layer.channels
+    return _leaves(
+        layer,
+        weight=(
+            "kernel",
+            lambda weight: jnp.moveaxis(weight, (0, 1), (-1, -2)).reshape(*size, *channels),
+            lambda kernel: jnp.moveaxis(kernel.reshape(*size, 1, -1), (-1, -2), (0, 1)),
+        ),
+        bias=("bias", lambda bias: bias.reshape(channels), jnp.ravel),
     )
 
 

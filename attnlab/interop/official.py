@@ -34,7 +34,8 @@ from attnlab.interop.names import (
     matches,
     resolve,
 )
-from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.suggest import suggestion
 
 Outputs = jax.Array | Mapping[str, jax.Array]
@@ -531,6 +532,38 @@ def joined_linear(module: nnx.Linear, weights: StateDict, names: Sequence[str], 
     if module.bias is not None:
         vector = rows(jnp.concatenate([weights[join(n, "bias")] for n in names]))
         weights.assign(module.bias, vector, f"official biases of {source}")
+
+
+def within_heads(module: WithinHeads, weights: StateDict, name: str) -> None:
+    """Loads a grouped convolution of size one: (H·E, D, 1) there, (H, D, E) here.
+
+    Raises:
+      StateDictError: as `linear`.
+    """
+    source, heads = weights._full(join(name, "weight")), module.num_heads
+
+    def to_kernel(weight: jax.Array) -> jax.Array:
+        return _pointwise(weight, source).reshape(heads, -1, weight.shape[1]).swapaxes(1, 2)
+
+    _pair(module, "kernel", weights, name, "weight", "bias", to_kernel, lambda bias: bias.reshape(heads, -1))
+
+
+def depthwise(module: DepthwiseConv, weights: StateDict, name: str) -> None:
+    """Loads a depthwise convolution: (C, 1, *k) there, (*k, *channels) here.
+
+    Raises:
+      StateDictError: as `linear`.
+    """
+    _pair(
+        module,
+        "kernel",
+        weights,
+        name,
+        "weight",
+        "bias",
+        lambda a: jnp.moveaxis(a, (0, 1), (-1, -2)).reshape(*a.shape[2:], *module.channels),
+        lambda bias: bias.reshape(module.channels),
+    )
 
 
 def conv(module: nnx.Conv, weights: StateDict, name: str, *, weight: str = "weight", bias: str = "bias") -> None:

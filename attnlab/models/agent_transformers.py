@@ -5,6 +5,7 @@ original model, `M` agents in the first k blocks only, k behind the letters (`AA
 49, 49 in the four stages. Names, sizes and training rates are those of LeapLabTHU/Agent-Attention.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from flax import nnx
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.linear.agent_attention import PAPER, AgentAttention
-from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention
+from attnlab.attention.linear.agent_attention import PAPER, AgentAttention, AgentCore
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.models.backbone import Choice, build_named, choices_from_letters
 from attnlab.models.cswin import CSwinTransformer
@@ -210,12 +211,13 @@ class AgentCSwin(CSwinTransformer):
         **family: Any,
     ):
         # The authors' code leaves the result of the attention without dropout here.
-        common = _mixer_options(qkv_bias, attention_dropout, 0.0)
+        common = {"qkv_bias": qkv_bias}
         num_agents = _per_stage(num_agents, depths)
         last = len(depths) - 1
 
         def agents(stage: int, block: int) -> Choice:
-            options = {"core": "agent", "num_agents": num_agents[stage]}
+            core = functools.partial(AgentCore, num_agents=num_agents[stage], dropout=attention_dropout)
+            options: dict[str, Any] = {"core": core}
             if agent_splits is None or stage == last:
                 options["whole"] = True
             else:
@@ -223,7 +225,8 @@ class AgentCSwin(CSwinTransformer):
             return Choice(CrossShapedWindowAttention, options | common)
 
         def softmax(stage: int, block: int) -> Choice:
-            options = {"split": softmax_splits[stage], "whole": stage == last, "scale": scale}
+            core = functools.partial(softmax_core, scale=scale, dropout=attention_dropout)
+            options = {"core": core, "split": softmax_splits[stage], "whole": stage == last}
             return Choice(CrossShapedWindowAttention, options | common)
 
         choices = choices_from_letters(attention, depths, "AB", {"A": agents, "B": softmax})

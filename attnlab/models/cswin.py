@@ -107,7 +107,7 @@ class CSwinTransformer(nnx.Module):
                 self.entries.append(ConvNorm(in_channels, width, 7, stride=4, padding=2, **common))
             blocks = nnx.List()
             for choice in choices[stage]:
-                site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, layer, depth)
+                site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, 0, layer, depth)
                 blocks.append(
                     PreNormBlock(
                         choice.build(site, **common),

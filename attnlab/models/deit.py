@@ -2,7 +2,7 @@
 
 Patches of 16x16 pixels, a class token in front, a learned position table over all of them, pre-norm blocks, a norm;
 the class token is classified. Distillation tokens are not part of it. A block takes a mixer of sequences, or a mixer
-of images that has an option `class_token`.
+of images that has an option `prefix`.
 """
 
 from collections.abc import Sequence
@@ -77,11 +77,11 @@ class DeiT(nnx.Module):
         rates = drop_path_rates(drop_path, len(choices))
         for layer, choice in enumerate(choices):
             if Layout.SEQUENCE in choice.cls.layouts:
-                site = Site(features, num_heads, Layout.SEQUENCE, False, (tokens,), layer, len(choices))
+                site = Site(features, num_heads, grid=(tokens,), layer=layer, num_layers=len(choices))
                 mixer = choice.build(site, **common)
             else:
-                site = Site(features, num_heads, Layout.IMAGE, False, grid, layer, len(choices))
-                mixer = choice.build(site, class_token=True, **common)
+                site = Site(features, num_heads, Layout.IMAGE, False, grid, 1, layer, len(choices))
+                mixer = choice.build(site, **common)
             self.blocks.append(
                 PreNormBlock(
                     mixer,

@@ -5,14 +5,15 @@ original model, `M` InLine in the first k blocks only, k behind the letters (`II
 DeiT fewer channels, than the models they come from. Names, sizes and training rates are those of LeapLabTHU/InLine.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.linear.inline_attention import PAPER, InlineAttention
-from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention
+from attnlab.attention.linear.inline_attention import PAPER, InlineAttention, InlineCore
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.models.backbone import Choice, build_named, choices_from_letters
 from attnlab.models.cswin import CSwinTransformer
@@ -194,19 +195,12 @@ class InlineCSwin(CSwinTransformer):
         last = len(depths) - 1
 
         def inline(stage: int, block: int) -> Choice:
-            return Choice(CrossShapedWindowAttention, {"core": "inline", "whole": True, "qkv_bias": qkv_bias})
+            return Choice(CrossShapedWindowAttention, {"core": InlineCore, "whole": True, "qkv_bias": qkv_bias})
 
         def softmax(stage: int, block: int) -> Choice:
-            return Choice(
-                CrossShapedWindowAttention,
-                {
-                    "split": softmax_splits[stage],
-                    "whole": stage == last,
-                    "scale": scale,
-                    "qkv_bias": qkv_bias,
-                    "attention_dropout": attention_dropout,
-                },
-            )
+            core = functools.partial(softmax_core, scale=scale, dropout=attention_dropout)
+            options = {"core": core, "split": softmax_splits[stage], "whole": stage == last, "qkv_bias": qkv_bias}
+            return Choice(CrossShapedWindowAttention, options)
 
         choices = choices_from_letters(attention, depths, "IS", {"I": inline, "S": softmax})
         super().__init__(features, choices=choices, num_heads=num_heads, dropout=dropout, rngs=rngs, **family)

@@ -134,7 +134,7 @@ class PyramidVisionTransformer(nnx.Module):
             self.stages.append(
                 PyramidStage(
                     channels,
-                    [Site(width, num_heads[stage], Layout.IMAGE, False, grid, i, depth) for i in range(first, last)],
+                    [Site(width, num_heads[stage], Layout.IMAGE, False, grid, 0, i, depth) for i in range(first, last)],
                     choices[stage],
                     patch_size=2 if stage else patch,
                     mlp_ratio=mlp_ratios[stage],

@@ -125,7 +125,7 @@ class SwinTransformer(nnx.Module):
                 width *= 2
             blocks = nnx.List()
             for choice in stage_choices:
-                site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, layer, depth)
+                site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, 0, layer, depth)
                 blocks.append(
                     PreNormBlock(
                         choice.build(site, **common),

@@ -131,6 +131,12 @@ class Core(nnx.Module):
         """The weights `(B, H, N, M)` in float32 by which a call without cache mixes values."""
         raise NotImplementedError
 
+    def refuse_masks(self, view: View) -> None:
+        """Raises `UnsupportedArgument` if the view hides anything: for cores in which all tokens see all."""
+        for name in ("rule", "segment_ids", "mask"):
+            if getattr(view, name) is not None:
+                raise UnsupportedArgument(f"{type(self).__name__} does not take {name}: all its tokens see all")
+
 
 class DenseMixer(TokenMixer):
     """Base of dense mixers.

@@ -248,51 +248,6 @@ def unfold_index(
     return np.where(inside, flat, -1).astype(np.int32).reshape(*out, math.prod(size))
 
 
-def depthwise_conv(x: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
-    """Cross-correlation of each channel with its own kernel, zeros around the grid, the grid's size kept.
-
-    Args:
-      x: `(B, *S, C)`.
-      kernel: `(*K, C)` with odd K, or `(B, *K, C)`: one for each example (as predicted by a network).
-      bias: `(C,)` or `(B, C)`, or None.
-
-    Returns:
-      `(B, *S, C)` in the dtype of `x`; sums are in float32.
-
-    Raises:
-      ValueError: if the kernel's rank does not fit or a side of it is even.
-    """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    axes = x.ndim - 2
-    if kernel.ndim not in (axes + 1, axes + 2):
-        raise ValueError(f"kernel must be (*K, C) or (B, *K, C) with {axes} axes K, got shape {kernel.shape}")
-    size = kernel.shape[-1 - axes : -1]
-    if any(side % 2 == 0 for side in size):
-        raise ValueError(f"kernel must have odd sides to keep the grid's size, got {size}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    if kernel.ndim == axes + 1:
-        spec = "DHW"[3 - axes :]
-        y = jax.lax.conv_general_dilated(
-            x,
-            jnp.expand_dims(kernel, -2).astype(x.dtype),
-            window_strides=(1,) * axes,
-            padding=[(side // 2, side // 2) for side in size],
-            dimension_numbers=(f"N{spec}C", f"{spec}IO", f"N{spec}C"),
-            feature_group_count=x.shape[-1],
-        ).astype(wide)
-    else:
-        padded = jnp.pad(x, [(0, 0), *((side // 2, side // 2) for side in size), (0, 0)]).astype(wide)
-        taps = kernel.astype(wide).reshape(kernel.shape[0], -1, *(1,) * axes, kernel.shape[-1])
-        y = jnp.zeros(x.shape, wide)
-        for tap, offset in enumerate(np.ndindex(*size)):
-            window = tuple(slice(o, o + length) for o, length in zip(offset, x.shape[1:-1], strict=True))
-            y = y + taps[:, tap] * padded[(slice(None), *window)]
-    if bias is not None:
-        bias = jnp.asarray(bias, wide)
-        y = y + (bias if bias.ndim == 1 else bias.reshape(bias.shape[0], *(1,) * axes, bias.shape[-1]))
-    return y.astype(x.dtype)
-
-
 def _patch(axes: int, size: Lengths, stride: Lengths, dilation: Lengths, padding: Lengths) -> list[tuple[int, ...]]:
     return [
         lengths(size, axes, "size"),

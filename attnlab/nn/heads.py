@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.linear import compute_in_input_dtype
+from attnlab.nn.linear import compute_in_input_dtype, uniform_init
 
 _into = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
 _out_of = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
@@ -101,6 +101,52 @@ class FromHeads(nnx.Module):
         y, kernel, bias = compute_in_input_dtype((y, self.kernel[...], bias), dtype=self.dtype)
         x = jnp.einsum("...hd,hdc->...c", y, kernel)
         return x if bias is None else x + bias
+
+
+class WithinHeads(nnx.Module):
+    """Affine map inside each head, heads apart: `(…, H, D)` to `(…, H, E)`; a grouped convolution of size one.
+
+    Args:
+      num_heads: heads H.
+      in_dim: head size D that comes in.
+      out_dim: head size E that goes out.
+      use_bias: whether a bias `(H, E)` is added.
+      kernel_init: of the kernel `(H, D, E)`; uniform in ±1/√D unless given.
+      bias_init: of the bias; the same.
+      dtype: of the computation and the result; that of the input when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_dim: int,
+        out_dim: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.in_dim, self.out_dim, self.dtype = num_heads, in_dim, out_dim, dtype
+        init = uniform_init(in_dim)
+        kernel = (init if kernel_init is None else kernel_init)(
+            rngs.params(), (num_heads, in_dim, out_dim), param_dtype
+        )
+        self.kernel = nnx.Param(kernel, logical_axes=("heads", None, None))
+        self.bias = nnx.data(None)
+        if use_bias:
+            bias = (init if bias_init is None else bias_init)(rngs.params(), (num_heads, out_dim), param_dtype)
+            self.bias = nnx.Param(bias, logical_axes=("heads", None))
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = compute_in_input_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        y = jnp.einsum("...hd,hde->...he", x, kernel)
+        return y if bias is None else y + bias
 
 
 def merge_heads(y: jax.Array) -> jax.Array:

@@ -1,17 +1,19 @@
 """Windows of images that are attended separately, shifted cyclically in every other layer (Swin, arXiv:2103.14030)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.nn.dense_mixer import Heads
 from attnlab.nn.grids import shift_mask, window_merge, window_partition
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftedWindows:
-    """A tiling of images `(B, Hh, Ww, C)` by windows, after a cyclic shift to the upper left.
+    """A tiling of images by windows, after a cyclic shift to the upper left.
 
     Attributes:
       size: rows and columns of a window, or one number for both.
@@ -38,16 +40,28 @@ class ShiftedWindows:
         if any(length % w for length, w in zip(grid, self.size, strict=True)):
             raise ValueError(f"windows of {self.size} do not tile a grid of {tuple(grid)}")
 
-    def partition(self, x: jax.Array) -> jax.Array:
-        """`(B, Hh, Ww, C)` to windows `(B·W, h, w, C)`, the windows of an example in row-major order."""
-        self.check(x.shape[1:3])
-        return window_partition(x, self.size, shift=self.shift).reshape(-1, *self.size, x.shape[-1])
+    def partition(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Tokens of the grid `(B, N, *C)` to those of windows `(B·W, n, *C)`, windows and tokens in row-major order.
+
+        One window that covers the grid leaves the tokens as they are, with class tokens in front too.
+        """
+        if self._is_whole(grid):
+            return x
+        self.check(grid)
+        image = x.reshape(x.shape[0], *grid, -1)
+        return window_partition(image, self.size, shift=self.shift).reshape(-1, math.prod(self.size), *x.shape[2:])
 
     def merge(self, y: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Windows `(B·W, h, w, C)` back to `(B, *grid, C)`: the inverse of `partition`."""
-        tokens = self.size[0] * self.size[1]
-        windows = y.reshape(-1, grid[0] * grid[1] // tokens, tokens, y.shape[-1])
-        return window_merge(windows, self.size, grid, shift=self.shift)
+        """The inverse of `partition`."""
+        if self._is_whole(grid):
+            return y
+        count, inside = math.prod(grid) // math.prod(self.size), math.prod(self.size)
+        image = window_merge(y.reshape(-1, count, inside, math.prod(y.shape[2:])), self.size, grid, shift=self.shift)
+        return image.reshape(image.shape[0], -1, *y.shape[2:])
+
+    def heads(self, heads: Heads, grid: tuple[int, int]) -> Heads:
+        """Queries, keys and values inside windows; `extra` as it is."""
+        return Heads(*(self.partition(part, grid) for part in heads[:3]), heads.extra)
 
     def same_region(self, grid: tuple[int, int]) -> np.ndarray | None:
         """Which tokens of a window were neighbours before the shift: booleans `(W, n, n)`, None without a shift."""
@@ -55,7 +69,9 @@ class ShiftedWindows:
 
     def scatter_map(self, weights: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Attention maps of windows `(B·W, H, n, n)` as maps of the whole image `(B, H, N, N)`, zero elsewhere."""
-        tokens = grid[0] * grid[1]
+        if self._is_whole(grid):
+            return weights
+        tokens = math.prod(grid)
         with jax.ensure_compile_time_eval():
             place = np.asarray(window_partition(np.arange(tokens).reshape(1, *grid, 1), self.size, shift=self.shift))
         place = place[0, ..., 0]
@@ -64,11 +80,5 @@ class ShiftedWindows:
         whole = jnp.zeros((*weights.shape[:2], tokens, tokens), weights.dtype)
         return whole.at[:, :, place[:, :, None], place[:, None]].set(weights)
 
-
-def spread_map(weights: jax.Array, key_grid: tuple[int, int], reduction: int) -> jax.Array:
-    """Weights on reduced keys `(B, H, N, M)` as weights on tokens `(B, H, N, M·r²)`, even over each r x r patch."""
-    if reduction == 1:
-        return weights
-    patches = weights.reshape(*weights.shape[:3], *key_grid) / reduction**2
-    patches = jnp.repeat(jnp.repeat(patches, reduction, 3), reduction, 4)
-    return patches.reshape(*weights.shape[:3], -1)
+    def _is_whole(self, grid: tuple[int, int]) -> bool:
+        return self.size == tuple(grid) and not any(self.shift)

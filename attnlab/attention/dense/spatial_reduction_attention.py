@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site, TokenMixer, record
-from attnlab.nn.linear import Conv, Linear
-from attnlab.nn.norms import LayerNorm
-from attnlab.nn.softmax import attention_weights, softmax_attention
-from attnlab.nn.windows import spread_map
+from attnlab.contract import Given, Layout, Pattern, Site, View, record
+from attnlab.nn.dense_mixer import Core, DenseMixer, Heads, HeadSizes
+from attnlab.nn.grids import to_tokens
+from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.reduction import SpatialReduction, check_reduction
+from attnlab.nn.softmax_core import SoftmaxCore
+from attnlab.points import visit
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -38,7 +39,7 @@ from attnlab.registry import Cost, Paper, Source, register
     cost=Cost(time="O(N·M·C)", memory="O(N·M·H)"),
     summary="softmax attention on keys and values from a strided convolution of the image",
 )
-class SpatialReductionAttention(TokenMixer):
+class SpatialReductionAttention(DenseMixer):
     """Softmax attention of an image on a reduced image, with its projections.
 
     The recorded map spreads the weight of each reduced key evenly over the tokens that it was made of.
@@ -59,6 +60,7 @@ class SpatialReductionAttention(TokenMixer):
       ValueError: if the heads do not divide the channels, or `reduction` is less than 1.
     """
 
+    patterns = frozenset({Pattern.SELF})
     layouts = frozenset({Layout.IMAGE})
     layout = Layout.IMAGE
 
@@ -76,23 +78,18 @@ class SpatialReductionAttention(TokenMixer):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if features % num_heads:
-            raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
+        self.sizes = groups, size, _ = HeadSizes.of(features, num_heads)
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction}")
-        self.features, self.num_heads, self.reduction, self.scale = features, num_heads, reduction, scale
+        self.features, self.num_heads, self.reduction, self.dtype = features, num_heads, reduction, dtype
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = Linear(features, features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
-        self.key_value = Linear(features, 2 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
-        self.reduce = self.reduce_norm = nnx.data(None)
-        if reduction > 1:
-            stride = (reduction, reduction)
-            self.reduce = Conv(features, features, stride, strides=stride, padding="VALID", **common)
-            self.reduce_norm = LayerNorm(features, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.attention_dropout = attention_dropout
-        self.dropout_rngs = rngs["dropout"].fork() if attention_dropout > 0 else nnx.data(None)
+        self.query, self.key, self.value = (
+            ToHeads(features, groups, size, use_bias=qkv_bias, **common) for _ in range(3)
+        )
+        self.out = FromHeads(num_heads, size, features, **common)
+        self.reduce = SpatialReduction(features, reduction, **common) if reduction > 1 else nnx.data(None)
         self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
+        self.set_core(SoftmaxCore(num_heads, scale=scale, dropout=attention_dropout, rngs=rngs))
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
@@ -100,33 +97,28 @@ class SpatialReductionAttention(TokenMixer):
         even = site.grid is not None and len(site.grid) == 2 and not any(length % 2 for length in site.grid)
         return {"reduction": 2 if even else 1}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x)
-        if x.shape[1] % self.reduction or x.shape[2] % self.reduction:
-            raise ValueError(f"reduction {self.reduction} does not divide the image of shape {x.shape}")
-        source = x if self.reduce is None else self.reduce_norm(self.reduce(x))
-        batch, size = x.shape[0], self.features // self.num_heads
-        q = self.query(x).reshape(batch, -1, self.num_heads, size)
-        kv = self.key_value(source).reshape(batch, -1, 2, self.num_heads, size)
-        k, v = kv[:, :, 0], kv[:, :, 1]
-        key_grid = source.shape[1:3]
-        record(
-            self,
-            "attention",
-            lambda: spread_map(attention_weights(q, k, scale=self.scale), key_grid, self.reduction),
-        )
-        dropout = {}
-        if not deterministic and self.dropout_rngs is not None:
-            dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}
-        y = self.projection(softmax_attention(q, k, v, scale=self.scale, **dropout).reshape(x.shape))
+    def set_core(self, core: Core) -> None:
+        super().set_core(core)
+        # Keys are no tokens: nothing that speaks of tokens as keys reaches the core.
+        self.accepts, self.points = frozenset(), frozenset({"qkv", "heads"})
+
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        tokens, grid = to_tokens(x), x.shape[1:3]
+        check_reduction(self.reduction, grid)
+        source = tokens if self.reduce is None else self.reduce(tokens, grid)
+        heads = visit(self, given.edits, "qkv", self.project(tokens, source, given))
+        record(self, "attention", lambda: self._map(heads, grid))
+        y, _ = self.core(heads, View(), deterministic=given.deterministic)
+        y = visit(self, given.edits, "heads", y)
+        return self.merge(y, tokens, deterministic=given.deterministic).reshape(x.shape)
+
+    def project(self, x: jax.Array, source: jax.Array, given: Given) -> Heads:
+        return Heads(self.query(x), self.key(source), self.value(source))
+
+    def merge(self, y: jax.Array, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        y = self.out(y)
         return y if self.dropout is None else self.dropout(y, deterministic=deterministic)
+
+    def _map(self, heads: Heads, grid: tuple[int, int]) -> jax.Array:
+        weights = self.core.attention(heads, View())
+        return weights if self.reduce is None else self.reduce.spread(weights, grid)

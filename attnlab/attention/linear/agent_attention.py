@@ -12,9 +12,10 @@ The biases P₁ (H, n, M) and P₂ (H, N, n) are each a 7x7 table resized to the
 table over rows and one over columns. Cost O((N + M)·n·C) time, O((N + M)·n·H) memory.
 
 Forms of the paper's four models, all of them options here: windows (Swin), keys and values from a strided convolution
-(PVT, `reduction`), a class token that is read and written but not pooled (DeiT, `class_token`), and stripes between
-shared projections (CSwin, which uses `AgentCore` alone). Windows may be shifted, but the authors' code does not mask
-what the shift wraps around, and neither does this. The number of the table's cells, 7x7, is a constant of their code.
+(PVT, `reduction`), a class token that is read and written but not pooled (DeiT, `prefix`), and stripes between shared
+projections (CSwin, `CrossShapedWindowAttention` with `AgentCore`). Windows may be shifted, but the authors' code does
+not mask what the shift wraps around, and neither does this. The number of the table's cells, 7x7, is a constant of
+their code.
 
 Reference for names and defaults: LeapLabTHU/Agent-Attention.
 """
@@ -25,13 +26,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site, TokenMixer, UnsupportedArgument, record
-from attnlab.nn.linear import Conv, Linear, trunc_normal
-from attnlab.nn.norms import LayerNorm
+from attnlab.contract import Site, UnsupportedArgument, View, record
+from attnlab.nn.dense_mixer import Core, Heads
+from attnlab.nn.depthwise import DepthwiseConv, on_tokens
+from attnlab.nn.grid_mixer import GridMixer
+from attnlab.nn.heads import merge_heads, split_heads
+from attnlab.nn.linear import trunc_normal
+from attnlab.nn.reduction import SpatialReduction, check_reduction
 from attnlab.nn.resampling import adaptive_avg_pool, resize_bilinear
-from attnlab.nn.windows import ShiftedWindows, spread_map
+from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
 
 PAPER = Paper(
@@ -112,24 +116,25 @@ def agent_attention(
     return y.astype(v.dtype)
 
 
-class AgentCore(nnx.Module):
-    """Agent attention between projections: the biases, the pooling and the convolution over values.
+class AgentCore(Core):
+    """Agent attention between projections: the pooling and the biases, without the local term.
 
     Args:
-      features: channels C of queries, keys and values.
+      features: channels C of the tokens.
       num_heads: H.
       grid: rows and columns of the queries.
-      key_grid: rows and columns of keys and values, `grid` when None; values are resized to `grid` for the convolution.
+      key_grid: rows and columns of keys and values; `grid` when None.
       num_agents: n, a square number.
-      class_token: whether a token without a place on the grid comes first.
-      attention_dropout: rate on both softmaxes.
-      dtype: of the computation; that of the input when None.
+      prefix: tokens in front, without a place on the grid: they are read and written, but not pooled.
+      dropout: rate on both softmaxes.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
 
     Raises:
       ValueError: if `num_agents` is no square, or the heads do not divide the channels.
     """
+
+    permutation_equivariant = False
 
     def __init__(
         self,
@@ -139,9 +144,8 @@ class AgentCore(nnx.Module):
         grid: tuple[int, int],
         key_grid: tuple[int, int] | None = None,
         num_agents: int = 49,
-        class_token: bool = False,
-        attention_dropout: float = 0.0,
-        dtype: Any = None,
+        prefix: int = 0,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -150,33 +154,24 @@ class AgentCore(nnx.Module):
             raise ValueError(f"num_agents must be a square number (agents are pooled on a grid), got {num_agents}")
         if features % num_heads:
             raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
-        self.num_heads, self.side, self.class_token = num_heads, side, class_token
+        self.num_heads, self.side, self.prefix = num_heads, side, prefix
         self.grid = tuple(grid)
         self.key_grid = self.grid if key_grid is None else tuple(key_grid)
 
         def table(*shape: int) -> nnx.Param:
-            return nnx.Param(trunc_normal(rngs.params(), shape, param_dtype))
+            values = trunc_normal(rngs.params(), (num_heads, *shape), param_dtype)
+            return nnx.Param(values, logical_axes=("heads", *(None,) * len(shape)))
 
-        heads, agents, (rows, columns), (key_rows, key_columns) = num_heads, num_agents, self.grid, self.key_grid
-        self.aggregate_table = table(heads, agents, BASE, BASE)
-        self.aggregate_row = table(heads, agents, key_rows)
-        self.aggregate_column = table(heads, agents, key_columns)
-        self.broadcast_table = table(heads, agents, BASE, BASE)
-        self.broadcast_row = table(heads, rows, agents)
-        self.broadcast_column = table(heads, columns, agents)
-        self.aggregate_class = table(heads, agents) if class_token else nnx.data(None)
-        self.broadcast_class = table(heads, agents) if class_token else nnx.data(None)
-        self.local = Conv(
-            features,
-            features,
-            (3, 3),
-            feature_group_count=features,
-            axes=(None, "embed"),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.dropout = nnx.Dropout(attention_dropout, rngs=rngs) if attention_dropout > 0 else nnx.data(None)
+        agents, (rows, columns), (key_rows, key_columns) = num_agents, self.grid, self.key_grid
+        self.aggregate_table = table(agents, BASE, BASE)
+        self.aggregate_row = table(agents, key_rows)
+        self.aggregate_column = table(agents, key_columns)
+        self.broadcast_table = table(agents, BASE, BASE)
+        self.broadcast_row = table(rows, agents)
+        self.broadcast_column = table(columns, agents)
+        self.aggregate_prefix = table(agents, prefix) if prefix else nnx.data(None)
+        self.broadcast_prefix = table(prefix, agents) if prefix else nnx.data(None)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout > 0 else nnx.data(None)
 
     def biases(self) -> tuple[jax.Array, jax.Array]:
         """P₁ `(H, n, M)` and P₂ `(H, N, n)`."""
@@ -187,46 +182,42 @@ class AgentCore(nnx.Module):
         rows, columns = self.broadcast_row[...][:, :, None], self.broadcast_column[...][:, None]
         broadcast = jnp.moveaxis(_resize_last(self.broadcast_table[...], self.grid), 1, -1) + rows + columns
         broadcast = broadcast.reshape(heads, -1, agents)
-        if self.class_token:
-            aggregate = jnp.concatenate([self.aggregate_class[...][:, :, None], aggregate], -1)
-            broadcast = jnp.concatenate([self.broadcast_class[...][:, None], broadcast], 1)
+        if self.prefix:
+            aggregate = jnp.concatenate([self.aggregate_prefix[...], aggregate], -1)
+            broadcast = jnp.concatenate([self.broadcast_prefix[...], broadcast], 1)
         return aggregate, broadcast
 
     def agents(self, q: jax.Array) -> jax.Array:
-        """Agents `(B, n, H, D)` of the queries `(B, N, C)`."""
-        image = q[:, int(self.class_token) :].reshape(q.shape[0], *self.grid, q.shape[-1])
-        return self._heads(adaptive_avg_pool(image, (self.side, self.side)).reshape(q.shape[0], -1, q.shape[-1]))
+        """Agents `(B, n, H, D)` of the queries `(B, N, H, D)`."""
+        image = merge_heads(q[:, self.prefix :]).reshape(q.shape[0], *self.grid, -1)
+        pooled = adaptive_avg_pool(image, (self.side, self.side))
+        return split_heads(pooled.reshape(q.shape[0], self.side**2, -1), self.num_heads)
 
-    def attention(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        """The effective map of queries on keys, `(B, H, N, M)`; the local term is not in it."""
+    def attention(self, heads: Heads, view: View) -> jax.Array:
+        self.refuse_masks(view)
         p1, p2 = self.biases()
         aggregate, broadcast = agent_weights(
-            self._heads(q), self._heads(k), self.agents(q), aggregate_bias=p1, broadcast_bias=p2
+            heads.q, heads.k, self.agents(heads.q), aggregate_bias=p1, broadcast_bias=p2
         )
         return broadcast @ aggregate
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Queries `(B, N, C)`, keys and values `(B, M, C)`, tokens in row-major order, to `(B, N, C)`."""
+    def __call__(
+        self,
+        heads: Heads,
+        view: View,
+        cache: Any = None,
+        *,
+        edits: Edits | None = None,
+        deterministic: bool = True,
+        owner: nnx.Module | None = None,
+    ) -> tuple[jax.Array, Any]:
+        self.refuse_masks(view)
+        if owner is not None:
+            record(owner, "attention", lambda: self.attention(heads, view))
         p1, p2 = self.biases()
         drop = None if self.dropout is None else lambda w: self.dropout(w, deterministic=deterministic)
-        y = agent_attention(
-            self._heads(q),
-            self._heads(k),
-            self._heads(v),
-            self.agents(q),
-            aggregate_bias=p1,
-            broadcast_bias=p2,
-            dropout=drop,
-        ).reshape(q.shape)
-        first = int(self.class_token)
-        image = v[:, first:].reshape(v.shape[0], *self.key_grid, v.shape[-1])
-        if self.key_grid != self.grid:
-            image = resize_bilinear(image, self.grid)
-        local = self.local(image).reshape(v.shape[0], -1, v.shape[-1])
-        return y.at[:, first:].add(local) if first else y + local
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+        agents = self.agents(heads.q)
+        return agent_attention(*heads[:3], agents, aggregate_bias=p1, broadcast_bias=p2, dropout=drop), None
 
 
 def _resize_last(table: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -243,32 +234,29 @@ def _resize_last(table: jax.Array, size: tuple[int, int]) -> jax.Array:
     cost=Cost(time="O((N+M)·n·C)", memory="O((N+M)·n·H)"),
     summary="pooled agent tokens read all keys by softmax, all queries read the agents; linear in N",
 )
-class AgentAttention(TokenMixer):
+class AgentAttention(GridMixer):
     """Agent attention with its projections, on images or in windows of them.
 
     Args:
       features: channels C.
       num_heads: H.
-      grid: rows and columns of the image, which the biases are tables over.
+      grid: rows and columns of the image, which the biases are tables over; needed without a window.
       num_agents: n, a square number; the papers' stages use 9, 16, 49 and 49.
       window: rows and columns of the windows that are attended separately, one number for both; the grid when None.
       shift: by how much the windows are shifted, cyclically.
       reduction: keys and values come from a convolution of this stride; 1 takes the tokens themselves.
-      class_token: tokens are a sequence `(B, 1 + H·W, C)` whose first token has no place on the grid.
+      prefix: tokens in front of the image's, without a place on its grid: tokens are a sequence `(B, prefix + N, C)`.
       qkv_bias: whether queries, keys and values have a bias.
       attention_dropout: rate on both softmaxes.
       projection_dropout: rate on the result.
-      dtype: of the computation and the result; that of the input when None.
+      dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
 
     Raises:
-      ValueError: if `grid` is missing, windows do not tile it, or `reduction` does not divide a window.
-      UnsupportedArgument: for windows or reduction with a class token.
+      ValueError: if there is neither grid nor window, windows do not tile the grid, or `reduction` does not divide it.
+      UnsupportedArgument: for a reduction or a prefix in windows, or both.
     """
-
-    layouts = frozenset({Layout.IMAGE})
-    layout = Layout.IMAGE
 
     def __init__(
         self,
@@ -280,7 +268,7 @@ class AgentAttention(TokenMixer):
         window: int | tuple[int, int] | None = None,
         shift: int | tuple[int, int] = 0,
         reduction: int = 1,
-        class_token: bool = False,
+        prefix: int = 0,
         qkv_bias: bool = True,
         attention_dropout: float = 0.0,
         projection_dropout: float = 0.0,
@@ -288,44 +276,37 @@ class AgentAttention(TokenMixer):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if grid is None:
-            raise ValueError(
-                "AgentAttention needs the grid (rows, columns) of its tokens: its biases are tables over it"
-            )
-        if class_token and (window is not None or reduction != 1):
+        super().__init__(
+            features,
+            num_heads=num_heads,
+            grid=grid,
+            window=window,
+            shift=shift,
+            prefix=prefix,
+            qkv_bias=qkv_bias,
+            projection_dropout=projection_dropout,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        if reduction != 1 and (prefix or window is not None):
             raise UnsupportedArgument(
-                f"AgentAttention has no windows and no reduction with a class token, got {window=}, {reduction=}"
+                f"AgentAttention reduces whole images without tokens in front, got {reduction=}, {window=}, {prefix=}"
             )
-        if window is None and shift != 0:
-            raise ValueError(f"AgentAttention shifts windows only, got {shift=} without a window")
-        self.features, self.grid, self.class_token = features, tuple(grid), class_token
-        self.layout = Layout.SEQUENCE if class_token else Layout.IMAGE
-        self.windows = ShiftedWindows(self.grid if window is None else window, shift)
-        self.windows.check(self.grid)
-        size = self.windows.size
-        if reduction < 1 or size[0] % reduction or size[1] % reduction:
-            raise ValueError(f"reduction must divide the window {size}, got {reduction}")
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        heads = {"use_bias": qkv_bias, "axes": ("embed", "heads")} | common
-        self.query = Linear(features, features, **heads)
-        self.key_value = Linear(features, 2 * features, **heads)
+        key_grid = check_reduction(reduction, self.windows.size)
+        common = {"param_dtype": param_dtype, "rngs": rngs}
         self.core = AgentCore(
             features,
             num_heads=num_heads,
-            grid=size,
-            key_grid=(size[0] // reduction, size[1] // reduction),
+            grid=self.windows.size,
+            key_grid=key_grid,
             num_agents=num_agents,
-            class_token=class_token,
-            attention_dropout=attention_dropout,
+            prefix=prefix,
+            dropout=attention_dropout,
             **common,
         )
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
-        self.reduce = self.reduce_norm = nnx.data(None)
-        if reduction > 1:
-            stride = (reduction, reduction)
-            self.reduce = Conv(features, features, stride, strides=stride, padding="VALID", **common)
-            self.reduce_norm = LayerNorm(features, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
+        self.local = DepthwiseConv((num_heads, features // num_heads), (3, 3), dtype=dtype, **common)
+        self.reduce = SpatialReduction(features, reduction, dtype=dtype, **common) if reduction > 1 else nnx.data(None)
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
@@ -334,36 +315,19 @@ class AgentAttention(TokenMixer):
             return {}
         return {"num_agents": min(7, (min(site.grid) + 1) // 2) ** 2}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x)
-        expected = (1 + math.prod(self.grid),) if self.class_token else self.grid
-        if x.shape[1:-1] != expected:
-            raise ValueError(f"AgentAttention was built for tokens {expected}, got x of shape {x.shape}")
-        tokens = x if self.class_token else self.windows.partition(x)
-        source = tokens if self.reduce is None else self.reduce_norm(self.reduce(tokens))
-        flat = (tokens.shape[0], -1, self.features)
-        q = self.query(tokens).reshape(flat)
-        k, v = jnp.split(self.key_value(source).reshape(*flat[:2], 2 * self.features), 2, -1)
-        record(self, "attention", lambda: self._map(q, k))
-        y = self.projection(self.core(q, k, v, deterministic=deterministic))
-        if self.dropout is not None:
-            y = self.dropout(y, deterministic=deterministic)
-        return y if self.class_token else self.windows.merge(y.reshape(tokens.shape), self.grid)
+    def project(self, x: jax.Array, grid: tuple[int, int]) -> Heads:
+        source = x if self.reduce is None else self.reduce(x, grid)
+        return Heads(self.query(x), self.key(source), self.value(source))
 
-    def _map(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        weights = self.core.attention(q, k)
-        if self.class_token:
-            return weights
-        key_grid = self.core.key_grid
-        weights = spread_map(weights, key_grid, self.windows.size[0] // key_grid[0])
-        return self.windows.scatter_map(weights, self.grid)
+    def inside(self, heads: Heads, view: View, *, deterministic: bool = True) -> jax.Array:
+        y, v = super().inside(heads, view, deterministic=deterministic), heads.v
+        if self.reduce is not None:
+            image = merge_heads(v).reshape(v.shape[0], *self.core.key_grid, self.features)
+            image = resize_bilinear(image, self.core.grid)
+            v = split_heads(image.reshape(v.shape[0], -1, self.features), self.num_heads)
+        return y + on_tokens(self.local, v, self.core.grid)
+
+    def attention(self, heads: Heads, grid: tuple[int, int]) -> jax.Array:
+        if self.reduce is None:
+            return super().attention(heads, grid)
+        return self.reduce.spread(self.core.attention(heads, View()), grid)

@@ -24,20 +24,20 @@ form is not defined: k̄, v̄ and N are global.
 Reference for names and defaults: LeapLabTHU/InLine.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, TokenMixer, UnsupportedArgument, record
-from attnlab.nn.grids import depthwise_conv
-from attnlab.nn.linear import Conv, Linear
+from attnlab.contract import View, record
+from attnlab.nn.dense_mixer import Core, Heads
+from attnlab.nn.depthwise import depthwise_conv, on_tokens
+from attnlab.nn.grid_mixer import GridMixer
+from attnlab.nn.heads import WithinHeads, split_heads
 from attnlab.nn.mlp import gelu
-from attnlab.nn.windows import ShiftedWindows
+from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
 
 PAPER = Paper(
@@ -94,15 +94,16 @@ def _centred(k: jax.Array) -> jax.Array:
     return k - k.mean(1, keepdims=True)
 
 
-class InlineCore(nnx.Module):
+class InlineCore(Core):
     """InLine attention between projections: the scores and the convolution whose kernel depends on the image.
 
+    The heads' `extra` holds what the kernels are computed from: the mean of the tokens, split into heads, `(B, H, D)`.
+
     Args:
-      features: channels C of queries, keys and values.
+      features: channels C of the tokens.
       num_heads: H.
-      class_token: whether a token without a place on the grid comes first; the convolution leaves it out.
+      grid: rows and columns of the tokens; the convolution leaves out those in front of them.
       feature_map: φ, one of `FEATURE_MAPS`.
-      dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
 
@@ -110,14 +111,15 @@ class InlineCore(nnx.Module):
       ValueError: for an unknown feature map, or if the heads do not divide the channels.
     """
 
+    permutation_equivariant = False
+
     def __init__(
         self,
         features: int,
         *,
         num_heads: int,
-        class_token: bool = False,
+        grid: tuple[int, int],
         feature_map: str = "identity",
-        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -125,41 +127,39 @@ class InlineCore(nnx.Module):
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
         if features % num_heads:
             raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
-        self.num_heads, self.class_token, self.feature_map = num_heads, class_token, feature_map
-        grouped = {"feature_group_count": num_heads, "axes": (None, "embed"), "dtype": dtype, "rngs": rngs}
-        self.describe = Conv(features, features, (1,), param_dtype=param_dtype, **grouped)
-        self.kernels = Conv(features, 9 * features, (1,), param_dtype=param_dtype, **grouped)
+        self.grid, self.feature_map = tuple(grid), feature_map
+        size, common = features // num_heads, {"param_dtype": param_dtype, "rngs": rngs}
+        self.describe = WithinHeads(num_heads, size, size, **common)
+        self.kernels = WithinHeads(num_heads, size, 9 * size, **common)
 
-    def map(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """φ of queries and keys `(B, N, C)`, split into heads `(B, N, H, D)`."""
+    def attention(self, heads: Heads, view: View) -> jax.Array:
+        self.refuse_masks(view)
         phi = FEATURE_MAPS[self.feature_map]
-        return self._heads(phi(q)), self._heads(phi(k))
+        return inline_scores(phi(heads.q), phi(heads.k))
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, descriptor: jax.Array, grid: tuple[int, int]
-    ) -> jax.Array:
-        """Mixes projected tokens.
-
-        Args:
-          q: queries `(B, N, C)`, in row-major order of the grid.
-          k: keys `(B, N, C)`.
-          v: values `(B, N, C)`.
-          descriptor: `(B, C)`, what the kernels are computed from: the mean of the tokens.
-          grid: rows and columns of the tokens.
-
-        Returns:
-          `(B, N, C)`.
-        """
-        y = inline_attention(*self.map(q, k), self._heads(v)).reshape(v.shape)
-        hidden = gelu(self.describe(descriptor[:, None]))
-        kernels = jnp.moveaxis(self.kernels(hidden).reshape(v.shape[0], v.shape[-1], 3, 3), 1, -1)
-        first = int(self.class_token)
-        local = depthwise_conv(v[:, first:].reshape(v.shape[0], *grid, v.shape[-1]), kernels)
-        local = local.reshape(v.shape[0], -1, v.shape[-1])
-        return y.at[:, first:].add(local) if first else y + local
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+        self,
+        heads: Heads,
+        view: View,
+        cache: Any = None,
+        *,
+        edits: Edits | None = None,
+        deterministic: bool = True,
+        owner: nnx.Module | None = None,
+    ) -> tuple[jax.Array, Any]:
+        self.refuse_masks(view)
+        phi, (q, k, v, extra) = FEATURE_MAPS[self.feature_map], heads
+        if [mean.shape[0] for mean in extra] != [v.shape[0]]:
+            raise ValueError(
+                f"InlineCore needs the mean of the tokens of each image: a window that covers the image {self.grid}; "
+                f"got {len(extra)} means, of {[mean.shape[0] for mean in extra]} images, for {v.shape[0]} windows"
+            )
+        if owner is not None:
+            record(owner, "attention", lambda: self.attention(heads, view))
+        y = inline_attention(phi(q), phi(k), v)
+        taps = self.kernels(gelu(self.describe(extra[0])))
+        taps = jnp.moveaxis(taps.reshape(*v.shape[:1], *v.shape[2:], 3, 3), (3, 4), (1, 2))
+        return y + on_tokens(lambda image: depthwise_conv(image, taps, channel_axes=2), v, self.grid), None
 
 
 @register(
@@ -170,30 +170,27 @@ class InlineCore(nnx.Module):
     cost=Cost(time="O(N·C·D)", memory="O(C·D)"),
     summary="linear attention normalised by subtraction, hence injective, plus a 3x3 convolution with dynamic kernel",
 )
-class InlineAttention(TokenMixer):
+class InlineAttention(GridMixer):
     """InLine attention with its projections, on images or in windows of them.
 
     Args:
       features: channels C.
       num_heads: H.
-      grid: rows and columns of the tokens; needed with a class token only, otherwise read from the image.
-      window: rows and columns of the windows that are attended separately, one number for both; the image when None.
+      grid: rows and columns of the image; needed without a window.
+      window: rows and columns of the windows that are attended separately, one number for both; the grid when None.
       shift: by how much the windows are shifted, cyclically.
       feature_map: φ of queries and keys: `identity`, `relu`, `leaky_relu` or `exp`.
-      class_token: tokens are a sequence `(B, 1 + H·W, C)` whose first token has no place on the grid.
+      prefix: tokens in front of the image's, without a place on its grid: tokens are a sequence `(B, prefix + N, C)`.
       qkv_bias: whether queries, keys and values have a bias.
       projection_dropout: rate on the result.
-      dtype: of the computation and the result; that of the input when None.
+      dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
 
     Raises:
-      ValueError: for an unknown feature map, or a class token without `grid`.
-      UnsupportedArgument: for windows with a class token.
+      ValueError: for an unknown feature map, or neither grid nor window.
+      UnsupportedArgument: for windows with a prefix.
     """
-
-    layouts = frozenset({Layout.IMAGE})
-    layout = Layout.IMAGE
 
     def __init__(
         self,
@@ -204,57 +201,36 @@ class InlineAttention(TokenMixer):
         window: int | tuple[int, int] | None = None,
         shift: int | tuple[int, int] = 0,
         feature_map: str = "identity",
-        class_token: bool = False,
+        prefix: int = 0,
         qkv_bias: bool = True,
         projection_dropout: float = 0.0,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if class_token and grid is None:
-            raise ValueError("InlineAttention needs the grid (rows, columns) of the tokens behind a class token")
-        if class_token and window is not None:
-            raise UnsupportedArgument(f"InlineAttention has no windows with a class token, got {window=}")
-        if window is None and shift != 0:
-            raise ValueError(f"InlineAttention shifts windows only, got {shift=} without a window")
-        self.features, self.class_token = features, class_token
-        self.grid = None if grid is None else tuple(grid)
-        self.layout = Layout.SEQUENCE if class_token else Layout.IMAGE
-        self.windows = None if window is None else ShiftedWindows(window, shift)
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query_key_value = Linear(features, 3 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
-        self.core = InlineCore(
-            features, num_heads=num_heads, class_token=class_token, feature_map=feature_map, **common
+        super().__init__(
+            features,
+            num_heads=num_heads,
+            grid=grid,
+            window=window,
+            shift=shift,
+            prefix=prefix,
+            qkv_bias=qkv_bias,
+            projection_dropout=projection_dropout,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
-        self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
+        self.core = InlineCore(
+            features,
+            num_heads=num_heads,
+            grid=self.windows.size,
+            feature_map=feature_map,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x)
-        if self.class_token and x.shape[1] != 1 + math.prod(self.grid):
-            raise ValueError(f"InlineAttention was built for 1 + {self.grid} tokens, got x of shape {x.shape}")
-        tokens = x if self.windows is None else self.windows.partition(x)
-        grid = self.grid if self.class_token else tokens.shape[1:3]
-        flat = tokens.reshape(tokens.shape[0], -1, self.features)
-        q, k, v = jnp.split(self.query_key_value(flat), 3, -1)
-        record(self, "attention", lambda: self._map(q, k, x.shape[1:3]))
-        mean = flat.mean(1, dtype=jnp.promote_types(flat.dtype, jnp.float32)).astype(flat.dtype)
-        y = self.projection(self.core(q, k, v, mean, grid))
-        if self.dropout is not None:
-            y = self.dropout(y, deterministic=deterministic)
-        y = y.reshape(tokens.shape)
-        return y if self.windows is None else self.windows.merge(y, x.shape[1:3])
-
-    def _map(self, q: jax.Array, k: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        scores = inline_scores(*self.core.map(q, k))
-        return scores if self.windows is None else self.windows.scatter_map(scores, grid)
+    def project(self, x: jax.Array, grid: tuple[int, int]) -> Heads:
+        mean = self.windows.partition(x, grid).mean(1, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        mean = split_heads(mean.astype(x.dtype), self.num_heads)
+        return Heads(self.query(x), self.key(x), self.value(x), (mean,))

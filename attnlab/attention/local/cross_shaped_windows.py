@@ -7,47 +7,72 @@ enhanced position), and the branches are concatenated and projected:
 
     y = [branch_vertical(Q₁, K₁, V₁); branch_horizontal(Q₂, K₂, V₂)] W_o,    branch = core(Q, K, V) + LePE(V)
 
-The core of the paper is softmax attention. Agent attention (arXiv:2312.08874) and InLine attention (arXiv:2412.06590)
-take its place in the models of their papers. Cost with softmax O(N·split·(Hh+Ww)·C) time.
+The core of the paper is softmax attention. Others take its place in the models of later papers: agent attention
+(arXiv:2312.08874), `core=functools.partial(AgentCore, num_agents=9)`, and InLine attention (arXiv:2412.06590), the
+latter with one window, since the kernel of its convolution is one per image. Cost with softmax O(N·split·(Hh+Ww)·C)
+time.
 
 Reference for names and defaults: microsoft/CSWin-Transformer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.attention.linear.agent_attention import AgentCore
-from attnlab.attention.linear.inline_attention import InlineCore, inline_scores
-from attnlab.contract import Layout, Site, TokenMixer, record
-from attnlab.nn.linear import Conv, Linear
-from attnlab.nn.softmax import attention_weights, softmax_attention
+from attnlab.contract import Given, Layout, Site, TokenMixer, View, record
+from attnlab.nn.dense_mixer import Core, Heads, HeadSizes
+from attnlab.nn.depthwise import DepthwiseConv, on_tokens
+from attnlab.nn.grids import to_tokens
+from attnlab.nn.heads import FromHeads, ToHeads, split_heads
+from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.nn.windows import ShiftedWindows
+from attnlab.points import visit
 
-CORES = ("softmax", "agent", "inline")
+CoreBuilder = Callable[..., Core]
+"""Builds a branch's core: `(features, *, num_heads, grid, param_dtype, rngs) -> Core`, the grid that of a window."""
+
+
+def softmax_core(
+    features: int,
+    *,
+    num_heads: int,
+    grid: tuple[int, int],
+    scale: float | None = None,
+    dropout: float = 0.0,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> SoftmaxCore:
+    """The core of the paper, which has no parameters.
+
+    Args:
+      features: channels of the branch.
+      num_heads: heads of the branch.
+      grid: rows and columns of a window.
+      scale: of the scores, D^-1/2 when None.
+      dropout: rate on the weights.
+      param_dtype: of parameters, of which there are none.
+      rngs: stream `dropout` if there is any.
+    """
+    return SoftmaxCore(num_heads, scale=scale, dropout=dropout, rngs=rngs)
 
 
 class StripeAttention(nnx.Module):
-    """One branch: attention of projected tokens inside windows, plus the convolution of their values.
+    """One branch: a core inside windows, plus the convolution of the values there.
 
     Args:
       features: channels of the branch.
       num_heads: heads of the branch.
       window: rows and columns of a window.
-      core: `softmax`, `agent` or `inline`; the last only with one window that covers the image, since the kernel of
-        its convolution is one per image.
-      num_agents: of the core `agent`.
-      scale: of the scores of the core `softmax`, D^-1/2 when None.
-      attention_dropout: rate on softmax weights.
-      dtype: of the computation; that of the input when None.
+      core: builds the core.
+      dtype: of the convolution; that of the values when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
 
     Raises:
-      ValueError: for an unknown core, or an option that the core does not have.
+      ValueError: if heads do not divide the channels, or the core does not fit.
     """
 
     def __init__(
@@ -56,91 +81,31 @@ class StripeAttention(nnx.Module):
         *,
         num_heads: int,
         window: tuple[int, int],
-        core: str = "softmax",
-        num_agents: int | None = None,
-        scale: float | None = None,
-        attention_dropout: float = 0.0,
+        core: CoreBuilder = softmax_core,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if core not in CORES:
-            raise ValueError(f"core must be one of {', '.join(CORES)}, got {core!r}")
-        if (num_agents is not None) != (core == "agent"):
-            raise ValueError(f"num_agents goes with the core agent, got {num_agents=} with {core!r}")
-        if scale is not None and core != "softmax":
-            raise ValueError(f"scale goes with the core softmax, got {scale=} with {core!r}")
-        if attention_dropout > 0 and core == "inline":
-            raise ValueError(f"the core inline has no weights to drop, got {attention_dropout=}")
-        if features % num_heads:
-            raise ValueError(f"num_heads must divide the {features} channels of a branch, got {num_heads}")
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.kind, self.num_heads, self.scale = core, num_heads, scale
+        sizes = HeadSizes.of(features, num_heads)
+        common = {"param_dtype": param_dtype, "rngs": rngs}
         self.windows = ShiftedWindows(window)
-        self.attention_dropout = attention_dropout
-        self.core = self.position = self.dropout_rngs = nnx.data(None)
-        if core == "agent":  # its own convolution of the values is the LePE
-            self.core = AgentCore(
-                features,
-                num_heads=num_heads,
-                grid=self.windows.size,
-                num_agents=num_agents,
-                attention_dropout=attention_dropout,
-                **common,
-            )
-            return
-        if core == "inline":
-            self.core = InlineCore(features, num_heads=num_heads, **common)
-        elif attention_dropout > 0:
-            self.dropout_rngs = rngs["dropout"].fork()
-        self.position = Conv(features, features, (3, 3), feature_group_count=features, axes=(None, "embed"), **common)
+        self.core = core(features, num_heads=num_heads, grid=self.windows.size, **common)
+        self.core.check(sizes, Layout.IMAGE)
+        self.position = DepthwiseConv((num_heads, sizes.value_size), (3, 3), dtype=dtype, **common)
 
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, descriptor: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
-        """Projected images `(B, Hh, Ww, c)` to `(B, Hh, Ww, c)`.
-
-        `descriptor` `(B, c)`: what the core `inline` computes its kernels from; the others do not read it.
+    def __call__(self, heads: Heads, grid: tuple[int, int], *, deterministic: bool = True) -> jax.Array:
+        """`(B, N, H, E)` from the branch's heads of all tokens of the image.
 
         Raises:
-          ValueError: if the windows do not tile the image, or with the core `inline` do not cover it.
+          ValueError: if the windows do not tile the image, or the core needs one that covers it.
         """
-        grid = v.shape[1:3]
-        if self.kind == "inline" and self.windows.size != grid:
-            raise ValueError(f"the core inline needs a window that covers the image {grid}, got {self.windows.size}")
-        windows = self.windows.partition(v)
-        q, k, flat = self._flat(q), self._flat(k), windows.reshape(windows.shape[0], -1, v.shape[-1])
-        if self.kind == "agent":
-            y = self.core(q, k, flat, deterministic=deterministic)
-        elif self.kind == "inline":
-            y = self.core(q, k, flat, descriptor, grid)
-        else:
-            dropout = {}
-            if not deterministic and self.dropout_rngs is not None:
-                dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}
-            heads = (self._heads(t) for t in (q, k, flat))
-            y = softmax_attention(*heads, scale=self.scale, **dropout)
-        y = y.reshape(windows.shape)
-        return self.windows.merge(y if self.position is None else y + self.position(windows), grid)
+        heads = self.windows.heads(heads, grid)
+        y, _ = self.core(heads, View(), deterministic=deterministic)
+        return self.windows.merge(y + on_tokens(self.position, heads.v, self.windows.size), grid)
 
-    def attention(self, q: jax.Array, k: jax.Array) -> jax.Array:
+    def attention(self, heads: Heads, grid: tuple[int, int]) -> jax.Array:
         """Weights of each query on each key of the image, `(B, H, N, N)`, without the convolution."""
-        grid = q.shape[1:3]
-        q, k = self._flat(q), self._flat(k)
-        if self.kind == "agent":
-            weights = self.core.attention(q, k)
-        elif self.kind == "inline":
-            weights = inline_scores(*self.core.map(q, k))
-        else:
-            weights = attention_weights(self._heads(q), self._heads(k), scale=self.scale)
-        return self.windows.scatter_map(weights, grid)
-
-    def _flat(self, x: jax.Array) -> jax.Array:
-        windows = self.windows.partition(x)
-        return windows.reshape(windows.shape[0], -1, x.shape[-1])
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+        return self.windows.scatter_map(self.core.attention(self.windows.heads(heads, grid), View()), grid)
 
 
 class CrossShapedWindowAttention(TokenMixer):
@@ -152,13 +117,10 @@ class CrossShapedWindowAttention(TokenMixer):
       grid: rows and columns of the image.
       split: columns of the vertical and rows of the horizontal stripes.
       whole: one branch, whose window is the image; also if no side of it is longer than `split`.
-      core: `softmax`, `agent` or `inline`.
-      num_agents: of the core `agent`.
-      scale: of the scores of the core `softmax`, D^-1/2 when None.
+      core: builds the core of a branch; options of a core are bound to its builder by `functools.partial`.
       qkv_bias: whether queries, keys and values have a bias.
-      attention_dropout: rate on softmax weights.
       projection_dropout: rate on the result.
-      dtype: of the computation and the result; that of the input when None.
+      dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
 
@@ -168,6 +130,9 @@ class CrossShapedWindowAttention(TokenMixer):
 
     layouts = frozenset({Layout.IMAGE})
     layout = Layout.IMAGE
+    points = frozenset({"qkv", "heads"})
+    # Each direction has heads of its own, so that neighbouring heads do different things.
+    collectives = frozenset({"all-gather", "collective-permute"})
 
     def __init__(
         self,
@@ -177,11 +142,8 @@ class CrossShapedWindowAttention(TokenMixer):
         grid: tuple[int, int] | None = None,
         split: int = 7,
         whole: bool = False,
-        core: str = "softmax",
-        num_agents: int | None = None,
-        scale: float | None = None,
+        core: CoreBuilder = softmax_core,
         qkv_bias: bool = True,
-        attention_dropout: float = 0.0,
         projection_dropout: float = 0.0,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -189,30 +151,25 @@ class CrossShapedWindowAttention(TokenMixer):
     ):
         if grid is None:
             raise ValueError("CrossShapedWindowAttention needs the grid (rows, columns) of its tokens")
-        self.features, self.grid = features, tuple(grid)
-        self.takes_descriptor = core == "inline"
+        self.features, self.num_heads, self.grid, self.dtype = features, num_heads, tuple(grid), dtype
         whole = whole or max(self.grid) <= split
         windows = (self.grid,) if whole else ((self.grid[0], split), (split, self.grid[1]))
         if not whole and (num_heads % 2 or features % 2):
             raise ValueError(f"two branches need an even number of heads and channels, got {num_heads} and {features}")
+        _, size, _ = HeadSizes.of(features, num_heads)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query_key_value = Linear(features, 3 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
+        self.query, self.key, self.value = (
+            ToHeads(features, num_heads, size, use_bias=qkv_bias, **common) for _ in range(3)
+        )
         self.branches = nnx.List(
             StripeAttention(
-                features // len(windows),
-                num_heads=num_heads // len(windows),
-                window=window,
-                core=core,
-                num_agents=num_agents,
-                scale=scale,
-                attention_dropout=attention_dropout,
-                **common,
+                features // len(windows), num_heads=num_heads // len(windows), window=window, core=core, **common
             )
             for window in windows
         )
         for branch in self.branches:
             branch.windows.check(self.grid)
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
+        self.out = FromHeads(num_heads, size, features, **common)
         self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
 
     @classmethod
@@ -223,33 +180,22 @@ class CrossShapedWindowAttention(TokenMixer):
         split = max(s for s in range(1, 8) if not (site.grid[0] % s or site.grid[1] % s))
         return {"split": split, "whole": bool(site.num_heads % 2)}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        descriptor: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """As the contract says; `descriptor` `(B, C)` for the core `inline` is the mean of the tokens unless given."""
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x)
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
         if x.shape[1:3] != self.grid:
             raise ValueError(f"CrossShapedWindowAttention was built for the grid {self.grid}, got x of shape {x.shape}")
-        if descriptor is None:
-            descriptor = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+        tokens = to_tokens(x)
+        # For cores that look at the image as a whole.
+        mean = tokens.mean(1, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+        heads = Heads(self.query(tokens), self.key(tokens), self.value(tokens), (split_heads(mean, self.num_heads),))
+        heads = visit(self, given.edits, "qkv", heads)
         count = len(self.branches)
-        projected = jnp.split(self.query_key_value(x), 3, -1)
-        parts = [jnp.split(t, count, -1) for t in (*projected, descriptor)]
+        pairs = [
+            (branch, jax.tree.map(lambda part, i=index: jnp.split(part, count, -2)[i], heads))
+            for index, branch in enumerate(self.branches)
+        ]
         record(
-            self,
-            "attention",
-            lambda: jnp.concatenate([b.attention(q, k) for b, q, k in zip(self.branches, *parts[:2], strict=True)], 1),
+            self, "attention", lambda: jnp.concatenate([b.attention(share, self.grid) for b, share in pairs], axis=1)
         )
-        branches = zip(self.branches, *parts, strict=True)
-        y = [branch(q, k, v, d, deterministic=deterministic) for branch, q, k, v, d in branches]
-        y = self.projection(jnp.concatenate(y, -1))
-        return y if self.dropout is None else self.dropout(y, deterministic=deterministic)
+        y = [branch(share, self.grid, deterministic=given.deterministic) for branch, share in pairs]
+        y = self.out(visit(self, given.edits, "heads", jnp.concatenate(y, 2))).reshape(x.shape)
+        return y if self.dropout is None else self.dropout(y, deterministic=given.deterministic)

@@ -14,57 +14,15 @@ Reference for names and defaults: microsoft/Swin-Transformer.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site, TokenMixer, record
-from attnlab.nn.linear import Linear
+from attnlab.contract import Site, View
+from attnlab.nn.grid_mixer import GridMixer
 from attnlab.nn.positions import RelativePositionBias
-from attnlab.nn.softmax import attention_weights, softmax_attention
+from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.registry import Cost, Paper, Source, register
-
-
-def window_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    bias: jax.Array | None = None,
-    same_region: np.ndarray | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention inside windows.
-
-    Args:
-      q: queries, `(B·W, n, H, D)`: windows of an example follow each other.
-      k: keys, `(B·W, n, H, D)`.
-      v: values, `(B·W, n, H, E)`.
-      bias: added to the scores, `(H, n, n)`.
-      same_region: which pairs may see each other, booleans `(W, n, n)`, each token itself among them.
-      scale: of the scores, D^-1/2 when None.
-      dropout_rate: probability that a weight is dropped.
-      dropout_key: random key, needed for dropout.
-
-    Returns:
-      `(B·W, n, H, E)` in the dtype of `q`; the softmax is computed in float32.
-    """
-    mask = _mask(same_region, q.shape[0])
-    return softmax_attention(
-        q, k, v, bias=bias, mask=mask, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key
-    )
-
-
-def _mask(same_region: np.ndarray | None, windows: int) -> jax.Array | None:
-    """The regions of one example's windows for those of all, `(B·W, 1, n, n)`."""
-    if same_region is None:
-        return None
-    return jnp.tile(same_region, (windows // same_region.shape[0], 1, 1))[:, None]
 
 
 @register(
@@ -77,7 +35,7 @@ def _mask(same_region: np.ndarray | None, windows: int) -> jax.Array | None:
     cost=Cost(time="O(N·n·C)", memory="O(N·n·H)"),
     summary="softmax attention inside windows with relative position bias, shifted in every other layer",
 )
-class WindowAttention(TokenMixer):
+class WindowAttention(GridMixer):
     """Softmax attention inside windows of an image, with its projections.
 
     Args:
@@ -100,9 +58,6 @@ class WindowAttention(TokenMixer):
       ValueError: if the heads do not divide the channels, or the windows do not tile the grid.
     """
 
-    layouts = frozenset({Layout.IMAGE})
-    layout = Layout.IMAGE
-
     def __init__(
         self,
         features: int,
@@ -121,25 +76,24 @@ class WindowAttention(TokenMixer):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if features % num_heads:
-            raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
-        self.features, self.num_heads, self.scale = features, num_heads, scale
         size = ShiftedWindows(window).size
         if shift is None:
             lengths = (None, None) if grid is None else grid
             shift = tuple(0 if layer % 2 == 0 or w == n else w // 2 for w, n in zip(size, lengths, strict=True))
-        self.windows = ShiftedWindows(size, shift)
-        if grid is not None:
-            self.windows.check(grid)
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query_key_value = Linear(features, 3 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
-        self.bias = nnx.data(None)
-        if relative_bias:
-            self.bias = RelativePositionBias(size, num_heads, param_dtype=param_dtype, rngs=rngs)
-        self.attention_dropout = attention_dropout
-        self.dropout_rngs = rngs["dropout"].fork() if attention_dropout > 0 else nnx.data(None)
-        self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
+        super().__init__(
+            features,
+            num_heads=num_heads,
+            grid=grid,
+            window=size,
+            shift=shift,
+            qkv_bias=qkv_bias,
+            projection_dropout=projection_dropout,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        bias = RelativePositionBias(size, num_heads, param_dtype=param_dtype, rngs=rngs) if relative_bias else None
+        self.core = SoftmaxCore(num_heads, bias=bias, scale=scale, dropout=attention_dropout, rngs=rngs)
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
@@ -149,38 +103,6 @@ class WindowAttention(TokenMixer):
         fitting = (max(w for w in range(1, 8) if length % w == 0) for length in site.grid)
         return {"window": tuple(length if w == 1 else w for w, length in zip(fitting, site.grid, strict=True))}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x)
-        grid = x.shape[1:3]
-        tokens = self.windows.partition(x)
-        qkv = self.query_key_value(tokens).reshape(
-            tokens.shape[0], -1, 3, self.num_heads, self.features // self.num_heads
-        )
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        bias = None if self.bias is None else self.bias()
+    def view(self, grid: tuple[int, int], batch: int) -> View:
         region = self.windows.same_region(grid)
-        record(self, "attention", lambda: self._map(q, k, bias, region, grid))
-        dropout = {}
-        if not deterministic and self.dropout_rngs is not None:
-            dropout = {"dropout_rate": self.attention_dropout, "dropout_key": self.dropout_rngs()}
-        y = window_attention(q, k, v, bias=bias, same_region=region, scale=self.scale, **dropout)
-        y = self.projection(y.reshape(tokens.shape))
-        if self.dropout is not None:
-            y = self.dropout(y, deterministic=deterministic)
-        return self.windows.merge(y, grid)
-
-    def _map(
-        self, q: jax.Array, k: jax.Array, bias: jax.Array | None, region: np.ndarray | None, grid: tuple[int, int]
-    ) -> jax.Array:
-        weights = attention_weights(q, k, bias=bias, mask=_mask(region, q.shape[0]), scale=self.scale)
-        return self.windows.scatter_map(weights, grid)
+        return View(mask=None if region is None else jnp.tile(region, (batch, 1, 1))[:, None])

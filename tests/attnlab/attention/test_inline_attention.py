@@ -43,14 +43,14 @@ def test_refuses(qkv):
     q, k, v = qkv
     with pytest.raises(ValueError, match="as many keys as queries"):
         inline_attention(q[:, :7], k, v)
-    build = lambda **options: InlineAttention(8, num_heads=2, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    build = lambda **options: InlineAttention(8, **({"num_heads": 2, "rngs": nnx.Rngs(0)} | options))  # noqa: E731
     with pytest.raises(ValueError, match="feature_map must be one of identity, relu, leaky_relu, exp, got 'elu'"):
-        build(feature_map="elu")
+        build(feature_map="elu", grid=(4, 4))
     with pytest.raises(ValueError, match="needs the grid"):
-        build(class_token=True)
-    with pytest.raises(UnsupportedArgument, match="class token"):
-        build(class_token=True, grid=(4, 4), window=2)
+        build()
+    with pytest.raises(UnsupportedArgument, match="no windows with tokens in front"):
+        build(prefix=1, grid=(4, 4), window=2)
     with pytest.raises(ValueError, match="without a window"):
-        build(shift=1)
+        build(shift=1, grid=(4, 4))
     with pytest.raises(ValueError, match=r"windows of \(4, 4\)|does not divide|do not tile"):
         build(window=4)(jnp.ones((1, 6, 6, 8)))

@@ -3,10 +3,13 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab.nn import grids
+from attnlab.nn.depthwise import DepthwiseConv, depthwise_conv, on_tokens
 
 
 def numbered(*grid, batch=2, channels=3):
@@ -102,10 +105,35 @@ def test_depthwise_convolution_is_a_sum_over_the_patch(size):
     x, kernel, bias = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(2, *size, 3)), rng.normal(size=(2, 3))
     patches = np.asarray(grids.unfold(x.astype(np.float32), size, padding=[s // 2 for s in size]), np.float64)
     expected = np.einsum("bhwkc,bkc->bhwc", patches, kernel.reshape(2, -1, 3))
-    own = grids.depthwise_conv(x.astype(np.float32), kernel, bias)
+    own = depthwise_conv(x.astype(np.float32), kernel, bias)
     np.testing.assert_allclose(own, expected + bias[:, None, None], atol=1e-5)
-    shared = grids.depthwise_conv(x.astype(np.float32), kernel[0], bias[0])
+    shared = depthwise_conv(x.astype(np.float32), kernel[0], bias[0])
     np.testing.assert_allclose(shared[0], own[0], atol=1e-5)
+
+
+def test_depthwise_module_equals_a_grouped_convolution_with_gradients():
+    module = DepthwiseConv((2, 4), (3, 5), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 2, 4))
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+
+    def grouped(x, kernel, bias):
+        image, kernel = x.reshape(2, 6, 7, 8), kernel.reshape(3, 5, 1, 8)
+        options = {"padding": [(1, 1), (2, 2)], "dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 8}
+        y = jax.lax.conv_general_dilated(image, kernel, (1, 1), **options).reshape(x.shape)
+        return jnp.sum((y + bias) * weights), y + bias
+
+    def own(x, kernel, bias):
+        y = depthwise_conv(x, kernel, bias, channel_axes=2)
+        return jnp.sum(y * weights), y
+
+    arguments = (x, module.kernel[...], module.bias[...])
+    (_, want), gradients = jax.value_and_grad(grouped, (0, 1, 2), has_aux=True)(*arguments)
+    (_, got), again = jax.value_and_grad(own, (0, 1, 2), has_aux=True)(*arguments)
+    for one, other in zip((got, module(x), *again), (want, want, *gradients), strict=True):
+        assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 4e-7
+    tokens = jnp.concatenate([jnp.ones((2, 3, 2, 4)), x.reshape(2, 42, 2, 4)], 1)
+    np.testing.assert_allclose(on_tokens(module, tokens, (6, 7))[:, 3:], want.reshape(2, 42, 2, 4), atol=1e-6)
+    assert not on_tokens(module, tokens, (6, 7))[:, :3].any()
 
 
 def test_windows_trace_and_differentiate():
@@ -124,8 +152,8 @@ def test_windows_trace_and_differentiate():
         (lambda x: grids.dilated_partition(x, 4), "size"),
         (lambda x: grids.unfold(x, 7), "exceeds the grid"),
         (lambda x: grids.to_grid(grids.to_tokens(x), (5, 5)), "holds 25 tokens, got 30"),
-        (lambda x: grids.depthwise_conv(x, np.ones((2, 2, 3))), "odd sides"),
-        (lambda x: grids.depthwise_conv(x, np.ones((3, 3))), "kernel must be"),
+        (lambda x: depthwise_conv(x, np.ones((2, 2, 3))), "odd sides"),
+        (lambda x: depthwise_conv(x, np.ones((3, 3))), "kernel must be"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):

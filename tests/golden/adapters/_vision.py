@@ -1,13 +1,17 @@
 """What the adapters of agent attention and InLine attention share: official configurations in this library's words."""
 
+import functools
+
 from flax import nnx
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.local.cross_shaped_windows import StripeAttention
+from attnlab.attention.local.cross_shaped_windows import StripeAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.interop import backbones, official
 from attnlab.models.backbone import PreNormBlock
+from attnlab.nn.dense_mixer import Heads
+from attnlab.nn.heads import merge_heads, split_heads
 
 RATES = (
     "drop",
@@ -74,8 +78,10 @@ def run_stripes(branch, side, param, qkv, descriptor=None):
     """A branch of CSwin's attention on projected tokens (3, B, N, C)."""
     with official.StateDict(param, into=branch) as weights:
         backbones.load_stripe(branch, weights)
-    q, k, v = (to_image(t, (side, side)) for t in qkv)
-    return {"y": branch(q, k, v, descriptor).reshape(v.shape[0], -1, v.shape[-1])}
+    count = branch.position.channels[0]
+    extra = () if descriptor is None else (split_heads(descriptor, count),)
+    heads = Heads(*(split_heads(t, count) for t in qkv), extra)
+    return {"y": merge_heads(branch(heads, (side, side)))}
 
 
 def softmax_mixer(meta, param, inputs):
@@ -101,7 +107,7 @@ def softmax_mixer(meta, param, inputs):
             config.take("dim"),
             num_heads=config.take("num_heads", 8),
             window=window,
-            scale=config.take("qk_scale"),
+            core=functools.partial(softmax_core, scale=config.take("qk_scale")),
             rngs=rngs,
         )
         config.done()

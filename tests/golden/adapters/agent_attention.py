@@ -1,13 +1,14 @@
 """Golden adapter of `agent_attention`: attention modules, blocks and models of four families, and AgentSD."""
 
+import functools
 import math
 
 from flax import nnx
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.linear.agent_attention import AgentAttention
-from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
+from attnlab.attention.linear.agent_attention import AgentAttention, AgentCore
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.contract import Given
 from attnlab.interop import official
@@ -30,8 +31,7 @@ def _attention(meta, param, inputs):
             config.take("dim"),
             num_heads=config.take("num_heads", 8),
             window=window,
-            core="agent",
-            num_agents=config.take("agent_num", 49),
+            core=functools.partial(AgentCore, num_agents=config.take("agent_num", 49)),
             rngs=rngs,
         )
         config.done()
@@ -47,7 +47,7 @@ def _attention(meta, param, inputs):
     else:
         side = config.take("window", 14)
         grid, heads, bias = None, config.take("num_heads", 8), False
-        place = {"grid": (side, side), "class_token": True}
+        place = {"grid": (side, side), "prefix": 1}
     bias = config.take("qkv_bias", bias)
     config.done()
     mixer = AgentAttention(features, num_heads=heads, num_agents=agents, qkv_bias=bias, **place, rngs=rngs)
@@ -93,7 +93,7 @@ def _deit_block(meta, param, inputs):
         features,
         num_heads=config.take("num_heads"),
         grid=(side, side),
-        class_token=True,
+        prefix=1,
         num_agents=config.take("agent_num", 49),
         qkv_bias=config.take("qkv_bias", False),
         rngs=nnx.Rngs(0),
@@ -105,7 +105,10 @@ def _cswin_block(meta, param, inputs):
     config = vision.Config(meta["config"])
     features, side = config.take("dim"), config.take("reso")
     agents, scale = config.take("agent_num", 49), config.take("qk_scale")
-    kind = {"core": "agent", "num_agents": agents} if config.take("attn_type", "A") == "A" else {"scale": scale}
+    if config.take("attn_type", "A") == "A":
+        core = functools.partial(AgentCore, num_agents=agents)
+    else:
+        core = functools.partial(softmax_core, scale=scale)
     mixer = CrossShapedWindowAttention(
         features,
         num_heads=config.take("num_heads"),
@@ -113,7 +116,7 @@ def _cswin_block(meta, param, inputs):
         split=config.take("split_size", 7),
         whole=config.take("last_stage", False),
         qkv_bias=config.take("qkv_bias", False),
-        **kind,
+        core=core,
         rngs=nnx.Rngs(0),
     )
     block = vision.block_around(mixer, features, config)

@@ -1,12 +1,13 @@
 """Golden adapter of `inline_attention`: attention modules, blocks and models of four families."""
 
+import functools
 import math
 
 from flax import nnx
 
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.linear.inline_attention import InlineAttention
-from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
+from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.models.inline_transformers import InlineCSwin, InlineDeiT, InlinePVT, InlineSwin
 from attnlab.models.swin import swin_window
@@ -25,20 +26,21 @@ def _attention(meta, param, inputs):
     if "resolution" in config:
         window, side = vision.stripe(config)
         heads = config.take("num_heads", 8)
-        branch = StripeAttention(config.take("dim"), num_heads=heads, window=window, core="inline", rngs=rngs)
+        branch = StripeAttention(config.take("dim"), num_heads=heads, window=window, core=InlineCore, rngs=rngs)
         config.done()
         return vision.run_stripes(branch, side, param, inputs["qkv"], inputs["x_mean"])
     x, features = inputs["x"], config.take("dim")
     if "window_size" in config:
         grid = tuple(config.take("window_size"))
         options = {"num_heads": config.take("num_heads"), "qkv_bias": config.take("qkv_bias", True)}
+        options["grid"] = grid
         options["feature_map"] = FEATURE_MAPS[config.take("kernel_func", "identity")]
     else:
         _no_reduction(config)
         options = {"num_heads": config.take("num_heads", 8), "qkv_bias": config.take("qkv_bias", False)}
         grid = (call["H"], call["W"]) if "H" in call else None
-        if grid is None:
-            options |= {"class_token": True, "grid": (math.isqrt(x.shape[1] - 1),) * 2}
+        options["grid"] = (math.isqrt(x.shape[1] - 1),) * 2 if grid is None else grid
+        options["prefix"] = int(grid is None)
     config.done()
     return vision.run_mixer(InlineAttention(features, **options, rngs=rngs), param, x, grid)
 
@@ -64,7 +66,7 @@ def _block(meta, param, inputs):
     options = {"num_heads": config.take("num_heads"), "qkv_bias": config.take("qkv_bias", False), "rngs": rngs}
     if config.take("attn_type", "I") == "I":
         _no_reduction(config)
-        mixer = InlineAttention(features, **options)
+        mixer = InlineAttention(features, grid=(call["H"], call["W"]), **options)
     else:
         mixer = SpatialReductionAttention(features, reduction=config.take("sr_ratio", 1), scale=scale, **options)
     block = vision.block_around(mixer, features, config)
@@ -79,7 +81,7 @@ def _deit_block(meta, param, inputs):
         features,
         num_heads=config.take("num_heads"),
         grid=(math.isqrt(x.shape[1] - 1),) * 2,
-        class_token=True,
+        prefix=1,
         qkv_bias=config.take("qkv_bias", False),
         rngs=nnx.Rngs(0),
     )
@@ -89,7 +91,7 @@ def _deit_block(meta, param, inputs):
 def _cswin_block(meta, param, inputs):
     config = vision.Config(meta["config"])
     features, side, scale = config.take("dim"), config.take("reso"), config.take("qk_scale")
-    kind = {"core": "inline"} if config.take("attn_type", "I") == "I" else {"scale": scale}
+    core = InlineCore if config.take("attn_type", "I") == "I" else functools.partial(softmax_core, scale=scale)
     mixer = CrossShapedWindowAttention(
         features,
         num_heads=config.take("num_heads"),
@@ -97,7 +99,7 @@ def _cswin_block(meta, param, inputs):
         split=config.take("split_size", 7),
         whole=config.take("last_stage", False),
         qkv_bias=config.take("qkv_bias", False),
-        **kind,
+        core=core,
         rngs=nnx.Rngs(0),
     )
     block = vision.block_around(mixer, features, config)
