@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -127,6 +128,22 @@ def measure(
     if not sums:
         raise ValueError("batches are empty: there is nothing to measure")
     return {name: moments.statistic() for name, moments in sums.items()}
+
+
+def each_layer(analysis: Callable[..., NamedTuple], point: str = "attention", **options: Any) -> Callable[..., Any]:
+    """A function for `measure`: an analysis of one point of every layer, its fields as `(B, L, ...)`.
+
+    Args:
+      analysis: `analysis(value, **options)` returns a NamedTuple of arrays `(B, ...)`, the same shapes in every layer.
+      point: where it looks.
+      **options: for the analysis.
+    """
+
+    def fn(seen: Seen, batch: Any) -> dict[str, jax.Array]:
+        found = [analysis(value, **options)._asdict() for value in seen[point]]
+        return {name: jnp.stack([fields[name] for fields in found], axis=1) for name in found[0]}
+
+    return fn
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("fn", "layers", "inputs"))
