@@ -1,7 +1,7 @@
 """rayleizhu/BiFormer (arXiv:2303.08810): its attentions, its block and its backbone.
 
-    model = biformer_tiny(rngs=nnx.Rngs(0))
-    attnlab.interop.load(model, "biformer_tiny_best.pth", key="model")
+model = biformer_tiny(rngs=nnx.Rngs(0))
+attnlab.interop.load(model, "biformer_tiny_best.pth", key="model")
 """
 
 from collections.abc import Mapping

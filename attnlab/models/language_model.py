@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site, UnsupportedArgument
+from attnlab.contract import Layout, Site, UnsupportedArgument, View
 from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
 from attnlab.nn.linear import Linear
 from attnlab.points import Editable, Edits, visit
@@ -24,11 +24,13 @@ class LanguageState(NamedTuple):
 
     Attributes:
       mixers: the state of each mixer.
-      position: `(B,)` int32, the number of tokens seen.
+      length: `(B,)` int32, the number of tokens seen.
+      position: `(B,)` int32, the position after the last token's: `length`, unless positions were given.
       memories: what interventions remember, see `attnlab.points`; () without any.
     """
 
     mixers: tuple[Any, ...]
+    length: jax.Array
     position: jax.Array
     memories: tuple[Any, ...] = ()
 
@@ -139,6 +141,7 @@ class LanguageModel(Editable):
         self,
         tokens: ArrayLike,
         *,
+        mask: ArrayLike | View | None = None,
         segment_ids: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         deterministic: bool = True,
@@ -147,22 +150,21 @@ class LanguageModel(Editable):
 
         Args:
           tokens: `(B, N)` integer ids.
+          mask: `(B, N)` boolean, False at padding, or `(B|1, H|1, N, N)`; or a `View`, whose rule takes the place of
+            the causal one: `View(rule=Causal() | SameLabel(), q_labels=...)` lets an image's tokens see each other.
           segment_ids: `(B, N)` packed documents; tokens see only their own.
           positions: `(B, N)` places of the tokens in their documents; 0..N-1 when None.
           deterministic: False in training, for dropout.
 
         Raises:
-          UnsupportedArgument: for positions that neither a table nor any mixer would use.
+          UnsupportedArgument: for positions that neither a table nor any mixer would use, or a mask that a mixer does
+            not take.
           ValueError: for a sequence longer than a learned table.
         """
-        arguments = {"deterministic": deterministic}
-        if segment_ids is not None:
-            arguments["segment_ids"] = segment_ids
-        if positions is not None:
-            mixers = [block.mixer for block in self.blocks.blocks]
-            if self.position is None and not any("positions" in mixer.accepts for mixer in mixers):
-                raise UnsupportedArgument("positions are given, but this model's mixers do not depend on them")
-            arguments["positions"] = positions
+        given = {"mask": mask, "segment_ids": segment_ids, "positions": positions}
+        self._check_positions(positions)
+        arguments = {name: value for name, value in given.items() if value is not None}
+        arguments["deterministic"] = deterministic
         tokens = jnp.asarray(tokens)
         x = self._embed(tokens, jnp.arange(tokens.shape[1])[None] if positions is None else positions)
         if self.dropout is not None:
@@ -181,32 +183,49 @@ class LanguageModel(Editable):
             raise ValueError(f"max_length must be at most the {rows} rows of the position table, got {max_length}")
         mixers = self.blocks.init_state(batch_size, max_length, dtype=self.dtype if dtype is None else dtype)
         memories = self.init_memories(batch_size, max_length)
-        return LanguageState(mixers, jnp.zeros((batch_size,), jnp.int32), memories)
+        length, position = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
+        return LanguageState(mixers, length, position, memories)
 
     def prefill(
-        self, tokens: ArrayLike, state: LanguageState, *, mask: ArrayLike | None = None
+        self,
+        tokens: ArrayLike,
+        state: LanguageState,
+        *,
+        mask: ArrayLike | View | None = None,
+        positions: ArrayLike | None = None,
     ) -> tuple[jax.Array, LanguageState]:
         """Logits `(B, N, vocab_size)` of a run of tokens, and the state after it.
 
-        `mask` `(B, N)` is False at padding, on the left of shorter prompts.
+        `mask` `(B, N)` is False at padding, on the left of shorter prompts; a `View` may also bring a rule and labels,
+        as in the call. `positions` `(B, N)` go on from the last token's when None.
         """
         tokens = jnp.asarray(tokens)
-        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+        self._check_positions(positions)
+        padding = mask.mask if isinstance(mask, View) else mask
+        real = jnp.ones(tokens.shape, bool) if padding is None else jnp.asarray(padding)
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        positions = state.position[:, None] + jnp.maximum(seen - 1, 0)
-        edits = self.edits("prefill", state.memories, jnp.where(real, positions, -1))
-        x = self._embed(tokens, positions)
-        x, mixers = self.blocks.prefill(x, state.mixers, mask=mask, edits=edits.blocks)
+        before = jnp.maximum(seen - 1, 0)
+        at = state.position[:, None] + before if positions is None else jnp.asarray(positions)
+        edits = self.edits("prefill", state.memories, jnp.where(real, state.length[:, None] + before, -1))
+        x = self._embed(tokens, at)
+        x, mixers = self.blocks.prefill(x, state.mixers, mask=mask, positions=positions, edits=edits.blocks)
+        last = jnp.max(jnp.where(real, at, -1), axis=1).astype(jnp.int32)
+        position = jnp.maximum(state.position, last + 1)
         logits = self._logits(x, edits.model)
-        return logits, LanguageState(mixers, state.position + seen[:, -1], edits.memories)
+        return logits, LanguageState(mixers, state.length + seen[:, -1], position, edits.memories)
 
     def step(self, token: ArrayLike, state: LanguageState) -> tuple[jax.Array, LanguageState]:
         """Logits `(B, vocab_size)` after one more token `(B,)`, and the new state."""
-        edits = self.edits("step", state.memories, state.position[:, None])
+        edits = self.edits("step", state.memories, state.length[:, None])
         x = self._embed(jnp.asarray(token), state.position)
         x, mixers = self.blocks.step(x, state.mixers, edits=edits.blocks)
         logits = self._logits(x[:, None], edits.model)[:, 0]
-        return logits, LanguageState(mixers, state.position + 1, edits.memories)
+        return logits, LanguageState(mixers, state.length + 1, state.position + 1, edits.memories)
+
+    def _check_positions(self, positions: ArrayLike | None) -> None:
+        mixers = (block.mixer for block in self.blocks.blocks)
+        if positions is not None and self.position is None and not any("positions" in m.accepts for m in mixers):
+            raise UnsupportedArgument("positions are given, but this model's mixers do not depend on them")
 
     def _embed(self, tokens: jax.Array, positions: ArrayLike) -> jax.Array:
         x = self.embedding[...][tokens]

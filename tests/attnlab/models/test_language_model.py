@@ -5,8 +5,11 @@ import pytest
 from flax import nnx
 
 from attnlab import UnsupportedArgument
+from attnlab.contract import View
 from attnlab.models.generate import generate, sample_token
 from attnlab.models.language_model import LanguageModel
+from attnlab.nn.masking import SameLabel
+from pallas_kernels.masks import Causal
 
 VOCABULARY = 23
 HYBRID = ("lightning_attention_2", "lightning_attention_2", "lightning_attention_2", "softmax_attention")
@@ -34,6 +37,26 @@ def test_decoding_equals_the_call(options):
         logits, state = model.step(ids[:, i], state)
         np.testing.assert_allclose(logits, whole[:, i], atol=1e-5)
     assert state.position.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "learned", "max_length": 16}])
+def test_spans_are_unlocked_and_positions_are_given(options):
+    """Tokens 2..4 see each other both ways and share a position, in the call and in prefill with steps after it."""
+    model, ids = build(**options), tokens(1)
+    labels = np.array([[-1, -1, 0, 0, 0, -1, -1, -1, -1]])
+    at = np.array([[0, 1, 2, 2, 2, 3, 4, 5, 6]])
+    view = View(rule=Causal() | SameLabel(), q_labels=labels)
+    whole = model(ids, mask=view, positions=at)
+    assert not np.allclose(whole[:, 2], model(ids, positions=at)[:, 2], atol=1e-3)
+    first = View(rule=view.rule, q_labels=labels[:, :5])
+    logits, state = model.prefill(ids[:, :5], model.init_state(1, 9), mask=first, positions=at[:, :5])
+    np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
+    assert (state.length.tolist(), state.position.tolist()) == ([5], [3])
+    for i in range(5, 9):
+        logits, state = model.step(ids[:, i], state)
+        np.testing.assert_allclose(logits, whole[:, i], atol=1e-5)
+    with pytest.raises(UnsupportedArgument, match="rule"):
+        build("lightning_attention_2")(ids, mask=view)
 
 
 def test_layers_know_where_they_stand():
