@@ -459,7 +459,7 @@ class TokenMixer(SiteModule):
             raise UnsupportedArgument(f"{name} does not take context: {self._pattern_words()}")
         if context is None and self.context_features is not None and not decoding:
             raise ValueError(f"context is missing: {name} was built for one of {self.context_features} channels")
-        given = {"segment_ids": segment_ids, "positions": positions}
+        given: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
         if isinstance(mask, View):
             for argument, value, twin in (
                 ("segment_ids", segment_ids, mask.segment_ids),

@@ -6,7 +6,7 @@ once, points and the recorded map are here, once. A projection with strengths ru
 on `linear_attention`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +143,11 @@ class LinearMixer(TokenMixer):
             return LinearState(empty, nothing, self.carry(batch_size))
         source = jnp.asarray(context, self.dtype)
         x = jnp.zeros((batch_size, source.shape[1], self.features), source.dtype)
-        parts, _ = self.project(x, source, self._places(x, source, Given(mask=context_mask)), self.carry(batch_size))
-        parts = self._without_padding(parts, context_mask)
+        exists = None if context_mask is None else jnp.asarray(context_mask)
+        parts, _ = self.project(x, source, self._places(x, source, Given(mask=exists)), self.carry(batch_size))
+        parts = self._without_padding(parts, exists)
         if self.causal:
-            return ContextState(empty, nothing, parts._replace(q=None))
+            return ContextState(empty, nothing, parts._replace(q=cast(jax.Array, None)))
         _, memory = linear_attention(
             *parts[:3], causal=False, normalize=self.normalize, scale=self.scale, return_state=True
         )
@@ -162,8 +163,7 @@ class LinearMixer(TokenMixer):
         edits: Edits | None = None,
     ) -> tuple[jax.Array, LinearState | ContextState]:
         """Advances the memory by `(B, N, C)`; where `mask` is False nothing is added and nothing decays."""
-        cross = isinstance(state, ContextState)
-        self.check_decodes(cross)
+        self.check_decodes(isinstance(state, ContextState))
         self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
         if isinstance(mask, View):
@@ -172,7 +172,7 @@ class LinearMixer(TokenMixer):
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
         seen = jnp.cumsum(jnp.ones(x.shape[:2], bool) if mask is None else mask, axis=1, dtype=jnp.int32)
         at = state.position[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
-        if cross:
+        if isinstance(state, ContextState):
             return self._read(x, state, at, seen, mask, edits)
         parts, carry = self.project(x, x, Places(at, at, None if mask is None else jnp.asarray(mask)), state.carry)
         parts = self._without_padding(visit(self, edits, "qkv", parts), mask)
