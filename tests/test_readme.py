@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attnlab.cli import table
+from attnlab.cli import checkout
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (table.checkout() / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", (checkout.root() / "README.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("imports", ["LightningAttention", "LanguageModel", "linear_attention("])

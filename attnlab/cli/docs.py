@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from attnlab import registry
-from attnlab.cli import pages, table
+from attnlab.cli import checkout, pages, table
 
 MECHANISMS = Path("docs", "mechanisms")
 
@@ -30,7 +30,7 @@ class DocsOptions:
 def run(arguments: list[str]) -> int:
     """Runs the command; see `attnlab docs --help`."""
     options = tyro.cli(DocsOptions, args=arguments, prog="attnlab docs", config=(tyro.conf.FlagCreatePairsOff,))
-    root, stale = table.checkout(), False
+    root, stale = checkout.root(), False
     for path, text in stale_files(root, options.names):
         stale = True
         shown = path.relative_to(root)

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained language model",
     "list": "print the variants",
     "show": "print everything about one variant",
+    "new": "write the skeleton of a mechanism with its test",
     "docs": "write the pages of docs/mechanisms and the README's tables",
     "doctor": "print versions, devices, and which kernels work on this machine",
 }

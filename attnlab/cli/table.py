@@ -1,7 +1,6 @@
 """The tables of variants in the README, one for each family."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from attnlab.cli import describe
 from attnlab.cli.list_variants import groups, heading
@@ -48,15 +47,3 @@ def with_table(readme: str, table: str) -> str:
         raise ValueError(f"the README must hold the line {START} and after it the line {END}, once each")
     before, _, rest = readme.partition(START)
     return f"{before}{START}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
-
-
-def checkout() -> Path:
-    """The checkout of the repository that this package is run from.
-
-    Raises:
-      FileNotFoundError: if the package was installed without one.
-    """
-    path = Path(__file__).resolve().parents[2]
-    if not (path / "README.md").is_file():
-        raise FileNotFoundError(f"{path}: no README there; this is done in a checkout of the repository")
-    return path

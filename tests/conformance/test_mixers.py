@@ -187,7 +187,7 @@ def test_refuses_what_it_does_not_take(subject: Subject):
 
 @pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda v: v.name)
 def test_its_line_in_the_table_reads_like_the_others(variant):
-    assert variant.cls.__doc__
+    assert variant.target.__doc__
     assert 20 <= len(variant.summary) <= 110
     assert not variant.summary.endswith(".")
     assert variant.paper.year >= 2014

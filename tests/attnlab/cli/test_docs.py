@@ -7,7 +7,7 @@ from flax import nnx
 
 import attnlab
 from attnlab import Cost, Example, Kind, Paper, Source, registry
-from attnlab.cli import docs, pages, table
+from attnlab.cli import checkout, docs, pages, table
 from attnlab.cli.main import main
 from attnlab.cli.snippet import snippet
 
@@ -16,16 +16,16 @@ every_variant = pytest.mark.parametrize("variant", attnlab.variants(), ids=lambd
 
 @every_variant
 def test_page_is_current(variant):
-    path = table.checkout() / docs.MECHANISMS / f"{variant.name}.md"
+    path = checkout.root() / docs.MECHANISMS / f"{variant.name}.md"
     assert path.is_file(), f"{path.name} is missing: `make table` writes it"
     assert path.read_text() == pages.page(variant), f"{path.name} is stale: `make table` writes it anew"
 
 
 def test_tables_are_current_and_no_page_is_left_over():
-    readme = (table.checkout() / "README.md").read_text()
+    readme = (checkout.root() / "README.md").read_text()
     fresh = table.with_table(readme, table.markdown(attnlab.variants()))
     assert readme == fresh, "the README's tables of variants are stale: `make table` writes them anew"
-    there = {path.name.removesuffix(".md") for path in (table.checkout() / docs.MECHANISMS).iterdir()}
+    there = {path.name.removesuffix(".md") for path in (checkout.root() / docs.MECHANISMS).iterdir()}
     assert there == set(attnlab.names())
 
 
@@ -75,31 +75,31 @@ def test_table_replaces_only_what_is_between_the_markers():
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """An empty checkout, and a registry of three variants alone."""
     (tmp_path / "README.md").write_text(f"{table.START}\n{table.END}\n")
-    monkeypatch.setattr(table, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(checkout, "root", lambda: tmp_path)
     few = {name: attnlab.get(name) for name in ("softmax_attention", "efficient_probing", "tnl.transnormer")}
     monkeypatch.setattr(registry, "_variants", few)
     return tmp_path
 
 
-def test_docs_are_checked_and_written(capsys, checkout):
+def test_docs_are_checked_and_written(capsys, folder):
     assert main(["docs", "--check"]) == 1
     assert "softmax_attention.md is stale" in capsys.readouterr().err
     assert main(["docs"]) == 0
     assert main(["docs", "--check"]) == 0
-    left_over = checkout / docs.MECHANISMS / "gone.md"
+    left_over = folder / docs.MECHANISMS / "gone.md"
     left_over.write_text("")
     assert main(["docs", "--check"]) == 1 and left_over.exists()
     assert main(["docs"]) == 0 and not left_over.exists()
 
 
-def test_one_page_is_written_alone(capsys, checkout):
+def test_one_page_is_written_alone(capsys, folder):
     assert main(["docs", "efficient_probing"]) == 0
-    written = [path.name for path in checkout.rglob("*") if path.is_file()]
+    written = [path.name for path in folder.rglob("*") if path.is_file()]
     assert sorted(written) == ["README.md", "efficient_probing.md"]
-    assert (checkout / "README.md").read_text() == f"{table.START}\n{table.END}\n"
+    assert (folder / "README.md").read_text() == f"{table.START}\n{table.END}\n"
     assert main(["docs", "efficient_probin"]) == 2
     assert "did you mean efficient_probing" in capsys.readouterr().err
 

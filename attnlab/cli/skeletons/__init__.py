@@ -1,0 +1,1 @@
+"""What `attnlab new` copies: a working toy and its test for each kind, with `skeleton` in place of the name."""
