@@ -96,7 +96,12 @@ class At:
         """Flags `(B, L)` of a sequence's first L tokens as flags of the keys, `(B, M)`, False at the rest.
 
         Tokens count in order, padding left out: as they stand in the cache.
+
+        Raises:
+          ValueError: at a point other than `scores` and `attention`.
         """
+        if self.k_idx is None:
+            raise ValueError("keys are known at the points scores and attention alone")
         keys = self.k_idx.shape[-1]
         flags = jnp.asarray(flags)[:, :keys]
         return jnp.pad(flags, ((0, 0), (0, keys - flags.shape[1])))
@@ -134,7 +139,7 @@ class Intervention(nnx.Module):
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         for name, method in list(vars(cls).items()):
-            if name.startswith("_") or not isinstance(method, Callable | staticmethod | classmethod):
+            if name.startswith("_") or not (callable(method) or isinstance(method, staticmethod | classmethod)):
                 continue
             if name not in (*POINTS, "init_memory"):
                 raise TypeError(
@@ -310,7 +315,7 @@ class Pass:
         """What is remembered after the pass, for the decode state; () for a model that is not edited."""
         if self.blocks is None:
             return ()
-        return tuple(() if edits is None else tuple(edits.memories) for edits in (*self.blocks, self.model))
+        return tuple(() if edits is None else tuple(edits.memories or ()) for edits in (*self.blocks, self.model))
 
 
 class Layer(nnx.Module):

@@ -100,9 +100,8 @@ def run(arguments: list[str]) -> int:
     _format(root, list(written))
     for path in written:
         print(f"{path}: written")
-    print(
-        f"\nTry it: python -m pytest tests/conformance tests/attnlab -k {options.name}\nNow replace the toy by the mechanism; then `make table`."
-    )
+    print(f"\nTry it: python -m pytest tests/conformance tests/attnlab -k {options.name}")
+    print("Now replace the toy by the mechanism; then `make table`.")
     if any(path.parent.name == "adapters" for path in written):
         print(
             f"The golden cases go to tests/golden/data/{options.name}; until then the tests say that they are missing."
