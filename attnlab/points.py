@@ -41,7 +41,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ from attnlab.suggest import suggestion
 LAYER_POINTS = ("stream", "normed", "qkv", "scores", "attention", "heads", "mixed", "middle", "mlp")
 MODEL_POINTS = ("logits",)
 POINTS = LAYER_POINTS + MODEL_POINTS
+ROW_POINTS = ("scores", "attention")
 HEAD_AXIS = {"scores": 1, "attention": 1, "heads": 2}
 
 PHASES = ("call", "prefill", "step")
@@ -116,6 +117,15 @@ class At:
         places = jnp.where(places < 0, kept.shape[1], jnp.broadcast_to(places, values.shape[:2]))
         return kept.at[jnp.arange(kept.shape[0])[:, None], places].set(values.astype(kept.dtype), mode="drop")
 
+    def last_row(self) -> Self:
+        """Where the last query of a pass stands."""
+        return dataclasses.replace(
+            self,
+            q_idx=None if self.q_idx is None else self.q_idx[:, -1:],
+            allowed=None if self.allowed is None else self.allowed[:, :, -1:],
+            q=None if self.q is None else self.q[:, -1:],
+        )
+
 
 class Intervention(nnx.Module):
     """Base of interventions: one method for each point where it acts.
@@ -128,7 +138,8 @@ class Intervention(nnx.Module):
     and in every step. A call starts from `init_memory` of its tokens and forgets, so there its structure is free.
 
     Class attribute `last_row`: whether `scores` and `attention` are edited in the last row of a pass only. The methods
-    are then given that row alone, N = 1, and all other rows keep the fast form of attention.
+    are then given that row alone, N = 1; if no other intervention wants more, all other rows keep the fast form of
+    attention.
 
     Raises, where a class is defined:
       TypeError: for a public method whose name is no point, or a method that does not take `(value, at, memory)`.
@@ -240,10 +251,11 @@ class Edits:
         """Whether any intervention acts at one of the points."""
         return any(not points_of(a.intervention).isdisjoint(points) for a in self.attachments)
 
-    def last_row_only(self, *points: str) -> bool:
-        """Whether all interventions that act at the points edit only the last row."""
+    @property
+    def last_row_only(self) -> bool:
+        """Whether no intervention edits other rows of scores and attention than the last."""
         acting = (a.intervention for a in self.attachments)
-        return all(i.last_row for i in acting if not points_of(i).isdisjoint(points))
+        return all(i.last_row for i in acting if not points_of(i).isdisjoint(ROW_POINTS))
 
     def __call__(self, point: str, value: Any, **about: Any) -> Any:
         if self.memories is None:
@@ -255,18 +267,21 @@ class Edits:
             if method is None:
                 continue
             name, old = f"{type(attachment.intervention).__name__}.{point}", self.memories[index]
-            pair = method(attachment.intervention, value, at, old)
+            last = attachment.intervention.last_row and point in ROW_POINTS
+            shown, here = (value[:, :, -1:], at.last_row()) if last else (value, at)
+            pair = method(attachment.intervention, shown, here, old)
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise TypeError(f"{name} must return a pair (value, memory), got {type(pair).__name__}")
             new, memory = pair
-            if _form(new) != _form(value):
-                raise ValueError(f"{name} must keep the shape of its value: got {_words(new)} for {_words(value)}")
+            if _form(new) != _form(shown):
+                raise ValueError(f"{name} must keep the shape of its value: got {_words(new)} for {_words(shown)}")
             if self.phase != "call" and _form(memory, dtypes=True) != _form(old, dtypes=True):
                 raise ValueError(
                     f"{name} must keep the structure of its memory in decoding, that of init_memory: "
                     f"got {_words(memory)} for {_words(old)}"
                 )
             new = jax.tree.map(lambda n, v: jnp.asarray(n, v.dtype), new, value)
+            new = value.at[:, :, -1:].set(new) if last else new
             value = attachment.choose(point, value, new, self.layer)
             self.memories[index] = memory
         return value

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Layout, View, record
 from attnlab.nn.cache import ContextCache, KVCache
 from attnlab.nn.dense_mixer import Core, Heads, HeadSizes
-from attnlab.nn.masking import SameLabel, masked_softmax, visible_keys
+from attnlab.nn.masking import SameLabel, masked_softmax, segment_pair, visible_keys
 from attnlab.nn.positions import Rotary, alibi_bias, alibi_slopes
 from attnlab.nn.softmax import attention_scores, softmax_attention, weighted_values
 from attnlab.points import Edits, acts, visit
@@ -244,7 +244,12 @@ class SoftmaxCore(ProductCore):
         owner: nnx.Module | None = None,
     ) -> jax.Array:
         if acts(edits, "scores", "attention"):
-            return super().attend(q, k, v, view, edits=edits, deterministic=deterministic, owner=owner)
+            options = {"edits": edits, "deterministic": deterministic}
+            # A bias has all rows, and so has what is recorded.
+            if not edits.last_row_only or self.bias is not None or hasattr(owner, "__captures__"):
+                return super().attend(q, k, v, view, **options, owner=owner)
+            last = super().attend(q[:, -1:], k, v, _last_row(view), **options)
+            return self.attend(q, k, v, view, deterministic=deterministic).at[:, -1:].set(last)
         score = {"bias": self._bias(view), "scale": self.scale, "softcap": self.softcap}
         if owner is not None:
             record(owner, "scores", lambda: attention_scores(q, k, **score))
@@ -278,6 +283,23 @@ class SoftmaxCore(ProductCore):
         if self.alibi:
             terms.append(alibi_bias(alibi_slopes(self.num_heads), view.q_at, view.k_at))
         return sum(terms) if terms else None
+
+
+def _last_row(view: View) -> View:
+    """What a complete view says of the last query."""
+
+    def last(rows: jax.Array | None) -> jax.Array | None:
+        return None if rows is None else rows[:, -1:]
+
+    pair = None if view.segment_ids is None else segment_pair(view.segment_ids)
+    return dataclasses.replace(
+        view,
+        q_at=last(view.q_at),
+        q_idx=last(view.q_idx),
+        q_labels=last(view.q_labels),
+        segment_ids=None if pair is None else (last(pair[0]), pair[1]),
+        mask=view.mask if view.mask is None or view.mask.ndim == 2 else view.mask[:, :, -1:],
+    )
 
 
 def _looks_at_labels(rule: Mask) -> bool:

@@ -247,6 +247,50 @@ def test_edits_of_scores_cannot_unmask(model):
     assert not np.allclose(got[:, -1], want[:, -1], atol=1e-3)
 
 
+def test_edits_of_the_last_row_are_given_that_row_alone(monkeypatch):
+    class Sharper(Intervention):
+        def scores(self, value, at, memory):
+            rows.append(value.shape[2])
+            return value.at[:, :, -1:].multiply(3), memory
+
+        def attention(self, value, at, memory):
+            assert at.q.shape[1] == at.allowed.shape[2] == value.shape[2]
+            return value.at[:, :, -1:].multiply(2), memory
+
+    last = type("Last", (Sharper,), {"last_row": True})
+    model, ids, rows = language_model(mixer_options={"softmax_attention": {"alibi": True}}), tokens(), []
+    monkeypatch.setattr(softmax_core, "softmax_attention", fast := Counted(softmax_core.softmax_attention))
+
+    def traced(model, **given):
+        before, fast.calls = len(rows), 0
+        logits = model(ids, **given)
+        return logits, rows[before:], fast.calls
+
+    everywhere, alone = attach(model, Sharper()), attach(model, last())
+    packed = {"segment_ids": jnp.asarray([[0, 0, 1, 1, 1, 1]] * 2)}
+    for given in ({}, packed):
+        want, all_rows, calls = traced(everywhere, **given)
+        assert (all_rows, calls) == ([LENGTH] * DEPTH, 0)
+        got, one_row, calls = traced(alone, **given)
+        assert (one_row, calls) == ([1] * DEPTH, DEPTH)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert not np.allclose(got, model(ids, **packed), atol=1e-3)
+    got, mixed_rows, calls = traced(attach(attach(model, Sharper(), layers=[0]), last()))
+    assert (mixed_rows, calls) == ([LENGTH, 1, 1], 1)
+    np.testing.assert_allclose(got, attach(everywhere, Sharper(), layers=[0])(ids), atol=1e-5)
+
+
+class Counted:
+    """Counts how often a function is called."""
+
+    def __init__(self, call):
+        self.call, self.calls = call, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.call(*args, **kwargs)
+
+
 # ---- Layers and heads
 
 
