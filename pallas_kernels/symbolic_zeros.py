@@ -24,6 +24,26 @@ def primals(arguments: Sequence[Any], **places: int) -> tuple[Marks, list[jax.Ar
     return marks, [None if x is None else x.value for x in arguments]
 
 
+def differentiated(x: jax.Array) -> bool:
+    """Whether a transformation around this call, and nothing in between that is traced first, differentiates `x`.
+
+    Inside `jax.jit`, `jax.lax.scan` or `jax.checkpoint` that are differentiated as a whole, nobody knows yet.
+    """
+    found = []
+
+    @jax.custom_jvp
+    def identity(x):
+        return x
+
+    def rule(primals, tangents):
+        found.append(not isinstance(tangents[0], SymbolicZero))
+        return primals[0], tangents[0]
+
+    identity.defjvp(rule, symbolic_zeros=True)
+    identity(x)
+    return any(found)
+
+
 def cotangent(x: Any) -> jax.Array | None:
     """The cotangent of an output, None where there is none."""
     return None if isinstance(x, SymbolicZero) else x

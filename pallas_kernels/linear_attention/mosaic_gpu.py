@@ -1,41 +1,31 @@
-"""Linear attention as Pallas Mosaic GPU kernels for Hopper and Blackwell: causal, forward and backward.
+"""Linear attention as a Pallas Mosaic GPU kernel for Hopper (sm_90a): causal, forward and backward.
 
-One kernel does all of it, `mosaic_gpu_sweep.sweep` on Hopper (sm_90a) and `mosaic_gpu_blackwell.sweep` on Blackwell
-(sm_100a); README.md derives the chunks, their docstrings the tiles.
+One kernel does all of it, `mosaic_gpu_sweep.sweep`; README.md derives the chunks, its docstring the tiles.
 
 **Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
 cumulated inside chunks by XLA, in a (B, H, N) array.
 
 **Backward.** One launch: dq is the same sweep over (dy, v, k), dk and dv are sweeps in reverse over (v, dy, q) and
-(k, q, dy). On Hopper, up to D = E = 128, the last two are one sweep, which reads q, k, v and dy once: of the two
-warpgroups of a CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the
-two need different numbers of CTAs; there, and on Blackwell, CTAs of dk and of dv stand side by side and read the same
-chunks at the same time, so that the second-level cache answers the second of them. Each sweep builds the states that it
-needs from the inputs; nothing else is kept from the forward pass but the states named next.
+(k, q, dy). Up to D = E = 128 the last two are one sweep, which reads q, k, v and dy once: of the two warpgroups of a
+CTA one computes dk, the other dv. The tiles of larger heads leave no room for that, and with D ≠ E the two need
+different numbers of CTAs; there CTAs of dk and of dv stand side by side and read the same chunks at the same time, so
+that the second-level cache answers the second of them. Each sweep builds the states that it needs from the inputs;
+nothing else is kept from the forward pass.
 
-**Turns.** A multiprocessor has one CTA at a time. 96 heads of 128 channels have 192 CTAs for dk and dv and 96 for dq,
-which 132 multiprocessors would do in three turns, the last of them with 24. So dq is cut into stretches of the sequence
-with CTAs of their own, behind all others, where that ends sooner (`best_stretches`): four make it 2.25 turns. Each
-starts from a state that the forward pass leaves in bf16.
-
-**Gradient of the decay.** With dL_ij the gradient of the log of the weight between tokens i and j,
+**Gradient of a decay per token.** With dL_ij the gradient of the log of the weight between tokens i and j,
 
     dg_t = Σ_{i≥t>j} dL_ij + Σ_{i≥t} a_i + Σ_{j<t} b_j + X        i, j in the chunk of t
 
 where a_i belongs to the pairs of i and the tokens before the chunk, b_j to those of j and the tokens behind it, and
 X = exp(G_end) ⟨S, dS'⟩ to the pairs on either side. The sweeps of dq and dk write row and column sums of dL over other
 tokens, in float32: their difference is the first term exactly, and every number carries its decay. X needs the states
-of both sweeps, which no CTA has at one time.
+of both sweeps, which no CTA has at one time. The sweeps write them, in bf16, at every fourth border between chunks (at
+D = E = 256 at every eighth: `chunks_between_kept`), where Y = ⟨S, dS⟩ is then known; in between Y' = Y - Σa + Σb leads
+from border to border, from either side, and X is the mean of the two, weighted by distance. Where a chunk forgets
+(exp(G_end) < 4e-4) X is 0. Only a call that differentiates the decay pays for any of this.
 
-A decay per head needs ΣX over all chunks alone, a sum over pairs of tokens by the chunks between them. One more sweep
-in the same launch, `TANGENT`, holds beside S what it becomes by the decays of whole chunks, T' = exp(G_end) (T + n S),
-n the tokens of the chunk: then Σ n X = Σ_i dy_i·(exp(G_i) q_i T).
-
-With a decay per token the sweeps write their states, in bf16, at every fourth border between chunks (at D = E = 256 at
-every eighth: `chunks_between_kept`), where Y = ⟨S, dS⟩ is then known; in between Y' = Y - Σa + Σb leads from border to
-border, from either side, and X is the mean of the two, weighted by distance. Where a chunk forgets
-(exp(G_end) < 4e-4) X is 0. Y does not carry the decay of the chunk, and its rounding shows in sums over many tokens.
-Only a call that differentiates the decay pays for any of this.
+Y does not carry the decay of the chunk, and its rounding would show in the sum over all tokens that is the gradient of
+a decay per head: that is refused, by `supports` where the call itself is differentiated, else by the derivative.
 
 **Few heads.** If the tiles of all heads leave half of the multiprocessors idle, the sequence is cut into splits, which
 join the batch: a light sweep gives each split's own state, a scan over splits in XLA the states before them, and the
@@ -56,33 +46,31 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, gpus, partition, symbolic_zeros
-from pallas_kernels.linear_attention import mosaic_gpu_blackwell
 from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
-from pallas_kernels.linear_attention.mosaic_gpu_calls import (
-    BLACKWELL,
-    HOPPER,
-    Common,
-    Config,
-    Generation,
-    hopper_launch,
-)
+from pallas_kernels.linear_attention.mosaic_gpu_calls import PROCESSORS, Common, Config
 from pallas_kernels.linear_attention.mosaic_gpu_decay import FLOOR, LOG2_E
 from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     DV,
     FORWARD,
+    SIZES,
     Plan,
     backward,
-    best_stretches,
     chunks_between_kept,
     with_blocks,
 )
+from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
 # Dtypes that the tensor cores take and this implementation does not, with the reason.
 OTHER_DTYPES = {
     "float32": "of float32 the tensor cores read TF32, an error above 1e-6",
     "float16": "scores are operands too, and overflow above 65504",
 }
+CAPABILITY = 90  # of the GPUs that it is for, times ten
+DECAY_PER_HEAD = (
+    "it has no gradient of log_decay of shape (H,): what it adds up is rounded to bfloat16, which shows in the sum over "
+    "all tokens"
+)
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
 
@@ -90,12 +78,10 @@ MAX_SPLITS = 64
 def supports(args: Arguments) -> str | None:
     """Why this implementation cannot take `args`; None when it can."""
     kind = dispatch.current_device_kind()
-    generation = _generation(gpus.find(kind))
-    if generation is None:
-        names = ", ".join(name for name, gpu in gpus.KNOWN.items() if _generation(gpu))
-        return (
-            f"it needs a GPU of compute capability 9.0 or 10 ({names}): others have no wgmma and no tcgen05; got {kind}"
-        )
+    gpu = gpus.find(kind)
+    if gpu is None or gpu.capability != CAPABILITY:
+        names = ", ".join(name for name, gpu in gpus.KNOWN.items() if gpu.capability == CAPABILITY)
+        return f"it needs a GPU of compute capability 9.0 ({names}): others have no wgmma; got {kind}"
     dtype = args.q.dtype.name
     if dtype != "bfloat16":
         reason = f": {OTHER_DTYPES[dtype]}" if dtype in OTHER_DTYPES else ""
@@ -107,10 +93,12 @@ def supports(args: Arguments) -> str | None:
     if args.log_decay is not None and args.log_decay.ndim == 4:
         return "it takes log_decay of shape (H,) or (B, N, H); decay per channel leaves no single product of a chunk"
     for name, size in (("D", args.q.shape[3]), ("E", args.v.shape[3])):
-        if size not in generation.sizes:
-            return f"on {kind} it takes head sizes {', '.join(map(str, generation.sizes))}, got {name}={size}"
-    if args.chunk_size not in (None, generation.chunk):
-        return f"on {kind} chunk_size must be None or {generation.chunk}, got {args.chunk_size}"
+        if size not in SIZES:
+            return f"it takes head sizes {', '.join(map(str, SIZES))}, got {name}={size}"
+    if args.chunk_size not in (None, TILE):
+        return f"chunk_size must be None or {TILE}, got {args.chunk_size}"
+    if _per_head(args) and symbolic_zeros.differentiated(args.log_decay):
+        return DECAY_PER_HEAD
     return partition.refusal()
 
 
@@ -119,8 +107,6 @@ def run(
     *,
     interpret: Any = None,
     splits: int | None = None,
-    stretches: int | None = None,
-    generation: Generation | None = None,
     processors: int | None = None,
 ) -> tuple[jax.Array, State | None]:
     """y (B, N, H, E) and, if asked for, the state.
@@ -129,75 +115,42 @@ def run(
       args: what `supports` takes.
       interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
       splits: parts of the sequence; None to fill the GPU.
-      stretches: parts of it in the sweep of dq; None for those with which the backward pass ends soonest.
-      generation: of the GPU; None for that of this machine, or Hopper.
-      processors: its multiprocessors; None for those of this machine, or of most GPUs of the generation.
+      processors: multiprocessors of the GPU; None for those of this machine, or of most GPUs of the generation.
 
     Raises:
-      ValueError: for splits or stretches that do not cut N into whole chunks.
+      ValueError: for splits that do not cut N into whole chunks.
+      UnsupportedError: when the result is differentiated in a decay of shape (H,), at that time.
     """
     decay = args.log_decay if args.query_ids is None else decay_of_segments(args, args.query_ids)
-    gpu = gpus.find(dispatch.current_device_kind())
-    here = _generation(gpu)
-    generation = generation or here or HOPPER
-    processors = processors or (gpu if generation is here else generation).processors
-    shape = (*args.q.shape[:3], args.q.shape[3], args.v.shape[3])
+    if processors is None:
+        gpu = gpus.find(dispatch.current_device_kind())
+        processors = PROCESSORS if gpu is None else gpu.processors
+    length = args.q.shape[1]
     if splits is None:
-        splits = split_count(generation, processors, *shape)
-    if stretches is None:
-        stretches = stretch_count(generation, processors, *shape) if splits == 1 else 1
-    length, chunk = shape[1], generation.chunk
-    if splits > 1 and length % (chunk * splits):
-        raise ValueError(f"splits must cut N into whole chunks of {chunk} tokens, got {splits=} and N={length}")
-    if stretches > 1 and (splits > 1 or generation is BLACKWELL or -(-length // chunk) % stretches):
-        why = f"whole chunks of {chunk} tokens, on Hopper and without splits"
-        raise ValueError(f"stretches must cut N into {why}, got {stretches=}, {splits=} and N={length}")
-    config = Config(
-        return_state=args.return_state,
-        splits=splits,
-        stretches=stretches,
-        generation=generation,
-        processors=processors,
-        interpret=interpret,
-    )
+        splits = split_count(processors, *args.q.shape, args.v.shape[3])
+    if splits > 1 and length % (TILE * splits):
+        raise ValueError(f"splits must cut N into whole chunks of {TILE} tokens, got {splits=} and N={length}")
+    config = Config(return_state=args.return_state, splits=splits, processors=processors, interpret=interpret)
     return _attend(config, *partition.same_manual_axes((args.q, args.k, args.v, decay, args.scale, args.initial_state)))
 
 
-def split_count(
-    generation: Generation, processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int
-) -> int:
+def split_count(processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int) -> int:
     """Splits of the sequence: 1 while the CTAs fill half of the multiprocessors, else enough to fill all if that pays.
 
     Splits are equal and whole chunks, at least eight of them each, so the count divides the chunks of the sequence.
     """
-    plan = Plan((FORWARD,), key_size, value_size)
-    if generation is BLACKWELL:
-        groups = value_size // mosaic_gpu_blackwell.launch_shape([plan]).columns
-    else:
-        groups = with_blocks(plan).groups
-    ctas = batch * heads * groups
-    if 2 * ctas > processors or length % generation.chunk:
+    ctas = batch * heads * with_blocks(Plan((FORWARD,), key_size, value_size)).groups
+    if 2 * ctas > processors or length % TILE:
         return 1
-    chunks = length // generation.chunk
+    chunks = length // TILE
     fitting = [s for s in range(1, min(MAX_SPLITS, processors // ctas, chunks // 8) + 1) if chunks % s == 0]
     most = max(fitting, default=1)
     return most if pays(chunks, most) else 1
 
 
-def stretch_count(
-    generation: Generation, processors: int, batch: int, length: int, heads: int, key_size: int, value_size: int
-) -> int:
-    """Stretches of the sweep of dq; the kernel for Blackwell takes one."""
-    if generation is BLACKWELL:
-        return 1
-    plans = hopper_launch(backward(key_size, value_size), batch, heads, processors)
-    own, *others = (batch * heads // plan.heads * plan.ctas for plan in plans)
-    return best_stretches(processors, sum(others), own, -(-length // generation.chunk))
-
-
-def _generation(gpu: gpus.Gpu | None) -> Generation | None:
-    """The one of a GPU; None if no kernel is for it."""
-    return next((x for x in (HOPPER, BLACKWELL) if gpu is not None and gpu.capability in x.capabilities), None)
+def _per_head(args: Arguments) -> bool:
+    """Whether the sweeps read a decay of shape (H,); segments make it one per token."""
+    return args.log_decay is not None and args.log_decay.ndim == 1 and args.query_ids is None
 
 
 # ---- the op and its derivative
@@ -206,24 +159,24 @@ def _generation(gpu: gpus.Gpu | None) -> Generation | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config: Config, q, k, v, decay, scale, state):
     """y, and the last state or None."""
-    return _partitioned_forward(dataclasses.replace(config, stretches=1), q, k, v, decay, scale, state)[:2]
+    return _partitioned_forward(config, q, k, v, decay, scale, state)[:2]
 
 
 def _attend_forward(config: Config, *arrays):
     marks, arrays = symbolic_zeros.primals(arrays, decay=3, scale=4)
+    if "decay" in marks and arrays[3].ndim == 1:
+        raise dispatch.UnsupportedError(f"linear_attention: implementation='mosaic_gpu' refuses: {DECAY_PER_HEAD}; name another one")
     y, last, starts = _partitioned_forward(config, *arrays)
     return (y, last), (marks, *arrays, starts)
 
 
 def _attend_backward(config: Config, residuals, cotangents):
     marks, *arrays = residuals
-    q, v, decay = arrays[0], arrays[2], arrays[3]
+    q, v = arrays[0], arrays[2]
     dy, dlast = map(symbolic_zeros.cotangent, cotangents)
     dy = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype) if dy is None else dy
     config = dataclasses.replace(config, decay_gradient="decay" in marks, scale_gradient="scale" in marks)
     *gradients, ddecay, dscale, dstate = _partitioned_backward(config, *arrays, dy, dlast)
-    if ddecay is not None and decay.ndim == 1:
-        ddecay = jnp.sum(ddecay, axis=0)
     return *gradients, ddecay, None if dscale is None else jnp.sum(dscale), dstate
 
 
@@ -236,8 +189,8 @@ def _axes(decay: jax.Array | None) -> tuple[str, ...]:
 
 
 def _starts(config: Config) -> str | None:
-    """Axes of the states before splits, or before all stretches but the first."""
-    return "BSHDE" if config.splits > 1 else "BHSDE" if config.stretches > 1 else None
+    """Axes of the states before splits."""
+    return "BSHDE" if config.splits > 1 else None
 
 
 def _partitioned_forward(config: Config, *arrays) -> tuple[jax.Array | None, ...]:
@@ -249,7 +202,7 @@ def _partitioned_backward(config: Config, *arrays) -> tuple[jax.Array | None, ..
     decay, state = arrays[3], arrays[5]
     outputs = (
         *_axes(decay)[:3],
-        ("BH" if decay.ndim == 1 else "BNH") if config.decay_gradient else None,
+        "BNH" if config.decay_gradient else None,
         "BH" if config.scale_gradient else None,
         None if state is None else "BHDE",
     )
@@ -272,8 +225,7 @@ def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | 
       state: initial state, BHDE, float32.
 
     Returns:
-      y BNHE in the dtype of q; last state BHDE with `return_state`; and the states before splits, BSHDE, float32, or
-      before stretches but the first, BHSDE, bf16.
+      y BNHE in the dtype of q; last state BHDE with `return_state`; and the states before splits, BSHDE, float32.
     """
     common = Common(config, q.shape[2], decay, scale, q.shape[1])
     arrays = {"q": q, "k": k, "v": v}
@@ -282,10 +234,7 @@ def _forward(config: Config, q, k, v, decay, scale, state) -> tuple[jax.Array | 
         own = common.launch(arrays, {}, Plan((FORWARD,), *sizes, outputs=False, final=True))["final y"]
         starts = common.states_before(own, state)
         state = starts
-    keep = common.chunks // config.stretches if config.stretches > 1 else 0
-    outputs = common.launch(arrays, {"y": state}, Plan((FORWARD,), *sizes, final=config.return_state, keep=keep))
-    if keep:
-        starts = outputs["kept y"][:, :, 1 : config.stretches]
+    outputs = common.launch(arrays, {"y": state}, Plan((FORWARD,), *sizes, final=config.return_state))
     last = outputs["final y"] if config.return_state else None
     if config.splits > 1 and last is not None:
         last = last[:, -1]
@@ -299,12 +248,12 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
       config: what is static.
       q: BNHD. k: BNGD. v: BNGE.
       decay: H or BNH. scale: scalar. state: BHDE.
-      starts: states before splits, BSHDE, or stretches but the first, BHSDE.
+      starts: states before splits, BSHDE.
       dy: BNHE. dlast: BHDE.
 
     Returns:
-      Gradients of q BNHD, k BNGD, v BNGE; of the decay BNH or, to be summed over B, BH; of the scale BH, to be summed
-      over both; of the initial state BHDE.
+      Gradients of q BNHD, k BNGD, v BNGE; of the decay BNH; of the scale BH, to be summed over both; of the initial
+      state BHDE.
     """
     common = Common(config, q.shape[2], decay, scale, q.shape[1])
     arrays = {"q": q, "k": k, "v": v, "dy": dy}
@@ -312,24 +261,9 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     if config.splits > 1:
         own = common.launch(arrays, {}, Plan((DV,), *sizes, reverse=True, outputs=False, final=True))["final dv"]
         given, ends = starts, common.states_before(own, dlast, reverse=True)
-    kind = common.kind if config.decay_gradient else None
-    start = state is not None or (kind == "token" and given is not None)
-    plans = backward(
-        *sizes,
-        decay=kind,
-        scale=config.scale_gradient,
-        start=start,
-        end=ends is not None,
-        together=config.generation is HOPPER,
-        stretches=config.stretches,
-    )
-    initial = {"dq": _swap(given), "dk": _swap(ends), "dv": ends}
-    if config.stretches > 1:
-        before = _swap(starts).astype(jnp.float32)
-        first = jnp.zeros_like(before[:, :, :1]) if state is None else _swap(state)[:, :, None]
-        before = jnp.concatenate(partition.same_manual_axes((first, before)), axis=2)
-        initial["dq"] = before.reshape(before.shape[0], -1, *before.shape[3:])
-    found = common.launch(arrays, initial | ({"tangent": given} if kind == "head" else {}), *plans)
+    start = state is not None or (config.decay_gradient and given is not None)
+    plans = backward(*sizes, decay=config.decay_gradient, scale=config.scale_gradient, start=start)
+    found = common.launch(arrays, {"dq": _swap(given), "dk": _swap(ends), "dv": ends}, *plans)
     dk, dv = (_per_key_head(found[name], k.shape[2]) for name in ("dk", "dv"))
     starting = _swap(found["final dk"]) if start else None
     dstate = starting
@@ -338,7 +272,7 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
     ddecay = dscale = None
     if config.scale_gradient:
         dscale = jnp.sum(common.of_batch(found["sums dq"]), axis=(2, 3, 4)) + _own_scores(q, k, v, dy)
-    if kind is not None:
+    if config.decay_gradient:
         ddecay = _decay_gradient(common, found, starting if given is not None else None, given, ends)
     return found["dq"], dk, dv, ddecay, dscale, dstate if state is not None else None
 
@@ -347,7 +281,7 @@ def _backward(config: Config, q, k, v, decay, scale, state, starts, dy, dlast) -
 
 
 def _decay_gradient(common: Common, found: dict[str, jax.Array], start, given, ends) -> jax.Array:
-    """Gradient of the log decays, (B, N, H), or (B, H) for a constant decay; see the top of the file.
+    """Gradient of the log decays, (B, N, H); see the top of the file.
 
     Args:
       common: what the sweeps share.
@@ -362,24 +296,17 @@ def _decay_gradient(common: Common, found: dict[str, jax.Array], start, given, e
     behind = jnp.flip(jnp.cumsum(jnp.flip(row_sums + a - column_sums, 3), axis=3), 3)
     # b of a token itself, which need not carry its decay, is left out before the sum, not subtracted after it.
     ahead = jnp.cumsum(jnp.pad(b[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=3)
-    gradient = behind + ahead
-    if common.kind == "token":
-        first = None if given is None else _inner(given, start)
-        kept, kept_cotangents = (found[name].reshape(-1, *found[name].shape[-4:]) for name in ("kept dq", "kept dk"))
-        gradient += _crossing(common, a, b, kept, kept_cotangents, first, _swap(ends))[..., None]
+    first = None if given is None else _inner(given, start)
+    kept, kept_cotangents = (found[name].reshape(-1, *found[name].shape[-4:]) for name in ("kept dq", "kept dk"))
+    gradient = behind + ahead + _crossing(common, a, b, kept, kept_cotangents, first, _swap(ends))[..., None]
     gradient = gradient.reshape(*gradient.shape[:2], -1)[:, :, : common.length // common.config.splits]
-    if common.kind == "token":
-        return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
-    total = jnp.sum(gradient, axis=2) + jnp.sum(found["sums tangent"] * scale, axis=(2, 3, 4))
-    if ends is not None:
-        total += _inner(found["final tangent"], ends).reshape(total.shape)
-    return common.of_batch(jnp.where(common.decay < FLOOR, 0, total))
+    return jnp.where(common.decay < FLOOR, 0, jnp.swapaxes(gradient, 1, 2).reshape(common.decay.shape))
 
 
 def _parts(common: Common, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens outside of the chunk and inside, (B·S, H, T, chunk) each."""
+    """Sums over tokens outside of the chunk and inside, (B·S, H, T, 64) each."""
     sums = jnp.sum(sums, axis=3)
-    return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, common.chunk) for part in range(2))
+    return tuple(sums[:, :, part].reshape(*sums.shape[:2], -1, TILE) for part in range(2))
 
 
 def _crossing(common: Common, a, b, kept, kept_cotangents, first, ends) -> jax.Array:
@@ -387,7 +314,7 @@ def _crossing(common: Common, a, b, kept, kept_cotangents, first, ends) -> jax.A
 
     Args:
       common: what the sweeps share.
-      a: of each token, (B·S, H, T, chunk).
+      a: of each token, (B·S, H, T, 64).
       b: likewise.
       kept: states before chunks 0, K, 2K, ... and before the last one, (B·S, H, borders + 1, E, D).
       kept_cotangents: likewise; the first and the last place have no meaning.
@@ -406,7 +333,7 @@ def _crossing(common: Common, a, b, kept, kept_cotangents, first, ends) -> jax.A
 
     loss, gain = in_blocks(jnp.sum(a, axis=3)), in_blocks(jnp.sum(b, axis=3))
     # X is known where the chunk forgets, and of the last chunk: Y behind it may be large and carry no decay.
-    weights = common.cumulated.reshape(batch, heads, chunks, common.chunk)[..., -1] / LOG2_E
+    weights = common.cumulated.reshape(batch, heads, chunks, TILE)[..., -1] / LOG2_E
     last = nothing
     if ends is not None:
         last = _inner(kept[:, :, -1:], ends.reshape(-1, *ends.shape[-3:])[:, :, None]) * jnp.exp(weights[..., -1:])

@@ -3,36 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import mosaic_gpu_blackwell, mosaic_gpu_sweep
+from pallas_kernels.linear_attention import mosaic_gpu_sweep
 from pallas_kernels.linear_attention.mosaic_gpu_decay import FLOOR, LOG2_E
 from pallas_kernels.linear_attention.mosaic_gpu_plan import Plan, with_blocks
 from pallas_kernels.linear_attention.mosaic_gpu_sweep import ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
 
-
-class Generation(NamedTuple):
-    """GPUs that one kernel is for.
-
-    Attributes:
-      capabilities: compute capabilities times ten.
-      processors: multiprocessors of most of them.
-      chunk: tokens of a chunk.
-      sizes: D and E that the kernel takes.
-    """
-
-    capabilities: tuple[int, ...]
-    processors: int
-    chunk: int
-    sizes: tuple[int, ...]
-
-
-HOPPER = Generation((90,), 132, TILE, (64, 128, 192, 256))
-BLACKWELL = Generation((100, 103), 148, mosaic_gpu_blackwell.CHUNK, mosaic_gpu_blackwell.SIZES)
+PROCESSORS = 132  # multiprocessors of most GPUs of the generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +26,6 @@ class Config:
       decay_gradient: whether the backward pass computes the gradient of the decay.
       scale_gradient: likewise for the scale.
       splits: parts into which the sequence is cut.
-      stretches: of the sequence, in CTAs of their own, for dq; without splits.
-      generation: whose kernel runs.
       processors: multiprocessors of the GPU.
       interpret: parameters of Pallas' interpreter, None on a GPU.
     """
@@ -54,17 +34,15 @@ class Config:
     decay_gradient: bool = False
     scale_gradient: bool = False
     splits: int = 1
-    stretches: int = 1
-    generation: Generation = HOPPER
-    processors: int = HOPPER.processors
+    processors: int = PROCESSORS
     interpret: Any = None
 
 
-def hopper_launch(plans: Sequence[Plan], batch: int, heads: int, processors: int) -> list[Plan]:
-    """Plans of a launch on Hopper."""
+def filled(plans: Sequence[Plan], batch: int, heads: int, processors: int) -> list[Plan]:
+    """The plans of a launch, with blocks that fill the multiprocessors."""
     chosen = [with_blocks(plan) for plan in plans]
     # With fewer CTAs, one head each for more multiprocessors is better than two for some.
-    if heads % 2 == 0 and batch * heads * sum(plan.ctas for plan in chosen) > processors:
+    if heads % 2 == 0 and batch * heads * sum(plan.groups for plan in chosen) > processors:
         return [with_blocks(plan, pairs=True) for plan in plans]
     return chosen
 
@@ -90,12 +68,7 @@ class Common:
     @property
     def chunks(self) -> int:
         """Chunks of a split."""
-        return -(-self.length // self.config.splits // self.chunk)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk."""
-        return self.config.generation.chunk
+        return -(-self.length // self.config.splits // TILE)
 
     @property
     def kind(self) -> str | None:
@@ -104,12 +77,12 @@ class Common:
 
     @functools.cached_property
     def cumulated(self) -> jax.Array | None:
-        """Base-2 log decays from the start of each chunk, (B·S, H, chunks·chunk), of a decay per token."""
+        """Base-2 log decays from the start of each chunk, (B·S, H, chunks·64), of a decay per token."""
         if self.kind != "token":
             return None
         g = jnp.swapaxes(self.fold(jnp.maximum(self.decay, FLOOR)), 1, 2)
-        g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % self.chunk)))
-        total = jnp.cumsum(g.reshape(*g.shape[:2], -1, self.chunk), axis=-1)
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, -g.shape[2] % TILE)))
+        total = jnp.cumsum(g.reshape(*g.shape[:2], -1, TILE), axis=-1)
         return total.reshape(g.shape) * LOG2_E
 
     def fold(self, x: jax.Array) -> jax.Array:
@@ -124,7 +97,7 @@ class Common:
     def launch(
         self, arrays: dict[str, jax.Array], initial: dict[str, jax.Array | None], *plans: Plan
     ) -> dict[str, jax.Array]:
-        """The generation's sweep of folded arrays; with splits, states have an axis S after B.
+        """The sweep of folded arrays; with splits, states have an axis S after B.
 
         Args:
           arrays: token arrays by name.
@@ -154,11 +127,8 @@ class Common:
         splits = self.config.splits
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
-        if self.config.generation is BLACKWELL:
-            outputs = mosaic_gpu_blackwell.sweep(plans, self.length // splits, self.heads, given)
-        else:
-            chosen = hopper_launch(plans, batch, self.heads, self.config.processors)
-            outputs = mosaic_gpu_sweep.sweep(chosen, self.length // splits, self.heads, given)
+        chosen = filled(plans, batch, self.heads, self.config.processors)
+        outputs = mosaic_gpu_sweep.sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 if name.startswith(("final", "kept")):

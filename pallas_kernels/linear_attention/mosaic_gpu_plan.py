@@ -1,4 +1,4 @@
-"""What is static in a launch on Mosaic GPU, and the shared memory and registers that it takes on Hopper.
+"""What is static in a launch on Mosaic GPU, and the shared memory and registers that it takes.
 
 With P_ij the decay between tokens i and j, a sweep computes for tokens in order, or in reverse,
 
@@ -8,9 +8,6 @@ and the four outputs of the op are jobs of this form:
 
     y  = sweep(q, k, v)         dq = sweep(dy, v, k)
     dk = reverse(v, dy, q)      dv = reverse(k, q, dy)
-
-A fifth job has no output: it sums what the gradient of a decay per head takes from pairs of tokens with whole chunks
-between them (`Plan.tangent`).
 """
 
 import dataclasses
@@ -19,7 +16,8 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE, tile_bytes, tile_registers
 
-SMEM_BYTES = 227 * 1024  # of one CTA on compute capabilities 9.0 and 10
+SIZES = (64, 128, 192, 256)  # D and E that the kernel takes
+SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
 ALIGNMENT = 1024  # of each array in it, in bytes
 MARGIN = 64  # bytes for the barriers of the other sweeps of a launch
 OUT, WEIGHTED = 0, 1  # tiles of a warpgroup where its output and its weighted values stand
@@ -47,13 +45,7 @@ FORWARD = Job("q", "k", "v", "y", "dy")
 DQ = Job("dy", "v", "k", "dq", "q")
 DK = Job("v", "dy", "q", "dk", "k")
 DV = Job("k", "q", "dy", "dv", "v")
-TANGENT = Job("q", "k", "v", "tangent", "dy")
 
-
-STARTING = 2  # chunks in the time of which a CTA starts: it loads a state and its first tokens
-MOST_STRETCHES = 8
-LEAST_CHUNKS = 16  # of a stretch
-WORTH = 0.95  # of the time without stretches, at most what is worth them
 BOTH = 128  # head size up to which dk and dv share CTAs; of larger ones no two stages fit into shared memory
 
 
@@ -63,7 +55,7 @@ class Plan:
 
     Attributes:
       jobs: outputs to compute, of one inner and one outer size; each warpgroup works at one of them.
-      inner: rows of a state that a warpgroup holds: all, but with a tangent.
+      inner: rows of a state, all of which a warpgroup holds.
       outer: columns of a state.
       reverse: whether tokens are visited from the last to the first.
       decay: None, "head" for (H,), "token" for cumulated log decays.
@@ -73,11 +65,6 @@ class Plan:
       final: whether the states at its end are wanted.
       keep: chunks between two kept states, at least 2; 0 to keep none.
       sums: whether the first job also writes the sums that gradients of decays and scales need.
-      tangent: whether T, the state's derivative by the decays of whole chunks, is held beside it: T' = whole (T + n S),
-        with n tokens in the chunk. Then there is no output, "sums" are of T in place of S, and T is what is "final".
-      parts: cuts of the state's rows, which only a tangent allows: its sums add up over rows.
-      stretches: of the sequence, in CTAs of their own that start from given states; as many chunks each. More than one
-        only in order and without `final`.
       warpgroups: compute warpgroups of a CTA, the same number for each job and each head.
       heads: heads of a CTA.
       stages: chunks of tokens in shared memory.
@@ -95,9 +82,6 @@ class Plan:
     final: bool = False
     keep: int = 0
     sums: bool = False
-    tangent: bool = False
-    parts: int = 1
-    stretches: int = 1
     warpgroups: int = 1
     heads: int = 1
     stages: int = 2
@@ -110,7 +94,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Tiles of the state of one warpgroup, and as many of its tangent."""
+        """Tiles of the state of one warpgroup."""
         return self.inner // TILE
 
     @property
@@ -125,25 +109,20 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """CTAs of one head, or of `heads` heads, and one part."""
+        """CTAs of one head, or of `heads` heads."""
         return self.outer // TILE // self.tiles
-
-    @property
-    def ctas(self) -> int:
-        """CTAs of one head, or of `heads` heads, and one stretch."""
-        return self.parts * self.groups
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the token arrays that the sweep reads."""
         names: list[str] = []
         for job in self.jobs:
-            names += (job.row,) * (self.outputs or self.tangent) + (job.column, job.value)
+            names += (job.row,) * self.outputs + (job.column, job.value)
         names += (self.jobs[0].partner,) * self.sums
         return tuple(dict.fromkeys(names))
 
     def whole(self, name: str) -> bool:
-        """Whether a warpgroup reads all channels of the array, or of its part, not its own tile of them alone."""
+        """Whether a warpgroup reads all channels of the array, not its own tile of them alone."""
         return any(name in (job.row, job.column) for job in self.jobs)
 
     # ---- tiles of shared memory, in this order: tokens by stage, head of the CTA and array; then those of warpgroups
@@ -195,11 +174,7 @@ def smem_bytes(*plans: Plan) -> int:
 
 def registers(plan: Plan) -> int:
     """Estimate of the 32-bit registers of a compute thread: state, scores, weights and output, and 40 others."""
-    if plan.tangent:
-        live = 2 * plan.blocks + 2
-    else:
-        live = plan.blocks + (3 + plan.sums if plan.outputs else 1)
-    return tile_registers() * live + 40
+    return tile_registers() * (plan.blocks + (3 + plan.sums if plan.outputs else 1)) + 40
 
 
 def chunks_between_kept(key_size: int, value_size: int) -> int:
@@ -216,66 +191,29 @@ def borders(plan: Plan, chunks: int) -> int:
     return -(-chunks // plan.keep)
 
 
-def best_stretches(processors: int, others: int, own: int, chunks: int) -> int:
-    """Stretches of a sweep with which its launch ends soonest.
-
-    A multiprocessor has one CTA at a time, and all take the same time for a chunk. Without stretches the last CTAs may
-    leave most multiprocessors idle: 3 · 96 CTAs take three turns of 132, for 2.2 turns of work.
-
-    Args:
-      processors: multiprocessors.
-      others: CTAs of the launch that come first and visit all chunks.
-      own: CTAs of a stretch of the sweep.
-      chunks: of the sequence.
-    """
-    turns, busy = divmod(others, processors)
-
-    def end(stretches: int) -> float:
-        """In sweeps of a CTA over the whole sequence."""
-        beside = (processors - busy) * stretches if busy else 0
-        behind = -(-max(0, own * stretches - beside) // processors)
-        return turns + (busy > 0) + behind * (1 / stretches + STARTING / chunks * (stretches > 1))
-
-    counts = [s for s in range(2, MOST_STRETCHES + 1) if chunks % s == 0 and chunks // s >= LEAST_CHUNKS]
-    best = min(counts, key=end, default=1)
-    return best if end(best) < WORTH * end(1) else 1
-
-
 def backward(
     key_size: int,
     value_size: int,
     *,
-    decay: str | None = None,
+    decay: bool = False,
     scale: bool = False,
     start: bool = False,
-    end: bool = False,
-    together: bool = True,
-    stretches: int = 1,
 ) -> list[Plan]:
     """The sweeps of the backward pass, without blocks.
 
     Args:
       key_size: D.
       value_size: E.
-      decay: kind of the decay, "head" or "token", whose gradient is wanted; None for none.
+      decay: whether the gradient of a decay per token is wanted.
       scale: whether the gradient of the scale is wanted.
       start: whether the gradient of the initial state is wanted, "final dk".
-      end: whether the last state has a cotangent, which "final tangent" then meets.
-      together: whether dk and dv may be of one sweep.
-      stretches: of the sweep of dq, whose states the forward pass has met.
     """
-    keep = chunks_between_kept(key_size, value_size) if decay == "token" else 0
-    plans = [Plan((DQ,), value_size, key_size, sums=scale or decay is not None, keep=keep, stretches=stretches)]
-    rest = {"sums": decay is not None, "keep": keep, "final": start, "reverse": True}
-    if together and key_size == value_size <= BOTH:
-        plans += [Plan((DK, DV), key_size, value_size, **rest)]
-    else:
-        plans += [Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)]
-    if decay == "head":
-        inner = next(size for size in (2 * TILE, TILE) if key_size % size == 0)  # of more, registers do not hold two
-        parts = key_size // inner
-        plans += [Plan((TANGENT,), inner, value_size, outputs=False, sums=True, tangent=True, parts=parts, final=end)]
-    return plans
+    keep = chunks_between_kept(key_size, value_size) if decay else 0
+    dq = Plan((DQ,), value_size, key_size, sums=scale or decay, keep=keep)
+    rest = {"sums": decay, "keep": keep, "final": start, "reverse": True}
+    if key_size == value_size <= BOTH:
+        return [dq, Plan((DK, DV), key_size, value_size, **rest)]
+    return [dq, Plan((DK,), value_size, key_size, **rest), Plan((DV,), key_size, value_size, reverse=True)]
 
 
 def with_blocks(plan: Plan, pairs: bool = False) -> Plan:

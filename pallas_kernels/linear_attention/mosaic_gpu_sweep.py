@@ -6,8 +6,6 @@ of 64 tokens
 
     out = ((row columnᵀ) ∘ P) value + (weight to the chunk's border) row S          S' = whole · S + columnᵀ (w value)
 
-The gradient of a decay per head takes a fifth, which holds S and its tangent T instead of an output (`_tangent_chunk`).
-
 **Tiles.** Everything on chip is a tile of 64×64: tokens × channels, tokens × tokens, channels × channels. A warpgroup
 owns 64 columns of `out` and the (inner, 64) columns of S, float32 accumulators in registers from the first chunk to the
 last; S goes to shared memory once per chunk, as bf16, because it is the right operand of row·S. The second warpgroup of
@@ -19,8 +17,7 @@ ahead. The copy engine fills tokens beyond the arrays with zeros and does not st
 arrays of a multiple of 8 tokens, `ROWS`.
 
 **Launches.** A launch makes one sweep or several side by side, each in CTAs of its own. Those of one head are
-neighbours in the grid: what more than one of them reads in the same order comes from memory once. Those of stretches of
-a sequence, which take less time, stand behind all others.
+neighbours in the grid: what more than one of them reads in the same order comes from memory once.
 
 Sources: Lightning Attention-2 (arXiv:2401.04658) for the chunks; FlashAttention-3 (arXiv:2407.08608) for warpgroups
 that specialise. Names and layouts of Mosaic GPU follow JAX's documentation and jax.experimental.pallas.ops.gpu.
@@ -67,20 +64,17 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
       arrays: the token arrays that the jobs name, (B, N, H, ·) or (B, N, G, ·), bf16;
         "decay": (H,) log decays, or (B, H, T·64) base-2 log decays cumulated within each of the T chunks, float32;
         "scale": (1,) float32;
-        "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32; with stretches before the
-        first of each, (B, H·stretches, inner, outer), those of a head side by side.
+        "initial <out>": states before the first chunk visited, (B, H, inner, outer) float32.
 
     Returns:
       By name: each job's out (B, N, H, outer) in the dtype of the inputs;
-      "final <out>": (B, H, inner, outer) float32, of a tangent (B, H, parts·inner, outer);
+      "final <out>": (B, H, inner, outer) float32;
       "kept <out>" of a plan's first job: (B, H, X, inner, outer) bf16, the states at the borders in front of chunks 0,
       keep, 2·keep, ..., and at place X - 1 that in front of the last chunk. In reverse places 0 and X - 1 are not
       written;
       "sums <out>" of a plan's first job: (B, H, 2, outer/64, T·64) float32, for each token i shares, one per tile of
       channels, of Σ_j P_ij (row_i·column_j)(partner_i·value_j). Place 0 of axis 2 is about the tokens j before the
       chunk (behind it, in reverse), place 1 about the other tokens of the chunk. In reverse they hold the scale, too.
-      With a tangent: (B, H, parts, outer/64, T·64), shares of Σ_j P_ij n_ij (row_i·column_j)(partner_i·value_j), where
-      n_ij counts the tokens of the chunks between those of i and j.
     """
     common = plans[0]
     wgs, chunks = max(plan.warpgroups for plan in plans), -(-length // TILE)
@@ -103,12 +97,11 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             if plan.outputs:
                 out_types[job.out] = struct((batch, rows, heads, outer), dtype)
             if plan.final:
-                out_types[f"final {job.out}"] = struct((batch, heads, plan.parts * inner, outer), jnp.float32)
+                out_types[f"final {job.out}"] = struct((batch, heads, inner, outer), jnp.float32)
         if plan.keep:
             out_types[f"kept {first}"] = struct((batch, heads, borders(plan, chunks) + 1, inner, outer), STATE_DTYPE)
         if plan.sums:
-            places = plan.parts if plan.tangent else 2
-            out_types[f"sums {first}"] = struct((batch, heads, places, outer // TILE, chunks * TILE), jnp.float32)
+            out_types[f"sums {first}"] = struct((batch, heads, 2, outer // TILE, chunks * TILE), jnp.float32)
 
     scratch = {"tiles": shared(max(plan.smem_tiles for plan in plans), dtype=dtype)}
     rows_for = vectors(plans)
@@ -119,18 +112,10 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
         scratch[f"full {number}"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
         scratch[f"free {number}"] = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages)
 
-    # CTAs of one head, or of two where one of the plans takes two, are neighbours; those of stretches follow apart.
+    # CTAs of one head, or of two where one of the plans takes two, are neighbours: a row of the grid.
     together = max(plan.heads for plan in plans)
-    rows_of_grid = batch * heads // together
-    in_grid: dict[int, tuple[int, int, int]] = {}  # by plan: first CTA of its phase, CTAs of a row, its first
-    ctas = [together // plan.heads * plan.ctas * plan.stretches for plan in plans]
-    grid = 0
-    for in_stretches in (False, True):
-        phase = [number for number, plan in enumerate(plans) if (plan.stretches > 1) is in_stretches]
-        width = sum(ctas[number] for number in phase)
-        for at, number in enumerate(phase):
-            in_grid[number] = (grid, width, sum(ctas[other] for other in phase[:at]))
-        grid += rows_of_grid * width
+    ctas = [together // plan.heads * plan.groups for plan in plans]
+    width = sum(ctas)
 
     def body(*refs):
         gmem = dict(zip([*names, *out_types], refs, strict=False))
@@ -144,17 +129,14 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
 
         def of_each_plan(work: Callable[[Plan, "_Place", dict[str, Any]], None]) -> None:
             for number, plan in enumerate(plans):
-                phase, width, first = in_grid[number]
-                row, rest = lax.div(cta - phase, jnp.int32(width)), lax.rem(cta - phase, jnp.int32(width))
-                mine = (cta >= phase) & (row < rows_of_grid) & (rest >= first) & (rest < first + ctas[number])
+                first = sum(ctas[:number])
+                rest, row = _divided(cta, width)
 
-                @pl.when(mine)
+                @pl.when((rest >= first) & (rest < first + ctas[number]))
                 def _(number=number, plan=plan, row=row, cta_of_plan=rest - first):
                     of_head = lax.rem(warpgroup, jnp.int32(plan.tiles * plan.heads))  # by head, then by tile
                     own = lax.div(of_head, jnp.int32(plan.tiles))
                     group, rest = _divided(cta_of_plan, plan.groups)
-                    part, rest = _divided(rest, plan.parts)
-                    stretch, rest = _divided(rest, plan.stretches)
                     unit = lax.rem(row, jnp.int32(heads // together))
                     first_head = unit * together + rest * plan.heads
                     place = _Place(
@@ -162,8 +144,6 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
                         first_head=first_head,
                         head=first_head + own,
                         own=own,
-                        part=part,
-                        stretch=stretch,
                         group=group,
                         warpgroup=warpgroup,
                         tile=group * plan.tiles + lax.rem(of_head, jnp.int32(plan.tiles)),
@@ -192,7 +172,7 @@ def sweep(plans: Sequence[Plan], length: int, heads: int, arrays: dict[str, jax.
             of_each_plan(lambda plan, place, smem: _copy(plan, place, gmem, smem))
 
     inputs = [arrays[name] for name in names]
-    outputs = launch(body, inputs, out_types, scratch, grid, wgs + 1, common.interpret)
+    outputs = launch(body, inputs, out_types, scratch, batch * heads // together * width, wgs + 1, common.interpret)
     tokens = {job.out for plan in plans for job in plan.jobs}
     return {name: x[:, :length] if name in tokens else x for name, x in outputs.items()}
 
@@ -210,9 +190,7 @@ class _Place(NamedTuple):
       first_head: of its CTA.
       head: its own.
       own: number of its head in the CTA.
-      part: of the state's rows.
-      stretch: of the sequence.
-      group: number of its CTA among those of the same heads, part and stretch.
+      group: number of its CTA among those of the same heads.
       warpgroup: its number in the CTA.
       tile: its columns of the output.
       heads: H.
@@ -224,8 +202,6 @@ class _Place(NamedTuple):
     first_head: jax.Array
     head: jax.Array
     own: jax.Array
-    part: jax.Array
-    stretch: jax.Array
     group: jax.Array
     warpgroup: jax.Array
     tile: jax.Array
@@ -235,13 +211,7 @@ class _Place(NamedTuple):
 
     def chunk(self, plan: Plan, step: jax.Array | int) -> jax.Array | int:
         """The chunk visited at `step`."""
-        if plan.stretches > 1:
-            return self.stretch * self.steps(plan) + step
         return self.chunks - 1 - step if plan.reverse else step
-
-    def steps(self, plan: Plan) -> int:
-        """Chunks that the warpgroup visits."""
-        return self.chunks // plan.stretches
 
     def tiles_of_warpgroup(self, plan: Plan, smem: dict[str, Any], zero: jax.Array | int):
         """Tiles that this warpgroup computes, in shared memory."""
@@ -270,7 +240,7 @@ def _tokens(plan: Plan, smem: dict[str, Any], name: str, slot: jax.Array, own: j
 def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any]) -> None:
     """Issues the copies of every chunk, as soon as its place in shared memory is free."""
 
-    @pl.loop(0, place.steps(plan))
+    @pl.loop(0, place.chunks)
     def _(step):
         slot = lax.rem(step, jnp.int32(plan.stages))
         tokens = pl.ds(place.chunk(plan, step) * TILE, TILE)
@@ -283,8 +253,7 @@ def _copy(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, Any])
             for name in plan.arrays:
                 head = lax.div(place.first_head + own, jnp.int32(place.heads // gmem[name].shape[2]))
                 for block in range(plan.loaded(name)):
-                    first = place.part * plan.blocks if plan.whole(name) else place.group * plan.tiles
-                    channel = first + block
+                    channel = (0 if plan.whole(name) else place.group * plan.tiles) + block
                     source = gmem[name].at[place.batch, tokens, head, pl.ds(channel * TILE, TILE)]
                     target = _tokens(plan, smem, name, slot, own).at[block]
                     plgpu.copy_gmem_to_smem(source, target, smem["full"].at[slot])
@@ -300,17 +269,14 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
     """Walks over the chunks with the state of the job in registers: `plan.blocks` tiles of (64, 64)."""
 
     def state_at(name: str, block: int):
-        rows, channels = (pl.ds(tile * TILE, TILE) for tile in (place.part * plan.blocks + block, place.tile))
-        row = place.head * plan.stretches + place.stretch
-        return gmem[f"{name} {job.out}"].at[place.batch, row, rows, channels]
+        rows, channels = (pl.ds(tile * TILE, TILE) for tile in (block, place.tile))
+        return gmem[f"{name} {job.out}"].at[place.batch, place.head, rows, channels]
 
     states = [zeros(plan.interpreted)] * plan.blocks
     if plan.initial:
         # The sum, because inside shard_map a loaded value alone has mesh axes in its type, which the loop would lose.
         given = [load(plan.interpreted, state_at("initial", block), optimized=False) for block in range(plan.blocks)]
         states = [zero + x for zero, x in zip(states, given, strict=True)]
-    if plan.tangent:
-        states += [zeros(plan.interpreted)] * plan.blocks
     scale = gmem["scale"][0] if plan.scaled else None
     if plan.short_of_registers:
         smem["zero"][0, place.warpgroup] = jnp.float32(0)
@@ -322,20 +288,17 @@ def _compute(plan: Plan, place: _Place, gmem: dict[str, Any], smem: dict[str, An
         # anew. Without it some hundred registers would hold it all through the loop.
         zero = smem["zero"][0, place.warpgroup].astype(jnp.int32) if plan.short_of_registers else 0
         weights = _weights(plan, place, gmem, smem, slot, place.chunk(plan, step), zero)
-        if plan.tangent:
-            after = _tangent_chunk(plan, place, gmem, smem, job, slot, step, weights, states)
-        else:
-            after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
+        after = _chunk(plan, place, gmem, smem, job, slot, step, weights, scale, states, zero)
 
-        @pl.when(step + plan.stages < place.steps(plan))
+        @pl.when(step + plan.stages < place.chunks)
         def _():
             plgpu.barrier_arrive(smem["free"].at[slot])
 
         return tuple(after)
 
-    states = lax.fori_loop(0, place.steps(plan), chunk, tuple(states))
+    states = lax.fori_loop(0, place.chunks, chunk, tuple(states))
     if plan.final:
-        for block, state in enumerate(states[-plan.blocks :]):
+        for block, state in enumerate(states):
             target = state_at("final", block)
             target[...] = state
     plgpu.wait_smem_to_gmem(0)
@@ -416,37 +379,13 @@ def _chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights:
     weight = weights.value
     if scale is not None and plan.reverse:
         weight = scale if weight is None else weight * scale
-    return _add_tokens(plan, own, column, value, weight, weights.whole, states)
-
-
-def _tangent_chunk(plan: Plan, place: _Place, gmem, smem, job: Job, slot, step, weights: Weights, states):
-    """One chunk: writes the sums of row T partner, and returns the tiles of S and T after it."""
-    states, tangents = states[: plan.blocks], states[plan.blocks :]
-    own = place.tiles_of_warpgroup(plan, smem, 0)
-    row, column = (place.rows(plan, smem, name, slot) for name in (job.row, job.column))
-    value, partner = (place.columns(plan, smem, name, slot) for name in (job.value, job.partner))
-    operand = [own.at[block] for block in range(plan.blocks)]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last sums are stored, and all have read the last values
-    for target, tangent in zip(operand, tangents, strict=True):
-        target[...] = tangent.astype(STATE_DTYPE)
-    plgpu.commit_smem()
-    (inter,) = products(plan.interpreted, (None, list(zip(row, operand, strict=True))))
-    inter = inter * by_row(weights.border) * load(plan.interpreted, partner).astype(jnp.float32)
-    _write_sums(plan, place, gmem, smem, job, place.part, step, jnp.sum(inter, axis=1))
-    tokens = jnp.minimum(place.length - place.chunk(plan, step) * TILE, TILE).astype(jnp.float32)
-    tangents = [(tangent + state * tokens) * weights.whole for tangent, state in zip(tangents, states, strict=True)]
-    return [*_add_tokens(plan, own, column, value, weights.value, weights.whole, states), *tangents]
-
-
-def _add_tokens(plan: Plan, own, column, value, weight, whole, states) -> list[jax.Array]:
-    """Tiles of whole S + columnᵀ (weight value); None for weights of 1."""
     if weight is not None:
         weighted = load(plan.interpreted, value).astype(jnp.float32) * (by_row(weight) if jnp.ndim(weight) else weight)
         value = own.at[WEIGHTED]
         value[...] = weighted.astype(value.dtype)
         plgpu.commit_smem()
-    if whole is not None:
-        states = [state * whole for state in states]
+    if weights.whole is not None:
+        states = [state * weights.whole for state in states]
     terms = ((state, [(Transposed(x), value)]) for state, x in zip(states, column, strict=True))
     return products(plan.interpreted, *terms)
 

@@ -46,8 +46,15 @@ def interpreter():
 
 
 def evaluate(arguments: dict, options: dict, run) -> Results:
-    """Outputs, the state among them, and gradients."""
-    return results_of(lambda given: run(api.normal_form(**given, **options, return_state=True)), arguments)
+    """Outputs, the state among them, and gradients, but that of a decay per head."""
+    fixed = {"log_decay": arguments.get("log_decay")} if without_gradient(arguments, options) else {}
+    given = {name: x for name, x in arguments.items() if name not in fixed}
+    return results_of(lambda given: run(api.normal_form(**given, **fixed, **options, return_state=True)), given)
+
+
+def without_gradient(arguments: dict, options: dict) -> bool:
+    """Whether the decay is one per head: segments make it one per token."""
+    return "segment_ids" not in options and getattr(arguments.get("log_decay"), "ndim", 0) == 1
 
 
 def errors(arguments: dict, options: dict, run) -> Results:
@@ -65,14 +72,13 @@ def check(case: Case, run, scale: float | None = None) -> None:
         arguments["scale"] = jnp.float32(scale)
     found = errors(arguments, options, run)
     assert max(found.outputs) <= BOUND, found.outputs
-    assert set(found.gradients) == set(arguments)
+    assert set(found.gradients) == set(arguments) - ({"log_decay"} if without_gradient(arguments, options) else set())
     assert max(found.gradients.values()) <= 2 * BOUND, found.gradients
 
 
 # ---- numbers
 
 # A case, its scale, and how it is cut; with one multiprocessor two heads share a CTA.
-# One head's gradient of a constant decay is a single number that may all but cancel: the first such case has two.
 CASES = {
     "none, two batches": (Case("none", 2, 70, heads=1, key_size=64), None, {}),
     "head, D=E=128": (Case("head", 1, 70, heads=2, key_size=128, decay="head"), 0.7, {}),
@@ -93,12 +99,6 @@ CASES = {
     "token, pairs": (Case("pairs", 1, 130, 2, 64, kv_heads=1, decay="token"), None, {"processors": 1}),
     "head, pairs": (Case("pairs", 1, 70, 2, 192, 64, decay="head"), None, {"processors": 1}),
     "head, splits": (Case("head_in_splits", 1, 128, 1, 64, decay="head", strength=0.05), None, {"splits": 2}),
-    "head, stretches": (Case("stretches", 1, 250, 1, 64, 128, decay="head", strength=0.05), None, {"stretches": 2}),
-    "token, stretches": (
-        Case("stretches", 1, 384, 2, 64, kv_heads=1, decay="token", initial_state=True),
-        None,
-        {"stretches": 3, "processors": 1},
-    ),
 }
 
 
@@ -122,18 +122,14 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, interpreter):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("case", "stretches"),
-    [
-        (Case("tiles", 1, 256, 1, 64, 128, decay="token"), 1),
-        (Case("heads", 1, 512, 2, 64, decay="token"), 2),
-        (Case("tangent", 1, 192, 1, 128, 64, decay="head"), 1),
-    ],
-    ids=lambda x: getattr(x, "name", ""),
+    "case",
+    [Case("tiles", 1, 256, 1, 64, 128, decay="token"), Case("heads", 1, 256, 2, 64, decay="token")],
+    ids=lambda case: case.name,
 )
-def test_barriers_order_all_accesses(case, stretches, interpreter):
-    """Of two tiles of a head and, in the second case, of two heads; of dk and dv; and of a state with its tangent."""
+def test_barriers_order_all_accesses(case, interpreter):
+    """Of two tiles of a head and, in the second case, of two heads, and of dk and dv."""
     arguments, options = case.arguments(jnp.bfloat16)
-    how = {"interpret": interpreter(256, detect_races=True), "splits": 1, "stretches": stretches, "processors": 1}
+    how = {"interpret": interpreter(256, detect_races=True), "splits": 1, "processors": 1}
 
     def loss(arguments):
         args = api.normal_form(**arguments, **options)
@@ -147,7 +143,7 @@ def test_barriers_order_all_accesses(case, stretches, interpreter):
 @interpreted
 def test_gradient_with_a_mask_of_what_is_differentiated(interpreter):
     """Without a differentiated decay the backward pass writes no sums, and its other gradients stay the same."""
-    arguments, options = Case("fixed", 1, 64, 1, 64, decay="head").arguments(jnp.bfloat16)
+    arguments, options = Case("fixed", 1, 64, 1, 64, decay="token").arguments(jnp.bfloat16)
 
     def gradients(names):
         def loss(some):
@@ -209,13 +205,15 @@ def lowered(
     device_kind: str = H200,
     **more,
 ):
-    """Text of the program for CUDA, of the call or of its gradient in all of its floating arguments."""
+    """Text of the program for CUDA, of the call or of its gradient in all that has one."""
     shape = {None: None, "head": (heads,), "token": (2, length, heads)}[decay]
     arrays = {name: jax.ShapeDtypeStruct((2, length, heads, sizes[name == "v"]), jnp.bfloat16) for name in "qkv"}
     if shape is not None:
         arrays["log_decay"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def call(arrays):
+        if decay == "head":
+            arrays = arrays | {"log_decay": jax.lax.stop_gradient(arrays["log_decay"])}
         return linear_attention(**arrays, implementation="mosaic_gpu", **more)
 
     def loss(arrays):
@@ -258,27 +256,27 @@ def test_vmapped_axis_joins_the_batch():
     assert "-> tensor<6x80x4x64xbf16>" in text
 
 
-@pytest.mark.parametrize(
-    ("decay", "length", "heads"), [(None, 80, 4), ("head", 80, 4), ("token", 80, 4), ("token", 4096, 96)]
-)
-def test_gradient_lowers_inside_shard_map(decay, length, heads):
-    """With types that say over which axes a value varies; the last case has stretches, and so a forward pass."""
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+def test_gradient_lowers_inside_shard_map(decay):
+    """With types that say over which axes a value varies."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    arrays = {name: jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for name in "qkv"}
-    arrays["initial_state"] = jax.ShapeDtypeStruct((2, heads, 64, 64), jnp.float32)
+    arrays = {name: jax.ShapeDtypeStruct((2, 80, 4, 64), jnp.bfloat16) for name in "qkv"}
+    arrays["initial_state"] = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.float32)
     specs = dict.fromkeys(arrays, P("x"))
     if decay is not None:
-        arrays["log_decay"] = jax.ShapeDtypeStruct((heads,) if decay == "head" else (2, length, heads), jnp.float32)
+        arrays["log_decay"] = jax.ShapeDtypeStruct((4,) if decay == "head" else (2, 80, 4), jnp.float32)
         specs["log_decay"] = P() if decay == "head" else P("x")
 
     def loss(arrays):
+        if decay == "head":
+            arrays = arrays | {"log_decay": jax.lax.stop_gradient(arrays["log_decay"])}
         y, state = linear_attention(**arrays, implementation="mosaic_gpu", return_state=True)
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
     with dispatch.target("gpu", device_kind=H200):
         gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs,), out_specs=specs)
         text = jax.jit(gradient).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert launches(text) == (2 if length == 4096 else 1)
+    assert launches(text) == 1
 
 
 def test_splits_add_one_sweep():
@@ -286,37 +284,7 @@ def test_splits_add_one_sweep():
     assert launches(text) == 2
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
-def test_stretches_start_from_states_of_the_forward_pass(decay):
-    text = lowered((128, 128), decay, gradient=True, length=4096, heads=48)  # 96 in all
-    assert launches(text) == 2
-    assert "tensor<2x48x5x128x128xbf16>" in text  # before each of four stretches, and before the last chunk
-    assert launches(lowered((128, 128), decay, gradient=False, length=4096, heads=48)) == 1
-    assert launches(lowered((128, 128), decay, gradient=True, length=512, heads=48)) == 1  # too short
-
-
 # ---- sizes and choices
-
-
-@pytest.mark.parametrize(
-    ("others", "own", "chunks", "stretches"),
-    [
-        (192, 96, 128, 4),  # 2.25 turns in place of 3
-        (96, 48, 128, 8),  # dq, of two heads in a CTA, beside dk and dv
-        (264, 132, 128, 1),  # turns are full
-        (20, 10, 128, 1),  # all run at once
-        (192, 96, 16, 1),  # too short
-        (192, 96, 127, 1),  # of no equal stretches
-    ],
-)
-def test_best_stretches(others, own, chunks, stretches):
-    assert plans.best_stretches(132, others, own, chunks) == stretches
-
-
-def test_stretch_count_of_a_call():
-    assert implementation.stretch_count(implementation.HOPPER, 132, 1, 8192, 96, 128, 128) == 4
-    assert implementation.stretch_count(implementation.HOPPER, 132, 1, 8192, 96, 64, 64) == 8
-    assert implementation.stretch_count(implementation.BLACKWELL, 148, 1, 8192, 96, 128, 128) == 1
 
 
 def chosen(sweeps: list[plans.Plan], pairs: bool = False, **of_all) -> list[plans.Plan]:
@@ -324,25 +292,24 @@ def chosen(sweeps: list[plans.Plan], pairs: bool = False, **of_all) -> list[plan
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("key_size", implementation.HOPPER.sizes)
-@pytest.mark.parametrize("value_size", implementation.HOPPER.sizes)
+@pytest.mark.parametrize("key_size", plans.SIZES)
+@pytest.mark.parametrize("value_size", plans.SIZES)
 def test_every_launch_fits_in_shared_memory(key_size, value_size, pairs):
     forward = plans.Plan((plans.FORWARD,), key_size, value_size)
     light = plans.Plan((plans.DV,), key_size, value_size, reverse=True, outputs=False, final=True)
-    for differentiated in (None, "head", "token"):
-        backward = plans.backward(key_size, value_size, decay=differentiated, scale=True, start=True, end=True)
+    for differentiated in (False, True):
+        backward = plans.backward(key_size, value_size, decay=differentiated, scale=True, start=True)
         for sweeps in ([forward], [light], backward):
-            for decay in (None, "head", "token") if differentiated is None else (differentiated,):
+            for decay in ("token",) if differentiated else (None, "head", "token"):
                 launch = chosen(sweeps, pairs, decay=decay, scaled=True)
                 assert plans.smem_bytes(*launch) <= plans.SMEM_BYTES
                 for plan in launch:
                     assert plan.groups * plan.tiles * plans.TILE == plan.outer
-                    assert plan.tangent or plan.parts == 1
-                    assert plan.inner * plan.parts in (key_size, value_size)
+                    assert plan.inner in (key_size, value_size)
                     assert plan.warpgroups == plan.tiles * plan.heads * len(plan.jobs)
 
 
-@pytest.mark.parametrize("size", implementation.HOPPER.sizes)
+@pytest.mark.parametrize("size", plans.SIZES)
 def test_two_sweeps_of_the_arrays_give_all_gradients(size):
     """dk and dv are of one sweep, or of two side by side in the same direction."""
     sweeps = plans.backward(size, size)
@@ -351,9 +318,8 @@ def test_two_sweeps_of_the_arrays_give_all_gradients(size):
     assert len(sweeps) == (2 if size <= 128 else 3)
 
 
-@pytest.mark.parametrize(("decay", "most"), [("head", 0.05), ("token", 0.2)])
-@pytest.mark.parametrize("size", implementation.HOPPER.sizes)
-def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, decay, most, monkeypatch):
+@pytest.mark.parametrize("size", plans.SIZES)
+def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, monkeypatch):
     """Beside dq, dk and dv, over q, k, v, y, dy and these three."""
     shape, written, sweep = (1, 8192, 96, size), {}, mosaic_gpu_sweep.sweep
 
@@ -367,11 +333,11 @@ def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, decay, most
 
     monkeypatch.setattr(mosaic_gpu_sweep, "sweep", recorded)
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    g = jax.ShapeDtypeStruct(shape[2:3] if decay == "head" else shape[:3], jnp.float32)
+    g = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     with dispatch.target("gpu", device_kind=H200):
         jax.eval_shape(jax.grad(loss, argnums=(0, 1)), q, g)
     (backward,) = (number for names, number in written.items() if "dq" in names)
-    assert 3 * 2 * q.size < backward <= (3 + 8 * most) * 2 * q.size
+    assert 3 * 2 * q.size < backward <= (3 + 8 * 0.2) * 2 * q.size
 
 
 @pytest.mark.parametrize("decay", ["head", "token"])
@@ -382,20 +348,12 @@ def test_two_warpgroups_compute(size, decay):
     assert all(plan.stages >= 2 for plan in launch)
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("size", [64, 128])
 def test_registers_of_both_gradients_of_the_keys(size, decay):
-    dq, both, *_ = chosen(plans.backward(size, size, decay=decay), decay="token")
+    dq, both = chosen(plans.backward(size, size, decay=decay), decay="token")
     assert (both.warpgroups, both.tiles) == (2, 1)
     assert max(plans.registers(dq), plans.registers(both)) <= 240
-
-
-@pytest.mark.parametrize("key_size", implementation.HOPPER.sizes)
-@pytest.mark.parametrize("value_size", implementation.HOPPER.sizes)
-def test_registers_hold_a_state_and_its_tangent(key_size, value_size):
-    tangent = chosen(plans.backward(key_size, value_size, decay="head"), decay="head")[-1]
-    assert tangent.tangent and tangent.inner * tangent.parts == key_size
-    assert plans.registers(tangent) <= 240
 
 
 @pytest.mark.parametrize(
@@ -407,7 +365,7 @@ def test_other_gradients_of_the_keys_do_not(sizes, message):
         plans.with_blocks(plans.Plan((plans.DK, plans.DV), *sizes, reverse=True))
 
 
-@pytest.mark.parametrize("inner", implementation.HOPPER.sizes)
+@pytest.mark.parametrize("inner", plans.SIZES)
 def test_two_heads_of_a_tile_each_share_a_cta(inner):
     plan = plans.with_blocks(plans.Plan((plans.FORWARD,), inner, 64, decay="token"), pairs=True)
     assert plan.heads == (2 if inner <= 128 else 1)  # the tiles of more channels fill shared memory
@@ -440,8 +398,6 @@ def test_cuts_are_whole_chunks():
     q = jnp.zeros((1, 192, 1, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="splits must cut N into whole chunks of 64 tokens, got splits=2 and N=192"):
         implementation.run(api.normal_form(q, q, q), splits=2)
-    with pytest.raises(ValueError, match=r"stretches must cut N into .* got stretches=2, splits=1 and N=192"):
-        implementation.run(api.normal_form(q, q, q), splits=1, stretches=2)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +414,7 @@ def test_cuts_are_whole_chunks():
     ],
 )
 def test_split_count(call, splits):
-    assert implementation.split_count(implementation.HOPPER, 132, *call) == splits
+    assert implementation.split_count(132, *call) == splits
 
 
 def arguments(dtype=jnp.bfloat16, d=64, e=64, decay=None, **options):
@@ -469,7 +425,8 @@ def arguments(dtype=jnp.bfloat16, d=64, e=64, decay=None, **options):
 @pytest.mark.parametrize(
     ("args", "kind", "reason"),
     [
-        (lambda: arguments(), "NVIDIA A100-SXM4-80GB", r"compute capability 9.0 or 10 \(.*\).* got NVIDIA A100"),
+        (lambda: arguments(), "NVIDIA A100-SXM4-80GB", r"compute capability 9.0 \(.*\).* got NVIDIA A100"),
+        (lambda: arguments(), "NVIDIA B200", "got NVIDIA B200"),
         (lambda: arguments(), "NVIDIA GeForce RTX 5090", "got NVIDIA GeForce RTX 5090"),
         (lambda: arguments(), None, "got None"),
         (lambda: arguments(jnp.float32), H200, "takes bfloat16, got float32: of float32 .* TF32"),
@@ -488,6 +445,29 @@ def test_refusals(args, kind, reason):
         with pytest.raises(dispatch.UnsupportedError, match=reason):
             dispatch.choose(api.OP, args(), "mosaic_gpu")
     assert not answers["mosaic_gpu"].ok
+
+
+def differentiated(wrap=lambda f: f, **how):
+    """The gradient of a decay per head, through `wrap`, traced for a GPU."""
+    q, g = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.float32)
+
+    def loss(g, q):
+        return jnp.sum(linear_attention(q, q, q, log_decay=g, **how).astype(jnp.float32))
+
+    with dispatch.target("gpu", device_kind=H200):
+        return jax.jit(jax.grad(wrap(loss))).trace(g, q)
+
+
+def test_a_differentiated_decay_per_head_goes_to_another_implementation():
+    with pytest.raises(dispatch.UnsupportedError, match=r"refuses: it has no gradient of log_decay of shape \(H,\)"):
+        differentiated(implementation="mosaic_gpu")
+    assert "mosaic_gpu" not in str(differentiated().jaxpr)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_a_decay_per_head_that_is_differentiated_later_raises(wrap):
+    with pytest.raises(dispatch.UnsupportedError, match="name another one"):
+        differentiated(wrap, implementation="mosaic_gpu")
 
 
 def test_hopper_chooses_it():
