@@ -155,3 +155,33 @@ def _slice(plan: Plan, tree, t):
 
 def _write(plan: Plan, tree, chunk, t):
     return jax.tree.map(lambda x, c: jax.lax.dynamic_update_slice_in_dim(x, c, t * plan.size, 1), tree, chunk)
+
+
+# ---- for the functions of chunks
+
+
+def product_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """One pass of the matrix unit holds half-precision inputs exactly; wider ones need all passes."""
+    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def tokens_per_chunk(length: int, asked: int | None, default: int) -> int:
+    """Tokens per chunk: the asked number, or at most `default` with chunks of about equal length."""
+    if asked is not None:
+        return min(asked, length)
+    count = math.ceil(length / default)
+    return length if count == 1 else min(default, 16 * math.ceil(length / (16 * count)))
+
+
+def grouped(x: jax.Array, groups: int, axis: int = 2) -> jax.Array:
+    """Splits heads H at `axis` into (G, H / G); an axis of 1 becomes (1, 1)."""
+    if x.shape[axis] == groups or x.shape[axis] == 1:
+        return jnp.expand_dims(x, axis + 1)
+    return x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+
+
+def merged(x: jax.Array, axis: int) -> jax.Array:
+    """Inverse of `grouped`: joins `axis` and the next one."""
+    if x.shape[axis + 1] == 1:
+        return jnp.squeeze(x, axis + 1)
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])

@@ -70,8 +70,8 @@ def tpu_bytes(problems: Sequence[Problem]) -> Any | None:
     from rich.table import Table
 
     from pallas_kernels import dispatch
-    from pallas_kernels.linear_attention import tpu
-    from pallas_kernels.linear_attention.arguments import Arguments
+    from pallas_kernels.linear_attention.tpu import op as tpu
+    from pallas_kernels.recurrence import Arguments
 
     grid = Table(box=box.SIMPLE_HEAD, title=TPU_TITLE, title_justify="left", pad_edge=False)
     columns = ("", "chip", "forward", "of least", "backward", "of least", "on chip", "of memory")

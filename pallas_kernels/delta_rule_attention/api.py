@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, recurrence
 from pallas_kernels.delta_rule_attention.arguments import Arguments, per_head
 from pallas_kernels.delta_rule_attention.reference import token
-from pallas_kernels.linear_attention import api as linear
-from pallas_kernels.linear_attention.api import init_state
-from pallas_kernels.linear_attention.arguments import finish, normal_log_decay
+from pallas_kernels.recurrence import check_tensors, check_token, finish, init_state, normal_log_decay
 
 __all__ = ["OP", "delta_rule_attention", "delta_rule_attention_step", "explain", "init_state", "normal_form"]
 
@@ -33,7 +31,7 @@ OP = "delta_rule_attention"
 dispatch.register(
     OP,
     [
-        dispatch.Implementation("tpu", "pallas_kernels.delta_rule_attention.tpu", platforms=("tpu",)),
+        dispatch.Implementation("tpu", "pallas_kernels.delta_rule_attention.tpu.op", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.delta_rule_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.delta_rule_attention.reference"),
     ],
@@ -131,7 +129,7 @@ def delta_rule_attention_step(
       ValueError: for shapes that have no meaning; the message names the argument.
       TypeError: for dtypes that are not allowed.
     """
-    q_t, k_t, v_t = linear.check_token(q_t, k_t, v_t, state)
+    q_t, k_t, v_t = check_token(q_t, k_t, v_t, state)
     if jnp.ndim(beta_t) != 2:
         raise ValueError(f"beta_t must be (B, H), got shape {jnp.shape(beta_t)}")
     if log_decay is not None and jnp.ndim(log_decay) not in (1, 2):
@@ -193,7 +191,9 @@ def normal_form(
       ValueError: as `delta_rule_attention`.
       TypeError: as `delta_rule_attention`.
     """
-    args = linear.normal_form(
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    check_tensors(q, k, v)
+    args = recurrence.normal_form(
         q,
         k,
         v,

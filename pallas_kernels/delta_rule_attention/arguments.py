@@ -1,15 +1,15 @@
-"""The normal form of the arguments of delta rule attention: those of causal linear attention, and β."""
+"""The normal form of the arguments of delta rule attention: those of every recurrence, and β."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import arguments as linear
+from pallas_kernels import recurrence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(linear.Arguments):
+class Arguments(recurrence.Arguments):
     """Checked arguments in one form: causal, not normalised, `log_decay` None, (H,) or (B, N, H).
 
     Attributes:

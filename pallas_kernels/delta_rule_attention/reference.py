@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_rule_attention.arguments import Arguments, per_head
-from pallas_kernels.linear_attention.arguments import finish, run_starts
+from pallas_kernels.recurrence import finish, run_starts
 
 
 def supports(args: Arguments) -> str | None:

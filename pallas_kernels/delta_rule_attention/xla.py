@@ -21,20 +21,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunks import Plan, Tokens, sweep
+from pallas_kernels.chunk_decay import constant_decay, decay_of_chunk, decayed, scalar_decay
+from pallas_kernels.chunks import Plan, Tokens, grouped, merged, product_precision, sweep, tokens_per_chunk
 from pallas_kernels.delta_rule_attention.arguments import Arguments
-from pallas_kernels.linear_attention.arguments import decay_of_segments
-from pallas_kernels.linear_attention.xla import (
-    constant_decay,
-    decay_of_chunk,
-    decayed,
-    grouped,
-    merged,
-    product_precision,
-    scalar_decay,
-    tokens_per_chunk,
-)
 from pallas_kernels.partition import same_manual_axes
+from pallas_kernels.recurrence import decay_of_segments
 
 CHUNK = 64  # measured on CPU, see README.md
 BLOCK = 16  # tokens whose triangle is inverted row by row

@@ -6,7 +6,7 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear_attention.arguments import NormalizedState
+from pallas_kernels.recurrence import NormalizedState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.linear_attention import xla
-from pallas_kernels.linear_attention.arguments import (
+from pallas_kernels.recurrence import (
     Arguments,
     State,
     decay_floor,

@@ -7,15 +7,7 @@ Short and obviously right, not fast. `run` follows the recurrence when causal an
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.arguments import (
-    Arguments,
-    State,
-    finish,
-    pack_state,
-    run_starts,
-    unpack_state,
-    with_ones,
-)
+from pallas_kernels.recurrence import Arguments, State, finish, pack_state, run_starts, unpack_state, with_ones
 
 
 def supports(args: Arguments) -> str | None:

@@ -9,27 +9,24 @@ per channel as in gated linear attention, arXiv:2312.06635). For a chunk, with G
 `chunks.sweep` walks, and back from the last chunk to the first with dS at hand. It keeps the inputs and the state
 before every chunk, or before some of them where all would be large beside the inputs.
 
-No exponent is positive. A sum of decays between two tokens is not the rounded difference of two long sums: `Decay`
-cumulates a coarse part, exact in the accumulator, and a small rest, so that one strong decay early in a chunk leaves
-the later ones accurate. Decay per channel halves the chunk again and again, see `_channel_scores`.
+No exponent is positive, see `chunk_decay`. Decay per channel halves the chunk again and again, see `_channel_scores`.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import chunks, dispatch, partition
-from pallas_kernels.linear_attention.arguments import (
+from pallas_kernels.chunk_decay import Decay, constant_decay, decay_of_chunk, decayed, scalar_decay
+from pallas_kernels.chunks import grouped, merged, product_precision, tokens_per_chunk
+from pallas_kernels.linear_attention.arguments import in_order_of_ids
+from pallas_kernels.recurrence import (
     Arguments,
     State,
-    decay_floor,
     decay_of_segments,
     finish,
-    in_order_of_ids,
     pack_state,
     unpack_state,
     with_ones,
@@ -40,22 +37,6 @@ from pallas_kernels.linear_attention.arguments import (
 CPU_CHUNK = 32
 SCALAR_CHUNK = 128
 CHANNEL_CHUNK = 32
-
-
-class Decay(NamedTuple):
-    """Weights of the tokens of a chunk of c tokens; leading axes (B, G, H / G), each of which may be 1.
-
-    Attributes:
-      between: exp(G_i - G_j) for i ≥ j, else 0, (..., c, c).
-      since_start: exp(G_i), (..., c).
-      until_end: exp(G_end - G_j), (..., c).
-      whole: exp(G_end), (...,).
-    """
-
-    between: jax.Array
-    since_start: jax.Array
-    until_end: jax.Array
-    whole: jax.Array
 
 
 def supports(args: Arguments) -> str | None:
@@ -255,11 +236,6 @@ def _scalar_chunk_backward(precision: jax.lax.Precision, residuals, cotangents):
 _scalar_chunk.defvjp(_scalar_chunk_forward, _scalar_chunk_backward)
 
 
-def decayed(scores: jax.Array, decay: Decay | None) -> jax.Array:
-    """Scores (B, G, R, c, c) with the weight of each pair of tokens, 0 for i < j."""
-    return jnp.tril(scores) if decay is None else scores * decay.between
-
-
 def _row_sums(x: jax.Array) -> jax.Array:
     """Sums over the last axis, as a product, which on a CPU takes a third of the time."""
     return jnp.einsum("...d,d->...", x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
@@ -273,75 +249,6 @@ def _channel_chunk(precision: jax.lax.Precision, q, k, v, g: jax.Array, state: j
     y = product("bgrij,bgje->bgrie", scores, v) + inter
     keys, values = k[:, :, None] * until_end, jnp.broadcast_to(v[:, :, None], (*q.shape[:4], v.shape[-1]))
     return y, state * since_start[..., -1, :, None] + product("bgrjd,bgrje->bgrde", keys, values)
-
-
-def constant_decay(log_decay: jax.Array, size: int, groups: int) -> Decay:
-    """Weights of a decay (H,) that is the same for every token, computed once for all chunks; not differentiated."""
-    g = jax.lax.stop_gradient(log_decay).reshape(1, groups, -1, 1)
-    apart, since_start, until_end = _distances(size, g.dtype)
-    return Decay(
-        between=jnp.tril(jnp.exp(g[..., None] * apart)),
-        since_start=jnp.exp(g * since_start),
-        until_end=jnp.exp(g * until_end),
-        whole=jnp.exp(g[..., 0] * size),
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def decay_of_chunk(size: int, log_decay: jax.Array, weights: Decay) -> Decay:
-    """The weights, as a function of the log decays (B, G, R).
-
-    Through exp, a chunk would give the gradient of every weight, summed over the batch: (c, c) numbers per head to add
-    up, and to sum over devices that share out the batch. This way it gives one number per batch element and head.
-    """
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (log_decay.shape[0], *x.shape[1:])), weights)
-
-
-def _decay_of_chunk_backward(size: int, weights: Decay, dweights: Decay):
-    times = *_distances(size, weights.between.dtype), size
-    parts = [jnp.sum(d * (w * t), axis=range(3, d.ndim)) for d, w, t in zip(dweights, weights, times, strict=True)]
-    return sum(parts), jax.tree.map(jnp.zeros_like, weights)
-
-
-decay_of_chunk.defvjp(
-    lambda size, log_decay, weights: (decay_of_chunk(size, log_decay, weights), weights),
-    _decay_of_chunk_backward,
-)
-
-
-def _distances(size: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How often a token's decay acts in `Decay.between` (c, c), `since_start` (c,) and `until_end` (c,)."""
-    place = jnp.arange(size, dtype=dtype)
-    return jnp.maximum(place[:, None] - place[None, :], 0), place + 1, size - 1 - place
-
-
-def scalar_decay(g: jax.Array) -> Decay:
-    """Weights of log decays (..., c)."""
-    size, dtype = g.shape[-1], g.dtype
-    floor = decay_floor(dtype)
-    g = jnp.where(g < -floor, -floor, g)  # exp is 0 there already
-    # Multiples of `step` up to size·floor are exact in `dtype`, and so are all their sums; the rests stay below `step`.
-    step = 2.0 ** (math.ceil(math.log2(size * floor)) - jnp.finfo(dtype).nmant - 1)
-    coarse = jax.lax.stop_gradient(jnp.ceil(g / step) * step)
-    lower = jnp.tril(jnp.ones((size, size), dtype))
-    total, rest = (jnp.einsum("...j,ij->...i", x, lower, precision="highest") for x in (coarse, g - coarse))
-
-    def weight(later, earlier, mask=None):
-        exponent = (later[0] - earlier[0]) + (later[1] - earlier[1])
-        exponent = exponent - jax.lax.stop_gradient(jnp.maximum(exponent, 0))  # rounding may leave +1e-9
-        return jnp.exp(exponent if mask is None else jnp.where(mask, exponent, 0))
-
-    end = total[..., -1:], rest[..., -1:]
-    # A token's weight in itself is 1 whatever the decay: without a mask its gradient would be a difference of sums.
-    below, before_end = jnp.tril(jnp.ones((size, size), bool), -1), jnp.arange(size) < size - 1
-    rows, columns = (total[..., :, None], rest[..., :, None]), (total[..., None, :], rest[..., None, :])
-    since_start = weight((total, rest), (0.0, 0.0))
-    return Decay(
-        between=weight(rows, columns, below) * lower,
-        since_start=since_start,
-        until_end=weight(end, (total, rest), before_end),
-        whole=since_start[..., -1],
-    )
 
 
 def _channel_scores(product, q: jax.Array, k: jax.Array, g: jax.Array):
@@ -386,33 +293,3 @@ def _levels(size: int) -> tuple[np.ndarray, np.ndarray]:
         parts.append(same & right & (column // half % 2 == 0))
     to_border += [column <= row, column > row]
     return np.array(to_border, np.float32), np.array(parts, np.float32).reshape(-1, size, size)
-
-
-# ---- small things
-
-
-def product_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """One pass of the matrix unit holds half-precision inputs exactly; wider ones need all passes."""
-    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
-
-
-def tokens_per_chunk(length: int, asked: int | None, default: int) -> int:
-    """Tokens per chunk: the asked number, or at most `default` with chunks of about equal length."""
-    if asked is not None:
-        return min(asked, length)
-    count = math.ceil(length / default)
-    return length if count == 1 else min(default, 16 * math.ceil(length / (16 * count)))
-
-
-def grouped(x: jax.Array, groups: int, axis: int = 2) -> jax.Array:
-    """Splits heads H at `axis` into (G, H / G); an axis of 1 becomes (1, 1)."""
-    if x.shape[axis] == groups or x.shape[axis] == 1:
-        return jnp.expand_dims(x, axis + 1)
-    return x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-
-
-def merged(x: jax.Array, axis: int) -> jax.Array:
-    """Inverse of `grouped`: joins `axis` and the next one."""
-    if x.shape[axis + 1] == 1:
-        return jnp.squeeze(x, axis + 1)
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])

@@ -4,14 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_attention import xla
-from pallas_kernels.linear_attention.arguments import (
-    Arguments,
-    State,
-    finish,
-    pack_state,
-    unpack_state,
-    with_ones,
-)
+from pallas_kernels.recurrence import Arguments, State, finish, pack_state, unpack_state, with_ones
 
 
 def supports(args: Arguments) -> str | None:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import delta_rule_attention, linear_attention
-from pallas_kernels.linear_attention.tpu_plan import chip_of
+from pallas_kernels.tpu.chips import chip_of
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, device_kind, shape
 
 LENGTH, HEADS = 8192, 8

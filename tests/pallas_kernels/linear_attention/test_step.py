@@ -10,8 +10,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import NormalizedState, dispatch, linear_attention, linear_attention_step
-from pallas_kernels.linear_attention import api, tpu_step
+from pallas_kernels.linear_attention import api
 from pallas_kernels.linear_attention.cases import Case
+from pallas_kernels.linear_attention.tpu import step as tpu_step
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, kernels_of, needs_tpu_compiler, shape
 
 FORMS = {

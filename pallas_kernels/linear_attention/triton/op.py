@@ -1,6 +1,6 @@
 """Linear attention as Triton kernels, called through jax-triton: forward, and a backward pass written by hand.
 
-The kernels are in `triton_kernels.py`, their blocks in `triton_plan.py`, their calls in `triton_calls.py`; README.md
+The kernels are in `kernels.py`, their blocks in `plan.py`, their calls in `calls.py`; README.md
 derives the recurrence, the chunks and their weights.
 
 **Forward** (`sweep`). A program owns one head of one sequence and a tile of the value channels. It walks over chunks
@@ -43,16 +43,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition, symbolic_zeros
-from pallas_kernels.linear_attention.arguments import (
-    EPSILON,
-    Arguments,
-    NormalizedState,
-    State,
-    decay_of_segments,
-    in_order_of_ids,
-)
-from pallas_kernels.linear_attention.triton_calls import Common, before_splits, run_backward, run_read, run_sweep
-from pallas_kernels.linear_attention.triton_plan import (
+from pallas_kernels.linear_attention.arguments import in_order_of_ids
+from pallas_kernels.linear_attention.triton.calls import Common, before_splits, run_backward, run_read, run_sweep
+from pallas_kernels.linear_attention.triton.plan import (
     Config,
     backward_blocks,
     chunk_sizes,
@@ -60,6 +53,7 @@ from pallas_kernels.linear_attention.triton_plan import (
     lengths,
     sweep_blocks,
 )
+from pallas_kernels.recurrence import EPSILON, Arguments, NormalizedState, State, decay_of_segments
 
 SIZES = (16, 256)  # least and greatest D and E
 DTYPES = ("bfloat16", "float16", "float32")

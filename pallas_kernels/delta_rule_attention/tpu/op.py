@@ -1,6 +1,6 @@
 """Pallas for TPU: one sweep over the tokens forward and one backward, the state held on chip.
 
-The derivation stands in `tpu_kernels`, the sizes in `tpu_plan`. Here: what is refused, the normal form of the operands,
+The derivation stands in `kernels`, the sizes in `plan`. Here: what is refused, the normal form of the operands,
 and the derivative.
 """
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.delta_rule_attention.arguments import Arguments, per_head
-from pallas_kernels.delta_rule_attention.tpu_kernels import call
-from pallas_kernels.delta_rule_attention.tpu_plan import CHUNKS, LARGEST, Plan, plan_for
-from pallas_kernels.linear_attention.arguments import decay_of_segments
-from pallas_kernels.linear_attention.tpu_plan import MIB, Config, chip_of
+from pallas_kernels.delta_rule_attention.tpu.kernels import call
+from pallas_kernels.delta_rule_attention.tpu.plan import CHUNKS, LARGEST, Plan, plan_for
+from pallas_kernels.recurrence import decay_of_segments
+from pallas_kernels.tpu.chips import MIB, chip_of
+from pallas_kernels.tpu.plans import Config
 
 DTYPES = ("bfloat16", "float32")
 

@@ -1,4 +1,4 @@
-"""Triton kernels of linear attention; `triton.py` calls them, and its docstring tells the plan.
+"""Triton kernels of linear attention; `op.py` calls them, and its docstring tells the plan.
 
 Arrays are contiguous, (B, N, H, D) and (B, H, ..., D, E) for states. A program walks over chunks of `CHUNK` tokens. It
 never reads beyond the last token: what is masked reads as 0. Shapes stand behind the tiles: c tokens of a chunk.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 LEAST = -128.0  # exp of it is 0 in float32; `arguments.decay_floor`
-EPSILON = 1e-12  # `arguments.EPSILON`
+EPSILON = 1e-12  # `recurrence.EPSILON`
 
 _LEAST = tl.constexpr(LEAST)
 _EPSILON = tl.constexpr(EPSILON)

@@ -1,4 +1,4 @@
-"""Launches of `mosaic_gpu`, and the tiles of 64×64 in registers and shared memory of `mosaic_gpu_sweep`.
+"""Launches of `mosaic_gpu`, and the tiles of 64×64 in registers and shared memory of `sweep`.
 
 On a GPU tiles have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 and 0.11) knows no layouts, no
 wgmma with operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic.

@@ -1,6 +1,6 @@
 """Sweeps of chunked linear attention over the tokens, as a Pallas Mosaic GPU kernel for Hopper.
 
-Forward and backward pass of causal linear attention are four sweeps of one form, see `mosaic_gpu_plan`. A sweep reads
+Forward and backward pass of causal linear attention are four sweeps of one form, see `plan`. A sweep reads
 three arrays, row, column and value, and holds the state S = Σ_j P_j column_jᵀ value_j, (inner, outer); for each chunk
 of 64 tokens
 
@@ -33,9 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import partition
-from pallas_kernels.linear_attention.mosaic_gpu_decay import Weights, per_head, per_token
-from pallas_kernels.linear_attention.mosaic_gpu_plan import OUT, WEIGHTED, Job, Plan, borders, vectors
-from pallas_kernels.linear_attention.mosaic_gpu_tiles import (
+from pallas_kernels.linear_attention.mosaic_gpu.decay import Weights, per_head, per_token
+from pallas_kernels.linear_attention.mosaic_gpu.plan import OUT, WEIGHTED, Job, Plan, borders, vectors
+from pallas_kernels.linear_attention.mosaic_gpu.tiles import (
     BY_COLUMN,
     BY_ROW,
     TILE,

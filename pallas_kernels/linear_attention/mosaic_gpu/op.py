@@ -1,6 +1,6 @@
 """Linear attention as a Pallas Mosaic GPU kernel for Hopper (sm_90a): causal, forward and backward.
 
-One kernel does all of it, `mosaic_gpu_sweep.sweep`; README.md derives the chunks, its docstring the tiles.
+One kernel does all of it, `sweep.sweep`; README.md derives the chunks, its docstring the tiles.
 
 **Forward.** One sweep over the tokens, one launch with constant decay: y = sweep(q, k, v). A decay per token is first
 cumulated inside chunks by XLA, in a (B, H, N) array.
@@ -46,11 +46,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, gpus, partition, symbolic_zeros
-from pallas_kernels.linear_attention.arguments import Arguments, State, decay_of_segments
 from pallas_kernels.linear_attention.gpu_splits import pays
-from pallas_kernels.linear_attention.mosaic_gpu_calls import PROCESSORS, Common, Config
-from pallas_kernels.linear_attention.mosaic_gpu_decay import FLOOR, LOG2_E
-from pallas_kernels.linear_attention.mosaic_gpu_plan import (
+from pallas_kernels.linear_attention.mosaic_gpu.calls import PROCESSORS, Common, Config
+from pallas_kernels.linear_attention.mosaic_gpu.decay import FLOOR, LOG2_E
+from pallas_kernels.linear_attention.mosaic_gpu.plan import (
     DV,
     FORWARD,
     SIZES,
@@ -59,7 +58,8 @@ from pallas_kernels.linear_attention.mosaic_gpu_plan import (
     chunks_between_kept,
     with_blocks,
 )
-from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
+from pallas_kernels.linear_attention.mosaic_gpu.tiles import TILE
+from pallas_kernels.recurrence import Arguments, State, decay_of_segments
 
 # Dtypes that the tensor cores take and this implementation does not, with the reason.
 OTHER_DTYPES = {
@@ -68,8 +68,8 @@ OTHER_DTYPES = {
 }
 CAPABILITY = 90  # of the GPUs that it is for, times ten
 DECAY_PER_HEAD = (
-    "it has no gradient of log_decay of shape (H,): what it adds up is rounded to bfloat16, which shows in the sum over "
-    "all tokens"
+    "it has no gradient of log_decay of shape (H,): what it adds up is rounded to bfloat16, "
+    "which shows in the sum over all tokens"
 )
 FORGOTTEN = -8.0  # log decay of a chunk below which its two sides do not know each other
 MAX_SPLITS = 64
@@ -165,7 +165,8 @@ def _attend(config: Config, q, k, v, decay, scale, state):
 def _attend_forward(config: Config, *arrays):
     marks, arrays = symbolic_zeros.primals(arrays, decay=3, scale=4)
     if "decay" in marks and arrays[3].ndim == 1:
-        raise dispatch.UnsupportedError(f"linear_attention: implementation='mosaic_gpu' refuses: {DECAY_PER_HEAD}; name another one")
+        refusal = f"implementation='mosaic_gpu' refuses: {DECAY_PER_HEAD}"
+        raise dispatch.UnsupportedError(f"linear_attention: {refusal}; name another one")
     y, last, starts = _partitioned_forward(config, *arrays)
     return (y, last), (marks, *arrays, starts)
 

@@ -1,6 +1,6 @@
 """Triton kernels without a GPU: run by Triton's interpreter on NumPy memory, and compiled to PTX.
 
-Everything but `triton_calls._launch` runs here as on a GPU; `Interpreter.launch` takes its place. Around every array
+Everything but `calls._launch` runs here as on a GPU; `Interpreter.launch` takes its place. Around every array
 lies NaN, so that a read out of bounds shows, and outputs begin as NaN, so that what a kernel fails to write shows; what
 it writes out of bounds is looked for.
 """
@@ -27,8 +27,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import interpreter, jit  # noqa: E402
 
-from pallas_kernels.linear_attention import triton as implementation  # noqa: E402
-from pallas_kernels.linear_attention import triton_calls, triton_plan  # noqa: E402
+from pallas_kernels.linear_attention.triton import calls as triton_calls  # noqa: E402
+from pallas_kernels.linear_attention.triton import op as implementation  # noqa: E402
+from pallas_kernels.linear_attention.triton import plan as triton_plan  # noqa: E402
 
 GUARD = 64  # numbers before and behind every array
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -69,7 +70,7 @@ class Memory:
 
 
 class Interpreter:
-    """Runs kernels on the CPU in place of `triton_calls._launch`, and remembers which.
+    """Runs kernels on the CPU in place of `calls._launch`, and remembers which.
 
     Attributes:
       launched: name, grid and constants of each kernel.

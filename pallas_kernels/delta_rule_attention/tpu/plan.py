@@ -1,8 +1,7 @@
 """How the TPU kernels of delta rule attention cut their work: blocks, on-chip memory, bytes moved.
 
-Arrays are read as those of linear attention are, see `linear_attention.tpu_plan`: tokens in sublanes, heads side by
-side in lanes. Numbers per token and head (β, the log decay, and their gradients) stand in lanes of their own array,
-a chunk a row. All here is arithmetic on shapes; tests and benchmarks can ask for it.
+See `pallas_kernels.tpu.plans` for the layout of arrays, blocks and grid. Numbers per token and head (β, the log decay,
+and their gradients) stand in lanes of their own array, a chunk a row.
 """
 
 import dataclasses
@@ -10,8 +9,9 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import tpu_plan as linear
-from pallas_kernels.linear_attention.tpu_plan import LANES, Operand
+from pallas_kernels.tpu import plans
+from pallas_kernels.tpu.chips import LANES
+from pallas_kernels.tpu.plans import Config, Operand, up
 
 CHUNKS = (32, 64, 128)  # the largest has the shortest schedules; smaller ones serve short sequences
 BLOCK = 32  # tokens whose triangle is inverted row by row
@@ -28,11 +28,13 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(linear.Plan):
-    """One kernel's work; `config.decay` is None or "token", `pack` is 1.
+class Plan(plans.Plan):
+    """One kernel's work; `config.decay` is None or "token".
 
     `repeats` above 1: a block of heads reads one head of k and v.
     """
+
+    kinds = KINDS
 
     @property
     def unroll(self) -> int:
@@ -48,14 +50,6 @@ class Plan(linear.Plan):
     def gradient_lines(self) -> int:
         """Numbers per token and head that go out backward: gradients of β, of the log decay, and of the scale."""
         return self.lines + self.config.scaled
-
-    def inputs(self, kind: str) -> tuple[Operand, ...]:
-        """Arrays that a kernel reads, in order; `kind` is a key of `KINDS`."""
-        return tuple(operand for name in KINDS[kind][0] if (operand := self._operand(name, kind)))
-
-    def outputs(self, kind: str) -> tuple[Operand, ...]:
-        """Arrays that a kernel writes, in order."""
-        return tuple(operand for name in KINDS[kind][1] if (operand := self._operand(name, kind)))
 
     def scratch(self, kind: str) -> tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]:
         """Names, shapes and dtypes of what a kernel keeps on chip between grid points."""
@@ -86,8 +80,8 @@ class Plan(linear.Plan):
 
     def _values(self, kind: str) -> int:
         """Bytes of the intermediate values of one chunk, all heads at once, generously."""
-        c, d, e = self.chunk, _up(self.key_size, LANES), _up(self.value_size, LANES)
-        one = 4 * (12 * c * _up(c, LANES) + 8 * c * (d + e) + 3 * self.key_size * e)
+        c, d, e = self.chunk, up(self.key_size, LANES), up(self.value_size, LANES)
+        one = 4 * (12 * c * up(c, LANES) + 8 * c * (d + e) + 3 * self.key_size * e)
         passes = 3 if self.dtype == jnp.float32 else 1  # products of float32 are cut into three parts
         return one * self.block_heads * passes
 
@@ -144,7 +138,7 @@ def padded_sizes(heads: int, key_size: int, value_size: int) -> tuple[int, int]:
 
 
 def plan_for(
-    config: linear.Config,
+    config: Config,
     batch: int,
     length: int,
     heads: int,
@@ -178,7 +172,7 @@ def plan_for(
         tokens = chunk * math.ceil(chunks / math.ceil(chunks / most))
         for count in BLOCK_HEADS[1:] if max(d, e) > LANES else BLOCK_HEADS:
             repeats, block_heads = _heads(heads, heads // kv_heads, count, min(d, e))
-            plan = Plan(config, batch, length, heads, repeats, d, e, dtype, 1, block_heads, chunk, tokens)
+            plan = Plan(config, batch, length, heads, repeats, d, e, dtype, block_heads, chunk, tokens)
             widest = dataclasses.replace(plan, key_size=max(d, LANES), value_size=max(e, LANES), block_heads=count)
             if max(widest.vmem("keep"), widest.vmem("backward")) <= config.chip.vmem_limit:
                 return plan
@@ -192,7 +186,3 @@ def _heads(heads: int, repeats: int, most: int, size: int) -> tuple[int, int]:
     if repeats > 1 and size >= LANES and (shared > 1 or alone == 1):
         return repeats, shared
     return 1, alone
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -1,7 +1,7 @@
 """Mosaic GPU kernels for Hopper without a GPU: run by Pallas' interpreter of GPUs, and lowered for CUDA.
 
 The interpreter of JAX 0.10.2 executes copies, barriers, warpgroups and shared memory; of a kernel it does not see the
-wgmma instructions and register layouts (see `mosaic_gpu_tiles`). Those are checked by lowering.
+wgmma instructions and register layouts (see `tiles`). Those are checked by lowering.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, linear_attention
-from pallas_kernels.linear_attention import api, mosaic_gpu_sweep, reference
-from pallas_kernels.linear_attention import mosaic_gpu as implementation
-from pallas_kernels.linear_attention import mosaic_gpu_plan as plans
+from pallas_kernels.linear_attention import api, reference
 from pallas_kernels.linear_attention.cases import ACCURACY, Case
+from pallas_kernels.linear_attention.mosaic_gpu import op as implementation
+from pallas_kernels.linear_attention.mosaic_gpu import plan as plans
+from pallas_kernels.linear_attention.mosaic_gpu import sweep as kernel
+from tests.pallas_kernels import gpu_interpreter
 from tests.pallas_kernels.accuracy import Results, relative_errors, results_of
-from tests.pallas_kernels.linear_attention import gpu_interpreter
 
 interpreted = pytest.mark.skipif(
     gpu_interpreter.InterpretGPUParams is None,
@@ -321,7 +322,7 @@ def test_two_sweeps_of_the_arrays_give_all_gradients(size):
 @pytest.mark.parametrize("size", plans.SIZES)
 def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, monkeypatch):
     """Beside dq, dk and dv, over q, k, v, y, dy and these three."""
-    shape, written, sweep = (1, 8192, 96, size), {}, mosaic_gpu_sweep.sweep
+    shape, written, sweep = (1, 8192, 96, size), {}, kernel.sweep
 
     def recorded(*arguments):
         outputs = sweep(*arguments)
@@ -331,7 +332,7 @@ def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, monkeypatch
     def loss(q, log_decay):
         return jnp.sum(implementation.run(api.normal_form(q, q, q, log_decay=log_decay))[0].astype(jnp.float32))
 
-    monkeypatch.setattr(mosaic_gpu_sweep, "sweep", recorded)
+    monkeypatch.setattr(kernel, "sweep", recorded)
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     g = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     with dispatch.target("gpu", device_kind=H200):

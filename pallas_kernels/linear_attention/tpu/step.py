@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import partition
 from pallas_kernels.linear_attention import xla_step
-from pallas_kernels.linear_attention.arguments import EPSILON, Arguments, NormalizedState, State
+from pallas_kernels.recurrence import EPSILON, Arguments, NormalizedState, State
 
 MAX_TOKENS = 32  # beyond, arithmetic on the vector units outweighs the state's bytes: that is a prefill
 SUBLANES, LANES = 8, 128

@@ -11,8 +11,8 @@ import numpy as np
 
 from pallas_kernels import partition
 from pallas_kernels.gpus import Gpu
-from pallas_kernels.linear_attention import triton_kernels as kernels
-from pallas_kernels.linear_attention.triton_plan import (
+from pallas_kernels.linear_attention.triton import kernels
+from pallas_kernels.linear_attention.triton.plan import (
     LEAST_ABLE,
     Blocks,
     Config,

@@ -1,6 +1,6 @@
 """Bodies of the TPU kernels of linear attention, and the call that runs one.
 
-A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `tpu_plan.KINDS`. What computes a
+A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `plan.KINDS`. What computes a
 chunk is a generator: it pauses where products of other heads may come between, see `run_groups`.
 
 Causal, per group of heads and chunk, with S the state before the chunk (kept transposed, float32), r the factor of a
@@ -29,21 +29,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention.tpu_decay import ChannelDecay, Decay, HeadDecay, NoDecay, Tables, Tile, TokenDecay
-from pallas_kernels.linear_attention.tpu_parts import (
-    WIDE,
-    Refs,
-    Steps,
-    fold,
-    product,
-    reciprocals,
-    run_groups,
-    run_plan,
-    spread,
-    stack,
-    sums,
-)
-from pallas_kernels.linear_attention.tpu_plan import Plan
+from pallas_kernels.linear_attention.tpu.decay import ChannelDecay, Decay, HeadDecay, NoDecay, Tables, Tile, TokenDecay
+from pallas_kernels.linear_attention.tpu.plan import Plan
+from pallas_kernels.recurrence import EPSILON
+from pallas_kernels.tpu.calls import WIDE, Refs, Steps, product, run_groups, run_plan
+from pallas_kernels.tpu.lanes import fold, spread, stack, sums
 
 OPTIONAL = ("decay", "scale", "initial", "final", "kept", "dfinal", "ddecay", "sums", "dinitial")
 
@@ -124,7 +114,7 @@ def _chunk_forward(plan: Plan, group: _Group, decay: Decay, q, k, v, state, scal
     y = product(plan.dtype, scores, stack(v, p, e), "nn") + before
     if plan.config.normalize:
         inside, earlier = sums(scores, p, plan.chunk), sums(q_start * z, p, d)
-        y *= spread(reciprocals([a + b for a, b in zip(inside, earlier, strict=True)], scale), e)
+        y *= spread(_reciprocals([a + b for a, b in zip(inside, earlier, strict=True)], scale), e)
     elif scale is not None:
         y *= scale
     return y, after
@@ -229,7 +219,7 @@ def _chunk_backward(plan: Plan, group: _Group, decay: Decay, q, k, v, dy, state,
     if plan.config.normalize:
         z = z.astype(WIDE)
         pairs = zip(sums(scores, p, c), sums(q_start * z, p, d), strict=True)
-        r = reciprocals([a + b for a, b in pairs], scale)
+        r = _reciprocals([a + b for a, b in pairs], scale)
         reads = zip(sums(scores * dscores, p, c), sums(q_start * dq_start, p, d), r, strict=True)
         dden = [-(a + b) * x * x for a, b, x in reads]
         dscores = dscores * spread(r, c) + spread(dden, c)
@@ -290,7 +280,7 @@ def _read(plan: Plan, refs: Refs) -> None:
         s, z = _split(plan, refs.total[:, group.q])
         y = product(plan.dtype, q, stack(s.astype(plan.dtype), p, plan.key_size), "nt")
         if plan.config.normalize:
-            y *= spread(reciprocals(sums(q * z, p, plan.key_size), scale), plan.value_size)
+            y *= spread(_reciprocals(sums(q * z, p, plan.key_size), scale), plan.value_size)
         elif scale is not None:
             y *= scale
         refs.y[:, group.y] = y.astype(refs.y.dtype)
@@ -311,7 +301,7 @@ def _read_backward(plan: Plan, refs: Refs) -> None:
         s, z = _split(plan, refs.total[:, group.q])
         dq, dz = product(plan.dtype, dy, stack(s.astype(plan.dtype), p, d), "nn"), None
         if plan.config.normalize:
-            r = reciprocals(sums(q * z, p, d), scale)
+            r = _reciprocals(sums(q * z, p, d), scale)
             dden = [-a * x * x for a, x in zip(sums(q * dq, p, d), r, strict=True)]
             dz = q * spread(dden, d)
             dq, q = dq * spread(r, d) + spread(dden, d) * z, q * spread(r, d)
@@ -433,3 +423,14 @@ def _joined(plan: Plan, added: jax.Array, keys: jax.Array | None) -> jax.Array:
     total = jnp.sum(keys, axis=0, keepdims=True)
     row = lax.broadcasted_iota(jnp.int32, (plan.state_rows - plan.value_size, total.shape[1]), 0)
     return jnp.concatenate([added, jnp.where(row == 0, total, 0)], axis=0)
+
+
+def _reciprocals(denominators: list[jax.Array], scale: jax.Array | None) -> list[jax.Array]:
+    """scale / (scale·d + sign(scale·d) ε), 0 where scale·d is 0: `recurrence.divide` as a factor of the numerator."""
+    scale = jnp.float32(1) if scale is None else scale
+    result = []
+    for d in denominators:
+        d = d * scale
+        safe = jnp.where(d == 0, 1, d + jnp.where(d < 0, -EPSILON, EPSILON))
+        result.append(jnp.where(d == 0, 0, scale / safe))
+    return result

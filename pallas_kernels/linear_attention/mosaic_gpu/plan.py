@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE, tile_bytes, tile_registers
+from pallas_kernels.linear_attention.mosaic_gpu.tiles import TILE, tile_bytes, tile_registers
 
 SIZES = (64, 128, 192, 256)  # D and E that the kernel takes
 SMEM_BYTES = 227 * 1024  # of one CTA on compute capability 9.0
@@ -68,7 +68,7 @@ class Plan:
       warpgroups: compute warpgroups of a CTA, the same number for each job and each head.
       heads: heads of a CTA.
       stages: chunks of tokens in shared memory.
-      interpret: parameters of Pallas' interpreter, None on a GPU; see `mosaic_gpu_tiles`.
+      interpret: parameters of Pallas' interpreter, None on a GPU; see `tiles`.
     """
 
     jobs: tuple[Job, ...]
@@ -157,7 +157,7 @@ class Plan:
 
 
 def vectors(plans: Sequence[Plan]) -> dict[str, int]:
-    """Vectors of 64 float32 in shared memory by what they hold: decays, sums, and zeros (see `mosaic_gpu_sweep`)."""
+    """Vectors of 64 float32 in shared memory by what they hold: decays, sums, and zeros (see `sweep`)."""
     return {
         "decay": max(plan.stages * plan.heads * (plan.decay == "token") for plan in plans),
         "sums": 2 * max(plan.warpgroups for plan in plans) * any(plan.sums for plan in plans),

@@ -1,98 +1,57 @@
 """How the TPU kernels of linear attention cut their work: blocks, on-chip memory, bytes moved.
 
-Arrays stay as the caller's projections wrote them: (B, N, H, D) is read as (B, N, H·D), tokens in sublanes and heads
-side by side in lanes. A block is `tokens` tokens of `block_heads` heads; the grid is (B, H / block_heads,
-N / tokens), its last axis in order. Inside a block a loop runs over chunks, and over groups of `pack` heads whose
-lanes fill a tile of 128 together: heads of 16 channels go in eights, heads of 64 in pairs, heads of 128 and more alone.
-
-Everything here is arithmetic on shapes: nothing is traced, and tests and benchmarks can ask for it.
+See `pallas_kernels.tpu.plans` for the layout of arrays, blocks and grid. The loops in a block run over chunks, and over
+groups of `pack` heads whose lanes fill a tile of 128 together: heads of 16 channels go in eights, heads of 64 in pairs,
+heads of 128 and more alone.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
-LANES = 128
+from pallas_kernels.tpu import plans
+from pallas_kernels.tpu.chips import LANES, Chip
+from pallas_kernels.tpu.plans import Operand, up
+
 SIZES = (16, 32, 64, 128, 256)  # head sizes that pack; others are padded to the next one
 BLOCK_TOKENS = 1024  # at most, per block; the state before every block is kept for the backward pass
 BLOCK_LANES = 512  # at most, unless fewer heads cannot be cut out of the lanes
 UNROLL = 4  # at most, chunks per turn of the loop over them
-MIB = 2**20
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One TensorCore.
-
-    Attributes:
-      name: generation.
-      vmem: on-chip memory in bytes.
-      mxu: width of its matrix units.
-      cores: how many of them share a device (megacore).
-    """
-
-    name: str
-    vmem: int
-    mxu: int
-    cores: int = 1
-
-    @property
-    def vmem_limit(self) -> int:
-        """Bytes that a kernel may use; the rest is left to the compiler."""
-        return self.vmem - self.vmem // 16
-
-
-UNKNOWN_CHIP = Chip("unknown", 16 * MIB, 128)  # the least able one
-CHIPS = {
-    kind: chip
-    for chip, kinds in (
-        (Chip("v4", 16 * MIB, 128, cores=2), ("TPU v4",)),
-        (Chip("v5e", 128 * MIB, 128), ("TPU v5e", "TPU v5 lite")),
-        (Chip("v5p", 64 * MIB, 128, cores=2), ("TPU v5p", "TPU v5")),
-        (Chip("v6e", 128 * MIB, 256), ("TPU v6e", "TPU v6 lite")),
-        (Chip("TPU7x", 64 * MIB, 256), ("TPU7x", "TPU7")),
-    )
-    for kind in kinds
+# Kernels, with the names of their inputs and outputs. "keep" is "forward" that keeps states for "backward"; the last
+# four are those without causality: S = Σ k vᵀ, y = q S, and what both need backward.
+KINDS = {
+    "forward": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final")),
+    "keep": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final", "kept")),
+    "backward": (
+        ("q", "k", "v", "decay", "scale", "kept", "dy", "dfinal"),
+        ("dq", "dk", "dv", "ddecay", "sums", "dinitial"),
+    ),
+    "outer": (("k", "v"), ("total",)),
+    "outer_backward": (("k", "v", "dtotal"), ("dk", "dv")),
+    "read": (("q", "scale", "total"), ("y",)),
+    "read_backward": (("q", "scale", "total", "dy"), ("dq", "dtotal", "sums")),
 }
 
 
-def chip_of(device_kind: str | None) -> Chip:
-    """The chip of a device kind as JAX names it; the least able one where it is not known."""
-    return CHIPS.get(device_kind or "", UNKNOWN_CHIP)
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(plans.Config):
     """What is static in a call, whatever its shapes.
 
     Attributes:
-      chip: where it runs.
       causal: as in `linear_attention`.
-      decay: None, "head", "token" or "channel".
       normalize: as in `linear_attention`.
-      scaled: whether there is a scale.
       decay_gradient: whether the backward pass computes the gradient of the decay.
       scale_gradient: likewise for the scale.
-      initial: whether there is an initial state.
-      final: whether the last state is asked for.
-      chunk: tokens per chunk; None for `chunk_size(...)`.
       block_tokens: at most so many tokens per block.
     """
 
-    chip: Chip = UNKNOWN_CHIP
     causal: bool = True
-    decay: str | None = None
     normalize: bool = False
-    scaled: bool = False
     decay_gradient: bool = True
     scale_gradient: bool = True
-    initial: bool = False
-    final: bool = False
-    chunk: int | None = None
     block_tokens: int = BLOCK_TOKENS
 
     @property
@@ -105,75 +64,20 @@ class Config:
         return decay or (self.scaled and self.scale_gradient and not self.normalize)
 
 
-class Operand(NamedTuple):
-    """An array of a kernel, and the block of it that a grid point (b, h, n) holds.
-
-    `block` is None for scalars in SMEM; in it, None is an axis of one element that the kernel does not see.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    block: tuple[int | None, ...] | None
-    index: Callable[[int, int, int], tuple[int, ...]] | None
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block, its last two axes filled up to whole tiles; 0 in SMEM."""
-        if self.block is None:
-            return 0
-        *rest, rows, lanes = (1 if size is None else size for size in self.block)
-        return math.prod(rest) * _up(rows, 8) * _up(lanes, LANES) * jnp.dtype(self.dtype).itemsize
-
-
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One kernel's work.
+class Plan(plans.Plan):
+    """The work of the kernels of linear attention.
 
     Attributes:
-      config: what is asked for.
-      batch: B.
-      length: N.
-      heads: H.
-      repeats: heads of q per head of k and v, H / G.
-      key_size: D, one of `SIZES`.
-      value_size: E, one of `SIZES`.
-      dtype: of q, k, v, y and of the operands of products: bfloat16 or float32.
       pack: heads per group.
-      block_heads: heads per block.
-      chunk: tokens per chunk.
-      tokens: tokens per block.
       in_turns: whether groups of heads are computed side by side, which is faster and takes more memory.
     """
 
+    kinds = KINDS
+
     config: Config
-    batch: int
-    length: int
-    heads: int
-    repeats: int
-    key_size: int
-    value_size: int
-    dtype: jnp.dtype
     pack: int
-    block_heads: int
-    chunk: int
-    tokens: int
     in_turns: bool = True
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(B, blocks of heads, blocks of tokens)."""
-        return self.batch, self.heads // self.block_heads, self.blocks
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of tokens."""
-        return math.ceil(self.length / self.tokens)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a block."""
-        return self.tokens // self.chunk
 
     @property
     def unroll(self) -> int:
@@ -186,11 +90,6 @@ class Plan:
             return 1
         most = UNROLL // 2 if self.config.decay == "channel" else UNROLL
         return max(turns for turns in range(1, most + 1) if self.chunks % turns == 0)
-
-    @property
-    def tail(self) -> bool:
-        """Whether the last block reaches beyond N."""
-        return self.length % self.tokens != 0
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -209,22 +108,9 @@ class Plan:
         return self.block_heads * self.key_size
 
     @property
-    def value_lanes(self) -> int:
-        """Lanes of a block of y."""
-        return self.block_heads * self.value_size
-
-    @property
     def decay_rows(self) -> int:
         """Rows of decay per token that a block holds: wide inputs have two per head, see `tpu._cumulated`."""
         return self.block_heads * (2 if self.dtype == jnp.float32 else 1)
-
-    def inputs(self, kind: str) -> tuple[Operand, ...]:
-        """Arrays that a kernel reads, in order; `kind` is a key of `KINDS`."""
-        return tuple(operand for name in KINDS[kind][0] if (operand := self._operand(name, kind)))
-
-    def outputs(self, kind: str) -> tuple[Operand, ...]:
-        """Arrays that a kernel writes, in order."""
-        return tuple(operand for name in KINDS[kind][1] if (operand := self._operand(name, kind)))
 
     def scratch(self, kind: str) -> tuple[tuple[str, tuple[int, ...], jnp.dtype], ...]:
         """Names, shapes and dtypes of what a kernel keeps on chip between grid points."""
@@ -242,15 +128,6 @@ class Plan:
                 return (("state", state, jnp.float32),)
         return ()
 
-    def vmem(self, kind: str) -> int:
-        """Bytes of on-chip memory: blocks twice, since copies overlap with work, scratch, and values of the body."""
-        blocks = 2 * sum(operand.block_bytes for operand in self.inputs(kind) + self.outputs(kind))
-        kept = sum(
-            math.prod(shape[:-1]) * _up(shape[-1], LANES) * jnp.dtype(dtype).itemsize
-            for _, shape, dtype in self.scratch(kind)
-        )
-        return blocks + kept + self._values(kind)
-
     def _values(self, kind: str) -> int:
         """Bytes of the intermediate values of one chunk, all groups at once.
 
@@ -259,11 +136,11 @@ class Plan:
         """
         narrow = jnp.dtype(self.dtype).itemsize
         passes = 3 if narrow == 4 else 1  # products of float32 are cut into three parts
-        keys, values = (_up(self.pack * size, LANES) for size in (self.key_size, self.value_size))
+        keys, values = (up(self.pack * size, LANES) for size in (self.key_size, self.value_size))
         states = 4 * 3 * self.pack * self.state_rows * keys
         if not self.config.causal:
             return len(self.groups) * (4 * self.tokens * (keys + values) + states)
-        rows, pairs = self.chunk, self.chunk * _up(self.pack * self.chunk, LANES)
+        rows, pairs = self.chunk, self.chunk * up(self.pack * self.chunk, LANES)
         one = 4 * 3 * (pairs + rows * (keys + values)) + states
         one += narrow * passes * (2 * pairs + (1 + self.pack) * rows * (keys + values))
         if self.config.decay == "channel":
@@ -271,16 +148,6 @@ class Plan:
             one += (4 * 2 + operands) * rows * keys * (3 + rows.bit_length())
         one = one * 5 // 4 if self.in_turns else one
         return len(self.groups) * one // (1 if kind == "backward" else 2)
-
-    def bytes_moved(self, kind: str) -> int:
-        """Bytes between device memory and chip: those of each block whose index is not that of the step before."""
-        total = 0
-        for operand in self.inputs(kind) + self.outputs(kind):
-            if operand.block is None:
-                continue
-            points = (operand.index(*point) for point in itertools.product(*map(range, self.grid)))
-            total += operand.block_bytes * sum(1 for _ in itertools.groupby(points))
-        return total
 
     def flops(self, kind: str) -> int:
         """Operations of the products that a kernel needs."""
@@ -357,22 +224,6 @@ class Plan:
         return None
 
 
-# Kernels, with the names of their inputs and outputs. "keep" is "forward" that keeps states for "backward"; the last
-# four are those without causality: S = Σ k vᵀ, y = q S, and what both need backward.
-KINDS = {
-    "forward": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final")),
-    "keep": (("q", "k", "v", "decay", "scale", "initial"), ("y", "final", "kept")),
-    "backward": (
-        ("q", "k", "v", "decay", "scale", "kept", "dy", "dfinal"),
-        ("dq", "dk", "dv", "ddecay", "sums", "dinitial"),
-    ),
-    "outer": (("k", "v"), ("total",)),
-    "outer_backward": (("k", "v", "dtotal"), ("dk", "dv")),
-    "read": (("q", "scale", "total"), ("y",)),
-    "read_backward": (("q", "scale", "total", "dy"), ("dq", "dtotal", "sums")),
-}
-
-
 def packed_size(size: int) -> int:
     """The head size to which `size` is padded, 1 to 256."""
     return next(allowed for allowed in SIZES if allowed >= size)
@@ -434,7 +285,7 @@ def plan_for(
     shared = [n for n in narrow if batch * heads // n % config.chip.cores == 0] or narrow
     kinds = ("keep", "backward") if config.causal else ("outer", "outer_backward", "read", "read_backward")
     while True:
-        tokens = _up(math.ceil(length / math.ceil(length / most)), chunk)
+        tokens = up(math.ceil(length / math.ceil(length / most)), chunk)
         for in_turns, block_heads in itertools.product((True, False), reversed(shared)):
             plan = Plan(
                 config,
@@ -445,10 +296,10 @@ def plan_for(
                 key_size,
                 value_size,
                 jnp.dtype(dtype),
-                min(pack, block_heads),
                 block_heads,
                 chunk,
                 tokens,
+                min(pack, block_heads),
                 in_turns,
             )
             if max(map(plan.vmem, kinds)) <= config.chip.vmem_limit:
@@ -456,7 +307,3 @@ def plan_for(
         if most == chunk:
             return None
         most = max(chunk, most // 2 // chunk * chunk)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -1,8 +1,8 @@
 """Linear attention in Pallas for TPU: one sweep over the tokens forward, one backward, the state on chip.
 
 What runs where:
-- `tpu_plan` cuts the work into blocks that fit the chip, and counts their bytes;
-- `tpu_kernels` has the bodies, with the equations; `tpu_decay` the three forms of decay; `tpu_parts` what they share;
+- `plan` cuts the work into blocks that fit the chip, and counts their bytes;
+- `kernels` has the bodies, with the equations; `decay` the three forms of decay; `pallas_kernels.tpu` what ops share;
 - this file brings arguments into their form, and holds forward and backward together (`jax.custom_vjp`).
 
 Operands are read in place: (B, N, H, D) as (B, N, H·D), which undoes the reshape of the projection before it. No copy
@@ -14,7 +14,7 @@ of q, k or v is made, and none of y or of gradients, with these exceptions, each
 - fewer than 16 tokens are filled up to 16.
 
 Decay per token, a number per token and head, is cumulated by XLA before the kernel. Segments become decays, see
-`arguments.decay_of_segments`; without causality they become a causal sweep, see `arguments.in_order_of_ids`; without
+`recurrence.decay_of_segments`; without causality they become a causal sweep, see `arguments.in_order_of_ids`; without
 both there are two products, S = Σ k vᵀ and y = q S, of two kernels each, forward and backward.
 
 Products have bfloat16 operands and float32 sums; states and gradients of states are rounded to bfloat16 as operands of
@@ -34,17 +34,12 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import dispatch, partition, symbolic_zeros
-from pallas_kernels.linear_attention import tpu_plan
-from pallas_kernels.linear_attention.arguments import (
-    Arguments,
-    NormalizedState,
-    State,
-    decay_floor,
-    decay_of_segments,
-    in_order_of_ids,
-)
-from pallas_kernels.linear_attention.tpu_kernels import call
-from pallas_kernels.linear_attention.tpu_plan import LANES, SIZES, Config, Plan
+from pallas_kernels.linear_attention.arguments import in_order_of_ids
+from pallas_kernels.linear_attention.tpu import plan as tpu_plan
+from pallas_kernels.linear_attention.tpu.kernels import call
+from pallas_kernels.linear_attention.tpu.plan import SIZES, Config, Plan
+from pallas_kernels.recurrence import Arguments, NormalizedState, State, decay_floor, decay_of_segments
+from pallas_kernels.tpu.chips import LANES, chip_of
 
 LEAST_TOKENS = 16  # rows of a tile: the compiler takes no shorter arrays, so these are filled up
 DECAYS = {1: "head", 3: "token", 4: "channel"}
@@ -141,7 +136,7 @@ def _config(args: Arguments) -> Config:
     if decay == "head" and args.q.shape[1] < LEAST_TOKENS:
         decay = "token"  # tokens that fill up must not decay the state
     return Config(
-        chip=tpu_plan.chip_of(dispatch.current_device_kind()),
+        chip=chip_of(dispatch.current_device_kind()),
         causal=args.causal or ids,
         decay="token" if ids and decay != "channel" else decay,
         normalize=args.normalize,

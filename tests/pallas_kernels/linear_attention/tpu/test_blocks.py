@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, linear_attention
-from pallas_kernels.linear_attention import tpu, tpu_kernels, tpu_plan
 from pallas_kernels.linear_attention.api import normal_form
 from pallas_kernels.linear_attention.cases import Case
+from pallas_kernels.linear_attention.tpu import kernels as tpu_kernels
+from pallas_kernels.linear_attention.tpu import op as tpu
+from pallas_kernels.linear_attention.tpu import plan as tpu_plan
+from pallas_kernels.tpu import chips
 from tests.jaxprs import equations
-from tests.pallas_kernels.linear_attention.tpu_interpreter import check, interpreted
+from tests.pallas_kernels.linear_attention.tpu.checks import check, interpreted
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, device_kind, kernels_of, needs_tpu_compiler, shape
 
 LAYOUTS = {
@@ -44,7 +47,7 @@ def test_layouts_of_heads(name, errors):
 
 @pytest.mark.parametrize("decay", [None, "token"])
 def test_heads_in_turns_and_one_after_another_compute_the_same(decay):
-    config = tpu_plan.Config(tpu_plan.chip_of("TPU v5e"), decay=decay)
+    config = tpu_plan.Config(chips.chip_of("TPU v5e"), decay=decay)
     plan = tpu_plan.plan_for(config, 1, 512, 4, 4, 64, 64, jnp.dtype("bfloat16"))
     alone = dataclasses.replace(plan, in_turns=False)
     assert plan.in_turns and len(plan.groups) == 2 and (plan.unroll, alone.unroll) == (4, 1)
@@ -60,7 +63,7 @@ def test_heads_in_turns_and_one_after_another_compute_the_same(decay):
 
 
 def test_heads_come_one_after_another_where_values_of_all_do_not_fit():
-    config = tpu_plan.Config(tpu_plan.chip_of("TPU v4"), decay="channel")
+    config = tpu_plan.Config(chips.chip_of("TPU v4"), decay="channel")
     plans = [tpu_plan.plan_for(config, 1, 8192, 8, 8, 64, 64, jnp.dtype(dtype)) for dtype in ("bfloat16", "float32")]
     assert [plan.in_turns for plan in plans] == [True, False]
 
@@ -192,7 +195,7 @@ def test_bytes_are_those_of_the_blocks_that_the_kernels_use():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_fit_every_chip(kind):
-    limit = tpu_plan.chip_of(kind).vmem_limit
+    limit = chips.chip_of(kind).vmem_limit
     for dtype in (jnp.bfloat16, jnp.float32):
         for size in (16, 32, 64, 96, 128, 256):
             for options in ({"decay": "token"}, {"decay": "channel"}, {"decay": None, "causal": False}):
@@ -203,14 +206,14 @@ def test_blocks_fit_every_chip(kind):
 
 
 def test_chips_are_those_that_jax_knows():
-    versions = {chip.name: chip for chip in tpu_plan.CHIPS.values()}
+    versions = {chip.name: chip for chip in chips.CHIPS.values()}
     for version in pltpu.ChipVersion:
         chip = versions.get(str(version)) or versions.get(f"TPU{version}")
         if chip is not None:
             info = pltpu.get_tpu_info_for_chip(version, 1)
             assert (chip.vmem, chip.mxu) == (info.vmem_capacity_bytes, info.mxu_column_size), version
-    assert tpu_plan.chip_of(None) == tpu_plan.chip_of("TPU v99") == tpu_plan.UNKNOWN_CHIP
-    assert tpu_plan.chip_of("TPU v5 lite").name == "v5e"
+    assert chips.chip_of(None) == chips.chip_of("TPU v99") == chips.UNKNOWN_CHIP
+    assert chips.chip_of("TPU v5 lite").name == "v5e"
 
 
 # ---- ahead of time, by the TPU compiler
@@ -270,7 +273,7 @@ def test_other_sizes_and_options_compile(name):
 )
 def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkeypatch):
     kind = device_kind("v5e")
-    config = tpu_plan.Config(tpu_plan.chip_of(kind), decay=decay, initial=True, final=True)
+    config = tpu_plan.Config(chips.chip_of(kind), decay=decay, initial=True, final=True)
     plan = tpu_plan.plan_for(config, 1, 4096, 8, 8, size, size, jnp.dtype(dtype))
     needed = plan.vmem("backward")
     names = [operand.name for operand in plan.inputs("backward")]
@@ -279,9 +282,9 @@ def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkey
     def run(*arrays):
         return tpu_kernels.call(plan, "backward", dict(zip(names, arrays, strict=True)))
 
-    monkeypatch.setattr(tpu_plan.Chip, "vmem_limit", needed)
+    monkeypatch.setattr(chips.Chip, "vmem_limit", needed)
     compile_for("v5e", run, *arguments)
-    monkeypatch.setattr(tpu_plan.Chip, "vmem_limit", needed // 2)  # the limit is one
+    monkeypatch.setattr(chips.Chip, "vmem_limit", needed // 2)  # the limit is one
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?i)vmem"):
         compile_for("v5e", run, *arguments)
 

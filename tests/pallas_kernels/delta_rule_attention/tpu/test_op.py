@@ -1,33 +1,20 @@
 """The TPU kernels, interpreted: memory that nobody wrote is NaN, reads out of bounds raise, races are found."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import delta_rule_attention, dispatch
-from pallas_kernels.delta_rule_attention import tpu_plan
+from pallas_kernels import delta_rule_attention
 from pallas_kernels.delta_rule_attention.cases import ACCURACY, Case
-from pallas_kernels.linear_attention.tpu_plan import CHIPS, UNKNOWN_CHIP, Config, chip_of
+from pallas_kernels.delta_rule_attention.tpu import plan as tpu_plan
+from pallas_kernels.tpu.chips import CHIPS, UNKNOWN_CHIP, chip_of
+from pallas_kernels.tpu.plans import Config
+from tests.pallas_kernels.tpu_interpreter import interpreted
 
 BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
-
-
-@contextlib.contextmanager
-def interpreted():
-    """Chooses for a TPU and interprets its kernels, without races."""
-    with dispatch.target("tpu"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        try:
-            yield
-            assert interpreter.races is None or not interpreter.races.races_found
-        finally:
-            pltpu.reset_tpu_interpret_mode_state()
 
 
 # (case, dtype, tokens per chunk, tokens per block): several blocks, a tail, every layout of heads, every option.
@@ -44,9 +31,8 @@ CASES = (
 
 
 @pytest.mark.parametrize(("case", "dtype", "chunk", "block"), CASES, ids=[case.name for case, *_ in CASES])
-def test_relative_rms_error(case, dtype, chunk, block, errors, monkeypatch):
-    monkeypatch.setattr(tpu_plan, "BLOCK_TOKENS", block)
-    with interpreted():
+def test_relative_rms_error(case, dtype, chunk, block, errors):
+    with interpreted(None, tpu_plan, BLOCK_TOKENS=block):
         found = errors(case, jnp.dtype(dtype), implementation="tpu", chunk_size=chunk)
     assert max(found.outputs) <= BOUND[dtype], found.outputs
     assert ("log_decay" in found.gradients) == (case.decay is not None)
@@ -61,7 +47,7 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors):
 
     How far depends on the order in which XLA takes the sum.
     """
-    with interpreted():
+    with interpreted(None):
         found = errors(case, jnp.dtype(dtype), implementation="tpu")
     if case.decay == "head" and dtype == "float32":
         assert found.gradients.pop("log_decay") <= 2 * case.length**0.5 * np.finfo(np.float32).eps, found.gradients
@@ -82,7 +68,7 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors):
 def test_random_shapes(errors, length, kv_heads, group, key_size, value_size, decay, segments):
     case = Case("random", 1, length, kv_heads * group, key_size, value_size, kv_heads, "uniform", decay, 1.0,
                 segments=segments, initial_state=True)  # fmt: skip
-    with interpreted():
+    with interpreted(None):
         found = errors(case, jnp.dtype("float32"), implementation="tpu", chunk_size=32)
     assert max(*found.outputs, *found.gradients.values()) <= 2e-6, found
 
@@ -95,7 +81,7 @@ def test_scale_has_a_gradient_and_vmap_joins_the_batch():
     def loss(scale):
         return jnp.vdot(jax.vmap(lambda a: delta_rule_attention(**a, scale=scale, implementation="tpu"))(stacked), y)
 
-    with interpreted():
+    with interpreted(None):
         for scale in (0.0, 0.5):
             value, gradient = jax.jit(jax.value_and_grad(loss))(scale)
             np.testing.assert_allclose((value, gradient), (scale * jnp.vdot(y, y), jnp.vdot(y, y)), rtol=1e-5)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import NormalizedState, linear_attention
-from pallas_kernels.linear_attention import tpu_plan
 from pallas_kernels.linear_attention.cases import ACCURACY, SMALL, Case
+from pallas_kernels.linear_attention.tpu import plan as tpu_plan
 from tests.jaxprs import equations
 from tests.pallas_kernels.accuracy import assert_close
-from tests.pallas_kernels.linear_attention.tpu_interpreter import BOUND, check, interpreted
+from tests.pallas_kernels.linear_attention.tpu.checks import BOUND, check, interpreted
 
 CASES = {case.name: case for case in SMALL}
 HALF = ("one_token", "head_97", "token_300", "channel_150", "normalized_token")

@@ -14,16 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_attention.tpu_parts import (
-    WIDE,
-    fold,
-    product,
-    rows_and_lanes,
-    spread,
-    spread_scalars,
-    stack,
-    sums,
-)
+from pallas_kernels.tpu.calls import WIDE, product
+from pallas_kernels.tpu.lanes import fold, rows_and_lanes, spread, spread_scalars, stack, sums
 
 
 @dataclasses.dataclass(frozen=True)

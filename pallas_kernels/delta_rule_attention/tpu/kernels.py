@@ -1,6 +1,6 @@
 """Bodies of the TPU kernels of delta rule attention, and the call that runs one.
 
-A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `tpu_plan.KINDS`. Per head and
+A body gets a `Plan` and `Refs`: the blocks that a grid point holds, by the names in `plan.KINDS`. Per head and
 chunk, with the state S before it, P the decays between tokens, p = exp(G), p' = exp(G_end - G) and β as columns:
 
     O = k kᵀ ∘ P     A = q kᵀ ∘ P     L = β O below the diagonal
@@ -35,18 +35,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.delta_rule_attention.tpu_plan import BLOCK, Plan
-from pallas_kernels.linear_attention.arguments import decay_floor
-from pallas_kernels.linear_attention.tpu_parts import (
-    WIDE,
-    Refs,
-    Steps,
-    product,
-    rows_and_lanes,
-    run_groups,
-    run_plan,
-)
-from pallas_kernels.linear_attention.tpu_plan import LANES
+from pallas_kernels.delta_rule_attention.tpu.plan import BLOCK, Plan
+from pallas_kernels.recurrence import decay_floor
+from pallas_kernels.tpu.calls import WIDE, Refs, Steps, product, run_groups, run_plan
+from pallas_kernels.tpu.chips import LANES
+from pallas_kernels.tpu.lanes import rows_and_lanes
 
 OPTIONAL = ("scale", "initial", "final", "kept", "dfinal", "dinitial")
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import mosaic_gpu_sweep
-from pallas_kernels.linear_attention.mosaic_gpu_decay import FLOOR, LOG2_E
-from pallas_kernels.linear_attention.mosaic_gpu_plan import Plan, with_blocks
-from pallas_kernels.linear_attention.mosaic_gpu_sweep import ROWS
-from pallas_kernels.linear_attention.mosaic_gpu_tiles import TILE
+from pallas_kernels.linear_attention.mosaic_gpu import sweep
+from pallas_kernels.linear_attention.mosaic_gpu.decay import FLOOR, LOG2_E
+from pallas_kernels.linear_attention.mosaic_gpu.plan import Plan, with_blocks
+from pallas_kernels.linear_attention.mosaic_gpu.sweep import ROWS
+from pallas_kernels.linear_attention.mosaic_gpu.tiles import TILE
 
 PROCESSORS = 132  # multiprocessors of most GPUs of the generation
 
@@ -128,7 +128,7 @@ class Common:
         for name, x in states.items():
             given[f"initial {name}"] = x if splits == 1 else x.reshape(-1, *x.shape[2:])
         chosen = filled(plans, batch, self.heads, self.config.processors)
-        outputs = mosaic_gpu_sweep.sweep(chosen, self.length // splits, self.heads, given)
+        outputs = sweep.sweep(chosen, self.length // splits, self.heads, given)
         if splits > 1:
             for name, x in outputs.items():
                 if name.startswith(("final", "kept")):

@@ -1,0 +1,1 @@
+"""Delta rule attention in Pallas for TPU: see `op`."""

@@ -1,0 +1,1 @@
+"""Linear attention in Pallas for Hopper: see `op`."""
