@@ -6,12 +6,12 @@ Each op keeps its implementations in one table, best first. An implementation is
     run(args)      -> Any            the op on its normal form `args`
 
 The module is imported only when its platform and packages are there, so a table may name a Triton or TPU module on a
-machine that has neither. `implementation=None` picks the first that supports the arguments on this platform; a named
-implementation runs or raises, it never falls back.
+machine that has neither. `implementation=None` picks the first that supports the arguments on this platform, and is
+qualified there if it is a kernel (`qualification`); a named implementation runs or raises, it never falls back.
 
 Whoever compiles ahead of time, for a platform that this machine lacks, says so with `target`:
 
-    with dispatch.target("tpu", device_kind="TPU v5e"):
+    with dispatch.target("tpu", device_kind="TPU v5e", qualified_only=False):
         lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("tpu",))
 """
 
@@ -26,6 +26,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+
+from pallas_kernels import qualification
 
 
 class UnsupportedError(ValueError):
@@ -56,6 +58,11 @@ class Implementation:
     platforms: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is for particular platforms: then it must be qualified to be chosen by itself."""
+        return bool(self.platforms)
+
     def load(self) -> ModuleType:
         """The module of the implementation, imported now."""
         return importlib.import_module(self.module)
@@ -74,10 +81,16 @@ class Implementation:
 
 
 _tables: dict[str, tuple[Implementation, ...]] = {}
+_trials: dict[str, str] = {}
 
 
-def register(op: str, implementations: Sequence[Implementation]) -> None:
+def register(op: str, implementations: Sequence[Implementation], *, trials: str | None = None) -> None:
     """Sets the table of `op`, best implementation first.
+
+    Args:
+      op: its name.
+      implementations: with different names.
+      trials: "module:function" that gives the op's `trials.Trial`s; without them its kernels never qualify.
 
     Raises:
       ValueError: if two implementations have the same name.
@@ -86,6 +99,8 @@ def register(op: str, implementations: Sequence[Implementation]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"implementations of {op!r} must have different names, got {names}")
     _tables[op] = tuple(implementations)
+    if trials is not None:
+        _trials[op] = trials
 
 
 def ops() -> tuple[str, ...]:
@@ -104,12 +119,28 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     return _tables[op]
 
 
+def trials(op: str) -> Sequence[Any]:
+    """The trials of `op`, each a `trials.Trial`; none for an op that registered none."""
+    if op not in _trials:
+        return ()
+    module, function = _trials[op].split(":")
+    return getattr(importlib.import_module(module), function)()
+
+
 PLATFORMS = ("cpu", "gpu", "tpu")
-_target: contextvars.ContextVar[tuple[str, str | None] | None] = contextvars.ContextVar("target", default=None)
+
+
+class _Target(NamedTuple):
+    platform: str
+    device_kind: str | None
+    qualified_only: bool
+
+
+_target: contextvars.ContextVar[_Target | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
-def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
+def target(platform: str, device_kind: str | None = None, *, qualified_only: bool = True) -> Iterator[None]:
     """Inside, implementations are chosen for `platform` instead of this machine's: for ahead-of-time compilation.
 
     What is traced inside belongs to that platform, and JAX caches it: give `jax.jit` a function of its own.
@@ -118,13 +149,14 @@ def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
       platform: "cpu", "gpu" or "tpu".
       device_kind: kind of device as JAX names it, such as "TPU v5e" or "NVIDIA H200"; None for one that is not known,
         which kernels take as the least able one.
+      qualified_only: whether, as ever, a kernel that is not qualified there is not chosen by itself.
 
     Raises:
       ValueError: for an unknown platform.
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
-    token = _target.set((platform, device_kind))
+    token = _target.set(_Target(platform, device_kind, qualified_only))
     try:
         yield
     finally:
@@ -134,7 +166,7 @@ def target(platform: str, device_kind: str | None = None) -> Iterator[None]:
 def current_platform() -> str:
     """The platform of `target`, or where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
     if (chosen := _target.get()) is not None:
-        return chosen[0]
+        return chosen.platform
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
@@ -144,13 +176,15 @@ def current_platform() -> str:
 def current_device_kind() -> str | None:
     """The device kind of `target`, or that of the device where JAX puts arrays; None when `target` names none."""
     if (chosen := _target.get()) is not None:
-        return chosen[1]
+        return chosen.device_kind
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return (jax.devices(device)[0] if device is None or isinstance(device, str) else device).device_kind
 
 
 def explain(op: str, args: Any = None, *, platform: str | None = None) -> list[Choice]:
-    """What each implementation of `op` says to `args` on this machine, best implementation first.
+    """Whether each implementation of `op` may be chosen for `args` on this machine, best implementation first.
+
+    A named one need not be qualified.
 
     Args:
       op: name of the op, one of `ops()`.
@@ -161,8 +195,18 @@ def explain(op: str, args: Any = None, *, platform: str | None = None) -> list[C
       ValueError: for an unknown op.
     """
     platform = platform or current_platform()
-    refusals = [(entry.name, entry.refusal(args, platform)) for entry in implementations(op)]
+    refusals = [(entry.name, _refusal_by_itself(op, entry, args, platform)) for entry in implementations(op)]
     return [Choice(name, refusal is None, refusal or "") for name, refusal in refusals]
+
+
+def _refusal_by_itself(op: str, entry: Implementation, args: Any, platform: str) -> str | None:
+    """Why an implementation is not chosen without its name: what it refuses, or that it is not qualified."""
+    refusal = entry.refusal(None, platform)
+    chosen = _target.get()
+    if refusal is None and entry.is_kernel and (chosen is None or chosen.qualified_only):
+        kind = current_device_kind() if platform == current_platform() else None
+        refusal = qualification.refusal(op, entry.name, kind)
+    return refusal or (None if args is None else entry.refusal(args, platform))
 
 
 def choose(op: str, args: Any, implementation: str | None = None, *, platform: str | None = None) -> Implementation:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from attnlab.cli import configs
+from attnlab.cli import configs, qualify
 from attnlab.compare import runner
 from attnlab.compare.report import columns, numbers
 from attnlab.compare.results import Comparison
@@ -52,6 +52,7 @@ def run(arguments: list[str]) -> int:
     directory = Path(options.out_dir or f"runs/compare_{Path(name).stem}")
     configs.show(chosen)
     print(f"mixers = {options.mixers!r}\nout_dir = {str(directory)!r}\n", flush=True)
+    qualify.on_new_device()
     section = runner.compare(
         chosen,
         options.mixers,

@@ -85,14 +85,21 @@ def devices() -> list[tuple[str, str]]:
 
 
 def kernels() -> list[tuple[str, str, str]]:
-    """For each implementation of each op, best first: its name, "works" or "no", and why not."""
+    """For each implementation of each op its name, "works" or "no", and why not; then what is qualified."""
     import pallas_kernels
+    from pallas_kernels import dispatch, qualification
 
     rows = []
     for op in pallas_kernels.dispatch.ops():
         for choice in pallas_kernels.dispatch.explain(op):
             rows.append((f"{op}: {choice.name}", "works" if choice.ok else "no", choice.reason))
-    return rows
+    kind = dispatch.current_device_kind()
+    if dispatch.current_platform() == "cpu":
+        return [*rows, ("qualified", "xla", "kernels need a GPU or TPU")]
+    chosen = [row for row in rows if row[1] == "works" and not row[0].endswith((": xla", ": reference"))]
+    tried = "tried" if kind is not None and qualification.recall(kind) is not None else "not tried"
+    names = ", ".join(name for name, _, _ in chosen) or "none"
+    return [*rows, ("qualified", names, f"{tried} on {kind}; xla runs in place of what is not (`attnlab qualify`)")]
 
 
 def extras() -> list[tuple[str, str, str]]:

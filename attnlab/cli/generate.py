@@ -54,6 +54,7 @@ def continuation(options: GenerateOptions) -> str:
     import numpy as np
 
     from attnlab import experiment
+    from attnlab.cli import qualify
     from attnlab.data.tokenizer import END_OF_TEXT, decode, encode
     from attnlab.models.generate import generate
 
@@ -64,6 +65,7 @@ def continuation(options: GenerateOptions) -> str:
         raise ValueError("--prompt must hold at least one character")
     if "" in options.stop:
         raise ValueError("--stop must not hold an empty text")
+    qualify.on_new_device()
     model = experiment.load_trained(options.run_dir, step="newest" if options.step is None else options.step)
     generation = generate(
         model,

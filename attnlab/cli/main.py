@@ -11,6 +11,7 @@ from attnlab.suggest import suggestion
 COMMANDS = {
     "train": "train a configuration",
     "compare": "train the same model with several mixers, and write a report",
+    "qualify": "try the kernels on this device, and remember which are right and faster",
     "bench": "time a kernel against its peers and against this machine",
     "generate": "continue a prompt with a trained language model",
     "list": "print the variants",

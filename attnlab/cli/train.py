@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from attnlab import experiment
-from attnlab.cli import configs
+from attnlab.cli import configs, qualify
 from attnlab.experiment import Experiment
 from attnlab.training import NonFiniteError
 
@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
     print(f"out_dir = {str(directory)!r}\n", flush=True)
     if options.dry_run:
         return 0
+    qualify.on_new_device()
     try:
         result = experiment.run(chosen, directory)
     except NonFiniteError as error:

@@ -35,6 +35,7 @@ dispatch.register(
         dispatch.Implementation("xla", "pallas_kernels.delta_rule_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.delta_rule_attention.reference"),
     ],
+    trials="pallas_kernels.delta_rule_attention.cases:trials",
 )
 
 

@@ -2,9 +2,14 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.delta_rule_attention.api import delta_rule_attention
+from pallas_kernels.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +132,29 @@ SPEED = tuple(
     for length in (1024, 4096, 16384)
     for decay in (None, "head", "token")
 )
+
+# What a kernel must be right in to qualify on a device.
+TRIED = ("plain_63", "head_97", "token_200", "grouped_token", "strong_token", "packed_head")
+WIDE = (
+    Case("wide_token", 1, 300, heads=4, kv_heads=2, key_size=128, decay="token", initial_state=True),
+    Case("wide_64", 2, 200, heads=2, key_size=64, value_size=128),
+)
+
+
+def trials() -> tuple[Trial, ...]:
+    """What kernels of `delta_rule_attention` are tried with."""
+    small = [(case, dtype) for case in SMALL if case.name in TRIED for dtype in ("bfloat16", "float32")]
+    correct = [_trial(case, dtype) for case, dtype in (*small, *((case, "bfloat16") for case in WIDE))]
+    speed = [case for case in SPEED if case.length == 4096 and case.decay in (None, "token")]
+    return (*correct, *(_trial(case, "bfloat16", timed=True) for case in speed))
+
+
+def _trial(case: Case, dtype: str, timed: bool = False) -> Trial:
+    arguments, options = case.arguments(jnp.dtype(dtype))
+    if "scale" in arguments:  # its gradient is one sum that may cancel
+        options["scale"] = np.asarray(arguments.pop("scale"))
+
+    def call(arguments: dict[str, Any], implementation: str) -> Any:
+        return delta_rule_attention(**arguments, **options, return_state=True, implementation=implementation)
+
+    return Trial(case.name, dtype, jax.tree.map(np.asarray, arguments), call, timed)

@@ -41,6 +41,7 @@ dispatch.register(
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.linear_attention.reference"),
     ],
+    trials="pallas_kernels.linear_attention.cases:trials",
 )
 dispatch.register(
     OP_STEP,
@@ -48,6 +49,7 @@ dispatch.register(
         dispatch.Implementation("tpu", "pallas_kernels.linear_attention.tpu.step", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.linear_attention.xla_step"),
     ],
+    trials="pallas_kernels.linear_attention.cases:step_trials",
 )
 
 

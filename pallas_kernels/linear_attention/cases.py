@@ -2,11 +2,15 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.linear_attention.api import linear_attention, linear_attention_step
 from pallas_kernels.recurrence import NormalizedState
+from pallas_kernels.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +138,60 @@ SPEED = tuple(
     for length in (1024, 4096, 16384, 65536)
     for decay in (None, "head", "token", "channel")
 )
+
+# What a kernel must be right in to qualify on a device, beside some of `SMALL`: sizes that all kernels take.
+WIDE = (
+    Case("wide_none", 1, 500, heads=4, key_size=128),
+    Case("wide_head", 2, 700, heads=4, kv_heads=2, key_size=64, decay="head", strength=0.05, initial_state=True),
+    Case("wide_token", 2, 700, heads=4, key_size=64, value_size=128, decay="token", initial_state=True),
+    Case("wide_token_256", 1, 300, heads=2, key_size=256, decay="token"),
+)
+TRIED = ("grouped_head", "token_300", "channel_150", "strong_token", "normalized_token", "packed_head", "full_packed")
+
+
+def trials() -> tuple[Trial, ...]:
+    """What kernels of `linear_attention` are tried with."""
+    small = [(case, dtype) for case in SMALL if case.name in TRIED for dtype in ("bfloat16", "float32")]
+    correct = [_trial(case, dtype) for case, dtype in (*small, *((case, "bfloat16") for case in WIDE))]
+    speed = [case for case in SPEED if case.length == 4096 and case.decay in (None, "token")]
+    return (*correct, *(_trial(case, "bfloat16", timed=True) for case in speed))
+
+
+def _trial(case: Case, dtype: str, timed: bool = False) -> Trial:
+    arguments, options = case.arguments(jnp.dtype(dtype))
+    options["return_state"] = case.causal or not case.segments
+
+    def call(arguments: dict[str, Any], implementation: str) -> Any:
+        return linear_attention(**arguments, **options, implementation=implementation)
+
+    return Trial(case.name, dtype, jax.tree.map(np.asarray, arguments), call, timed)
+
+
+def step_trials() -> tuple[Trial, ...]:
+    """What kernels of `linear_attention_step` are tried with: one token, and four."""
+    cases = [
+        Case("step", 4, 1, heads=4, key_size=64, decay="head", initial_state=True),
+        Case("steps", 2, 4, heads=4, kv_heads=2, key_size=128, decay="token", initial_state=True),
+        Case("steps_channel", 2, 4, heads=4, key_size=64, decay="channel", initial_state=True),
+        Case("steps_normalized", 2, 4, heads=4, key_size=64, normalize=True, initial_state=True),
+    ]
+    timed = Case("step_timed", 64, 1, heads=16, key_size=128, decay="head", initial_state=True)
+    return (
+        *(_step_trial(case, dtype) for case in cases for dtype in ("bfloat16", "float32")),
+        _step_trial(timed, "bfloat16", timed=True),
+    )
+
+
+def _step_trial(case: Case, dtype: str, timed: bool = False) -> Trial:
+    arguments, _ = case.arguments(jnp.dtype(dtype))
+
+    def call(arguments: dict[str, Any], implementation: str) -> Any:
+        if implementation == "reference":  # a step is a short sequence
+            return linear_attention(
+                **arguments, normalize=case.normalize, return_state=True, implementation=implementation
+            )
+        q, k, v, state = (arguments[name] for name in ("q", "k", "v", "initial_state"))
+        how = {"log_decay": arguments.get("log_decay"), "normalize": case.normalize, "implementation": implementation}
+        return linear_attention_step(q, k, v, state, **how)
+
+    return Trial(case.name, dtype, jax.tree.map(np.asarray, arguments), call, timed, differentiable=not timed)

@@ -84,7 +84,7 @@ def compile_for(
     placed = jax.tree.map(place, arguments)
     # A function of its own: JAX caches traces by function, and one that was chosen for another platform must not serve.
     fresh = jax.jit(lambda *arguments: f(*arguments), donate_argnums=donate_argnums)
-    with dispatch.target("tpu", device_kind(topology)):
+    with dispatch.target("tpu", device_kind(topology), qualified_only=False):
         return fresh.trace(*placed).lower(lowering_platforms=("tpu",)).compile()
 
 

@@ -37,7 +37,7 @@ def interpreted(
     parameters = pltpu.InterpretParams(detect_races=True)
     with (
         pytest.MonkeyPatch.context() as patch,
-        dispatch.target("tpu", device_kind),
+        dispatch.target("tpu", device_kind, qualified_only=False),
         pltpu.force_tpu_interpret_mode(parameters),
     ):
         patch.setattr(interpreter, "RaceDetectionState", watch)

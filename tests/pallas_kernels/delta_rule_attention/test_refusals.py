@@ -69,7 +69,7 @@ ON_TPU = {
 def test_refusals_of_the_tpu_kernels(name):
     arrays, options, message = ON_TPU[name]
     x = jnp.ones((1, 6, 2, arrays.get("size", 4)), arrays.get("dtype", jnp.float32))
-    with dispatch.target("tpu"):
+    with dispatch.target("tpu", qualified_only=False):
         answers = {answer.name: answer for answer in explain(x, x, x, x[..., 0], **options)}
         with pytest.raises(dispatch.UnsupportedError, match=message):
             delta_rule_attention(x, x, x, x[..., 0], **options, implementation="tpu")
@@ -92,7 +92,7 @@ def test_explain_names_each_implementation_and_its_reason():
     assert explain() == [("tpu", False, "needs tpu; this machine has cpu"), ("xla", True, ""), ("reference", True, "")]
     answers = explain(Q, KV, KV, BETA, chunk_size=16)
     assert [(answer.name, answer.ok) for answer in answers] == [("tpu", False), ("xla", True), ("reference", False)]
-    with dispatch.target("tpu"):
+    with dispatch.target("tpu", qualified_only=False):
         assert explain(Q, KV, KV, BETA)[0] == ("tpu", True, "")
 
 

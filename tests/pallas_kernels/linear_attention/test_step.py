@@ -50,7 +50,7 @@ def interpreted(capfd):
 
     def run(f, *arrays):
         params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-        with dispatch.target("tpu"), pltpu.force_tpu_interpret_mode(params):
+        with dispatch.target("tpu", qualified_only=False), pltpu.force_tpu_interpret_mode(params):
             outputs = jax.block_until_ready(jax.jit(lambda *arrays: f(*arrays))(*arrays))
         assert "RACE" not in capfd.readouterr().out
         return outputs

@@ -220,7 +220,7 @@ def lowered(
     def loss(arrays):
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(call(arrays)))
 
-    with dispatch.target("gpu", device_kind=device_kind):
+    with dispatch.target("gpu", device_kind=device_kind, qualified_only=False):
         traced = jax.jit(jax.grad(loss) if gradient else call).trace(arrays)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -249,7 +249,7 @@ def test_constant_decay_is_one_launch_on_arrays_in_place():
 
 
 def test_vmapped_axis_joins_the_batch():
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         call = jax.vmap(lambda q, g: linear_attention(q, q, q, log_decay=g, implementation="mosaic_gpu"))
         shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 2, 80, 4, 64), (3, 2, 80, 4))]
         text = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
@@ -274,7 +274,7 @@ def test_gradient_lowers_inside_shard_map(decay):
         y, state = linear_attention(**arrays, implementation="mosaic_gpu", return_state=True)
         return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs,), out_specs=specs)
         text = jax.jit(gradient).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert launches(text) == 1
@@ -335,7 +335,7 @@ def test_what_a_decays_gradient_keeps_is_a_fifth_of_the_arrays(size, monkeypatch
     monkeypatch.setattr(kernel, "sweep", recorded)
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     g = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         jax.eval_shape(jax.grad(loss, argnums=(0, 1)), q, g)
     (backward,) = (number for names, number in written.items() if "dq" in names)
     assert 3 * 2 * q.size < backward <= (3 + 8 * 0.2) * 2 * q.size
@@ -380,7 +380,7 @@ def test_pairs_of_heads_lower_for_cuda():
         y, _ = implementation.run(api.normal_form(q, q, q, log_decay=g), processors=1)
         return jnp.sum(y.astype(jnp.float32))
 
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, g)
         assert launches(traced.lower(lowering_platforms=("cuda",)).as_text()) == 1
 
@@ -441,7 +441,7 @@ def arguments(dtype=jnp.bfloat16, d=64, e=64, decay=None, **options):
     ],
 )
 def test_refusals(args, kind, reason):
-    with dispatch.target("gpu", device_kind=kind):
+    with dispatch.target("gpu", device_kind=kind, qualified_only=False):
         answers = {answer.name: answer for answer in dispatch.explain(api.OP, args())}
         with pytest.raises(dispatch.UnsupportedError, match=reason):
             dispatch.choose(api.OP, args(), "mosaic_gpu")
@@ -455,7 +455,7 @@ def differentiated(wrap=lambda f: f, **how):
     def loss(g, q):
         return jnp.sum(linear_attention(q, q, q, log_decay=g, **how).astype(jnp.float32))
 
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         return jax.jit(jax.grad(wrap(loss))).trace(g, q)
 
 
@@ -472,7 +472,7 @@ def test_a_decay_per_head_that_is_differentiated_later_raises(wrap):
 
 
 def test_hopper_chooses_it():
-    with dispatch.target("gpu", device_kind=H200):
+    with dispatch.target("gpu", device_kind=H200, qualified_only=False):
         assert dispatch.choose(api.OP, arguments()).name == "mosaic_gpu"
         assert dispatch.choose(api.OP, dataclasses.replace(arguments(), chunk_size=64)).name == "mosaic_gpu"
         assert dispatch.choose(api.OP, arguments(jnp.float32)).name != "mosaic_gpu"

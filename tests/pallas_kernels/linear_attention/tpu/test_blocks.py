@@ -117,7 +117,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_the_argument(name):
     options, dtype, message = REFUSED[name]
-    with jax.enable_x64(dtype == jnp.float64), dispatch.target("tpu", "TPU v5e"):
+    with jax.enable_x64(dtype == jnp.float64), dispatch.target("tpu", "TPU v5e", qualified_only=False):
         options = {"v": Q} | options
         q, options["v"] = Q.astype(dtype), options["v"].astype(dtype)
         with pytest.raises(dispatch.UnsupportedError, match=f"implementation='tpu' refuses: .*{message}"):
@@ -127,18 +127,18 @@ def test_refusals_name_the_argument(name):
 def test_what_fits_no_chip_is_refused():
     q = jax.ShapeDtypeStruct((1, 4096, 41, 64), jnp.float32)  # 41 heads of half a tile do not divide
     args = tpu.Arguments(q=q, k=q, v=q)
-    with dispatch.target("tpu", None):
+    with dispatch.target("tpu", None, qualified_only=False):
         refusal = tpu.supports(args)
         with pytest.raises(dispatch.UnsupportedError, match="no block of q"):
             tpu.traffic(args)
     assert "no block of q (1, 4096, 41, 64), v (1, 4096, 41, 64) in float32 fits the 15728640 bytes" in refusal
     assert "TPU unknown: 41 heads do not divide" in refusal
-    with dispatch.target("tpu", "TPU v6e"):
+    with dispatch.target("tpu", "TPU v6e", qualified_only=False):
         assert tpu.supports(args) is None
 
 
 def test_it_is_the_choice_on_a_tpu_alone():
-    with dispatch.target("tpu", "TPU v5e"):
+    with dispatch.target("tpu", "TPU v5e", qualified_only=False):
         assert dispatch.choose("linear_attention", normal_form(Q, Q, Q)).name == "tpu"
     assert dispatch.choose("linear_attention", normal_form(Q, Q, Q), platform="gpu").name != "tpu"
 
@@ -160,11 +160,11 @@ def shapes(dtype, size, decay, heads=8, length=8192, **options):
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_bytes_moved_are_near_the_least_possible(kind, size):
     for options in ({"decay": None}, {"decay": "head"}, {"decay": "token"}, {"decay": None, "causal": False}):
-        with dispatch.target("tpu", kind):
+        with dispatch.target("tpu", kind, qualified_only=False):
             moved = tpu.traffic(shapes(jnp.bfloat16, size, **options))
         assert 8 * size <= moved["forward"] <= 1.3 * 8 * size
         assert 14 * size <= moved["backward"] <= 1.3 * 14 * size
-    with dispatch.target("tpu", kind):
+    with dispatch.target("tpu", kind, qualified_only=False):
         moved = tpu.traffic(shapes(jnp.bfloat16, size, "channel"))
     assert moved["forward_minimum"] == 12 * size and moved["backward_minimum"] == 22 * size
     assert 12 * size <= moved["forward"] <= 1.3 * 12 * size
@@ -173,7 +173,7 @@ def test_bytes_moved_are_near_the_least_possible(kind, size):
 
 def test_bytes_are_those_of_the_blocks_that_the_kernels_use():
     args = shapes(jnp.bfloat16, 64, "token", length=3000)
-    with dispatch.target("tpu", "TPU v5e"):
+    with dispatch.target("tpu", "TPU v5e", qualified_only=False):
         (plan,), moved = tpu.plans(args), tpu.traffic(args)
         gradient = jax.grad(
             lambda q, k, v, g: jnp.sum(
@@ -199,7 +199,7 @@ def test_blocks_fit_every_chip(kind):
     for dtype in (jnp.bfloat16, jnp.float32):
         for size in (16, 32, 64, 96, 128, 256):
             for options in ({"decay": "token"}, {"decay": "channel"}, {"decay": None, "causal": False}):
-                with dispatch.target("tpu", kind):
+                with dispatch.target("tpu", kind, qualified_only=False):
                     for plan in tpu.plans(shapes(dtype, size, normalize=True, return_state=True, **options)):
                         names = ("keep", "backward") if plan.config.causal else ("outer", "read", "read_backward")
                         assert max(map(plan.vmem, names)) <= limit < plan.config.chip.vmem
