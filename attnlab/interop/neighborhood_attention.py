@@ -28,7 +28,7 @@ OFFICIAL = [
             NeighborhoodAttention,
             options(*_OPTIONS, "num_heads", "qkv_bias", embed_dim="features", dim="features", is_causal="causal")
             | {"qk_scale": "scale", "rel_pos_bias": "relative_bias", "proj_drop": "projection_dropout"},
-            {"query_key_value": "qkv", "projection": "proj", "bias": "rpb"},
+            {("query", "key", "value"): "qkv", "out": "proj", "bias": "rpb"},
             always={"layout": layout},
         )
         for axes, layout in enumerate((Layout.SEQUENCE, Layout.IMAGE, Layout.VIDEO), 1)

@@ -3,7 +3,8 @@
 Softmax attention of each token over its neighborhood, a box of Π k_a tokens around it, on a sequence, an image or a
 video:
 
-    [q|k|v] = x W_qkv;   s_ij = q_i·k_j / √D + rpb[(j - i) / d],  j in N(i);   y_i = Σ_j softmax_j(s_ij) v_j;   y W_o
+    q, k, v = x W_q, x W_k, x W_v
+    s_ij = q_i·k_j / √D + rpb[(j - i) / d],  j in N(i);   y_i = Σ_j softmax_j(s_ij) v_j;   y W_o
 
 At a border the box is shifted inwards, never cut, so that every token sees as many. With a dilation d the tokens of a
 box are d apart (arXiv:2209.15001); with a stride s, s tokens share a box (arXiv:2504.16922), and s = k gives windows
@@ -25,9 +26,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument, record
-from attnlab.nn.linear import Linear, trunc_normal
+from attnlab.contract import Given, Layout, Pattern, Site, TokenMixer, UnsupportedArgument, View, record
+from attnlab.nn.dense_mixer import Heads
+from attnlab.nn.grids import to_tokens
+from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.softmax import softmax_attention
+from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.neighborhood_attention import (
     neighborhood_attention,
@@ -92,6 +97,7 @@ class NeighborhoodAttention(TokenMixer):
       TypeError: for sizes that are not integers or flags that are not booleans.
     """
 
+    points = frozenset({"qkv", "heads"})
     patterns = frozenset({Pattern.SELF, Pattern.CAUSAL_SELF})
     layouts = frozenset({Layout.SEQUENCE, Layout.IMAGE, Layout.VIDEO})
 
@@ -116,6 +122,7 @@ class NeighborhoodAttention(TokenMixer):
     ):
         if features % num_heads:
             raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
+        size = features // num_heads
         self.features, self.num_heads, self.scale, self.dtype = features, num_heads, scale, dtype
         self.layout = Layout(layout)
         # The smallest grid that the box fits into says what each axis has, and checks it.
@@ -135,12 +142,15 @@ class NeighborhoodAttention(TokenMixer):
                 f"{self.kernel_size}, stride {self.stride}, causal {self.is_causal}"
             )
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query_key_value = Linear(features, 3 * features, use_bias=qkv_bias, axes=("embed", "heads"), **common)
-        self.projection = Linear(features, features, axes=("heads", "embed"), **common)
+        self.query, self.key, self.value = (
+            ToHeads(features, num_heads, size, use_bias=qkv_bias, **common) for _ in range(3)
+        )
+        self.out = FromHeads(num_heads, size, features, **common)
         self.bias = nnx.data(None)
         if relative_bias:
             shape = (num_heads, *(2 * k - 1 for k in self.kernel_size))
-            self.bias = nnx.Param(trunc_normal(rngs.params(), shape, param_dtype))
+            table = trunc_normal(rngs.params(), shape, param_dtype)
+            self.bias = nnx.Param(table, logical_axes=("heads", *(None,) * len(self.kernel_size)))
         self.dropout = nnx.Dropout(projection_dropout, rngs=rngs) if projection_dropout > 0 else nnx.data(None)
 
     @classmethod
@@ -159,23 +169,12 @@ class NeighborhoodAttention(TokenMixer):
             return {}
         return {"kernel_size": tuple(n if n < 3 else min(7, n - 1 + n % 2) for n in site.grid)}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        x = jnp.asarray(x, self.dtype)
-        tokens = x.shape[1:-1]
-        q, k, v = self._padded(*self._project(x))
-        y = neighborhood_attention(q, k, v, **self._options())
-        record(self, "attention", lambda: self._map(q, k, tokens))
-        return self._merge(y[:, : tokens[0]], x.shape, deterministic)
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        grid = x.shape[1:-1]
+        q, k, v = self._padded(*self._project(x, given.edits))
+        record(self, "attention", lambda: self._map(q, k, grid))
+        y = neighborhood_attention(q, k, v, **self._options())[:, : grid[0]]
+        return self._merge(y, x.shape, given.edits, given.deterministic)
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> NeighborhoodState:
         """No tokens yet; the size of the state does not depend on `max_length`.
@@ -190,11 +189,18 @@ class NeighborhoodAttention(TokenMixer):
         return NeighborhoodState(zeros, zeros, jnp.zeros((batch_size,), jnp.int32))
 
     def prefill(
-        self, x: ArrayLike, state: NeighborhoodState, *, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        state: NeighborhoodState,
+        *,
+        mask: ArrayLike | View | None = None,
+        positions: ArrayLike | None = None,
+        edits: Edits | None = None,
     ) -> tuple[jax.Array, NeighborhoodState]:
         self._check_decodes()
-        self.check_call(x)
+        self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
+        mask = mask.mask if isinstance(mask, View) else mask
         count, past = x.shape[1], self._past
         if mask is None:
             real = jnp.full(x.shape[:1], count, jnp.int32)
@@ -202,7 +208,7 @@ class NeighborhoodAttention(TokenMixer):
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
         else:
             real = jnp.asarray(mask, bool).sum(1, dtype=jnp.int32)
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, edits)
         # Past tokens and new ones in one run, with what is not a token in front of both.
         index = jnp.arange(past + count)
         source = index - jnp.where(index < (past + count - real)[:, None], (count - real)[:, None], 0)
@@ -211,26 +217,28 @@ class NeighborhoodAttention(TokenMixer):
         v = jnp.take_along_axis(jnp.concatenate([state.values.astype(v.dtype), v], 1), source, 1)
         known = index >= (past + count - real - jnp.minimum(state.length, past))[:, None]
         q = jnp.pad(q, ((0, 0), (past, 0), (0, 0), (0, 0)))
-        y = self._attend_known(q, k, v, known)[:, past:]
-        state = NeighborhoodState(
-            k[:, count:].astype(state.keys.dtype), v[:, count:].astype(state.values.dtype), state.length + real
-        )
-        return self._merge(y, x.shape), state
+        q, padded_k, padded_v, known = self._padded(q, k, v, known)
+        y = neighborhood_attention(q, padded_k, padded_v, **self._options(), key_mask=known)[:, past : past + count]
+        return self._merge(y, x.shape, edits), _advance(state, k[:, count:], v[:, count:], real)
 
-    def step(self, x_t: ArrayLike, state: NeighborhoodState) -> tuple[jax.Array, NeighborhoodState]:
+    def step(
+        self,
+        x_t: ArrayLike,
+        state: NeighborhoodState,
+        *,
+        positions: ArrayLike | None = None,
+        edits: Edits | None = None,
+    ) -> tuple[jax.Array, NeighborhoodState]:
         self._check_decodes()
         x = jnp.asarray(x_t, self.dtype)[:, None]
-        self.check_call(x)
-        q, k, v = self._project(x)
+        self.check_call(x, positions=positions, decoding=True)
+        q, k, v = self._project(x, edits)
         k = jnp.concatenate([state.keys.astype(k.dtype), k], 1)
         v = jnp.concatenate([state.values.astype(v.dtype), v], 1)
         known = jnp.arange(self._past + 1) >= (self._past - state.length)[:, None]
         window = slice(None, None, self.dilation[0])
         y = softmax_attention(q, k[:, window], v[:, window], mask=known[:, window], scale=self.scale or None)
-        state = NeighborhoodState(
-            k[:, 1:].astype(state.keys.dtype), v[:, 1:].astype(state.values.dtype), state.length + 1
-        )
-        return self._merge(y, x.shape)[:, 0], state
+        return self._merge(y, x.shape, edits)[:, 0], _advance(state, k[:, 1:], v[:, 1:], 1)
 
     @property
     def _past(self) -> int:
@@ -254,13 +262,16 @@ class NeighborhoodAttention(TokenMixer):
                 f"the last run of tokens depends on tokens to come"
             )
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array, edits: Edits | None) -> list[jax.Array]:
         """Queries, keys and values `(B, *S, H, D)`."""
-        qkv = self.query_key_value(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
-        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        tokens = to_tokens(x)
+        heads = visit(self, edits, "qkv", Heads(self.query(tokens), self.key(tokens), self.value(tokens)))
+        return [part.reshape(*x.shape[:-1], *part.shape[2:]) for part in heads[:3]]
 
-    def _merge(self, y: jax.Array, shape: tuple[int, ...], deterministic: bool = True) -> jax.Array:
-        y = self.projection(y.reshape(shape))
+    def _merge(
+        self, y: jax.Array, shape: tuple[int, ...], edits: Edits | None, deterministic: bool = True
+    ) -> jax.Array:
+        y = self.out(visit(self, edits, "heads", y.reshape(shape[0], -1, *y.shape[-2:]))).reshape(shape)
         return y if self.dropout is None else self.dropout(y, deterministic=deterministic)
 
     def _padded(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -269,15 +280,13 @@ class NeighborhoodAttention(TokenMixer):
         missing = max(0, least - arrays[0].shape[1]) if self._may_be_short() else 0
         return tuple(jnp.pad(a, [(0, 0), (0, missing), *[(0, 0)] * (a.ndim - 2)]) for a in arrays)
 
-    def _attend_known(self, q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> jax.Array:
-        """The causal op over keys that are `known` `(B, M)`."""
-        count = known.shape[1]
-        q, k, v, known = self._padded(q, k, v, known)
-        return neighborhood_attention(q, k, v, **self._options(), key_mask=known)[:, :count]
-
     def _map(self, q: jax.Array, k: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
         count = math.prod(tokens)
         return neighborhood_attention_weights(q, k, **self._options())[:, :, :count, :count]
+
+
+def _advance(state: NeighborhoodState, keys: jax.Array, values: jax.Array, count: jax.Array | int) -> NeighborhoodState:
+    return NeighborhoodState(keys.astype(state.keys.dtype), values.astype(state.values.dtype), state.length + count)
 
 
 def _least_grid(layout: Layout, kernel_size: int | Sequence[int], dilation: int | Sequence[int]) -> tuple[int, ...]:
