@@ -1,69 +1,106 @@
 """Decoding: prefill and steps agree with the call over the whole sequence."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from attnlab import Layout, Pattern, UnsupportedArgument
-from tests.conformance.subjects import BATCH, Subject, close, mixers
+from tests.conformance.programs import Programs, programs, rounded
+from tests.conformance.subjects import BATCH, Subject, close, those
 
-DECODERS = [s for s in mixers() if s.pattern is Pattern.CAUSAL_SELF and s.layout is Layout.SEQUENCE]
-every_decoder = pytest.mark.parametrize("subject", DECODERS, ids=str)
+RUN = 4  # tokens of one prefill, and steps of one scan: a third of the sequence
+
+
+def decodes(subject: Subject) -> bool:
+    return subject.pattern is Pattern.CAUSAL_SELF and subject.layout is Layout.SEQUENCE
+
+
+every_decoder = those(decodes)
+
+
+class Decoder:
+    """Programs of decoding `RUN` tokens, compiled once."""
+
+    def __init__(self, its: Programs):
+        self.its = its
+        self.x = its.arguments[0]
+        self.prefill = jax.jit(
+            lambda weights, x, state, **given: nnx.merge(its.graph, weights).prefill(x, state, **given)
+        )
+        self.steps = jax.jit(self._steps)
+
+    def _steps(self, weights: Any, x: Any, state: Any) -> tuple[jax.Array, Any]:
+        def step(state, x_t):
+            y, state = nnx.merge(self.its.graph, weights).step(x_t, state)
+            return state, y
+
+        state, y = jax.lax.scan(step, state, x.swapaxes(0, 1))
+        return y.swapaxes(0, 1), state
+
+    def start(self, batch: int = BATCH, **options: Any) -> Any:
+        return self.its.mixer.init_state(batch, self.x.shape[1], **options)
+
+    def run(self, *programs: Any, x: np.ndarray | None = None, state: Any = None) -> np.ndarray:
+        """The results of programs that each take the next `RUN` tokens."""
+        x = self.x if x is None else x
+        state = self.start() if state is None else state
+        results = []
+        for i, program in enumerate(programs):
+            y, state = program(self.its.state, x[:, RUN * i : RUN * (i + 1)], state)
+            results.append(np.asarray(y))
+        return np.concatenate(results, axis=1)
+
+
+@functools.lru_cache(maxsize=2)
+def decoder(subject: Subject) -> Decoder:
+    return Decoder(programs(subject))
 
 
 @every_decoder
 def test_prefill_then_steps(subject: Subject):
-    mixer, x = subject.build(), subject.tokens()
-    whole = mixer(x)
-    state = mixer.init_state(BATCH, x.shape[1])
-    first, state = mixer.prefill(x[:, :4], state)
-    second, state = mixer.prefill(x[:, 4:7], state)
-    close(jnp.concatenate([first, second], axis=1), whole[:, :7])
-    step = nnx.jit(lambda mixer, x_t, state: mixer.step(x_t, state))
-    for i in range(7, x.shape[1]):
-        y, state = step(mixer, x[:, i], state)
-        close(y, whole[:, i])
+    its = decoder(subject)
+    close(its.run(its.prefill, its.prefill, its.steps), its.its.plain.y)
 
 
 @every_decoder
 def test_steps_alone_in_a_scan(subject: Subject):
-    mixer, x = subject.build(), subject.tokens()
-    graph, weights = nnx.split(mixer)
-
-    def step(state, x_t):
-        y, state = nnx.merge(graph, weights).step(x_t, state)
-        return state, y
-
-    _, y = jax.lax.scan(step, mixer.init_state(BATCH, x.shape[1]), x.swapaxes(0, 1))
-    close(y.swapaxes(0, 1), mixer(x))
+    its = decoder(subject)
+    close(its.run(its.steps, its.steps, its.steps), its.its.plain.y)
 
 
 @every_decoder
 def test_prompts_padded_on_the_left(subject: Subject):
-    mixer, x = subject.build(), subject.tokens(batch=1)
-    short = x[:, 3:]
-    mask = (jnp.arange(x.shape[1] - 1) >= 3)[None]
-    state = mixer.init_state(1, x.shape[1])
-    padded, state = mixer.prefill(x[:, :-1], state, mask=mask)
-    whole = mixer(short)
-    close(padded[:, 3:], whole[:, :-1])
-    y, _ = mixer.step(x[:, -1], state)
-    close(y, whole[:, -1])
+    """Prompts of 5 and 3 tokens share prefills of 8: the first prefill of the second example holds nothing of it."""
+    its = decoder(subject)
+    padding = (3, 5)
+    real = np.arange(its.x.shape[1]) >= np.array(padding)[:, None]
+    y = its.run(
+        functools.partial(its.prefill, mask=real[:, :RUN]),
+        functools.partial(its.prefill, mask=real[:, RUN : 2 * RUN]),
+        its.steps,
+    )
+    moved = np.stack([np.roll(example, -n, axis=0) for example, n in zip(its.x, padding, strict=True)])
+    want = its.its.pull((moved,)).y
+    for example, n in enumerate(padding):
+        close(y[example, n:], want[example, : len(real[0]) - n], what=f"{n} tokens of padding")
 
 
 @every_decoder
 def test_bfloat16_decoding(subject: Subject):
-    mixer, x = subject.build(), subject.tokens().astype(jnp.bfloat16)
-    y, state = mixer.prefill(x[:, :-1], mixer.init_state(BATCH, x.shape[1], dtype=jnp.bfloat16))
-    last, _ = mixer.step(x[:, -1], state)
-    assert y.dtype == last.dtype == jnp.bfloat16
-    close(jnp.concatenate([y, last[:, None]], axis=1), mixer(x), 3e-2)
+    its = decoder(subject)
+    y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(dtype=jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    close(y, its.its.half.y, 3e-2)
 
 
-@pytest.mark.parametrize("subject", sorted(set(mixers()) - set(DECODERS), key=str), ids=str)
+@those(lambda subject: not decodes(subject))
 def test_others_refuse(subject: Subject):
-    mixer, x = subject.build(), subject.tokens()
+    mixer, x = programs(subject).mixer, subject.tokens()
     with pytest.raises(UnsupportedArgument, match="decode"):
         mixer.init_state(BATCH, 8)
     with pytest.raises(UnsupportedArgument, match="decode"):

@@ -9,166 +9,187 @@ from flax import nnx
 
 import attnlab
 from attnlab import Layout, Pattern, UnsupportedArgument
-from tests.conformance.subjects import FEATURES, GRIDS, HEADS, ODD_GRIDS, Subject, close, mixers, parameters
+from tests.conformance.programs import programs, rounded
+from tests.conformance.subjects import (
+    FEATURES,
+    GRIDS,
+    HEADS,
+    ODD_GRIDS,
+    Subject,
+    close,
+    finite,
+    mixers,
+    named,
+    parameters,
+    those,
+)
 
-every_mixer = pytest.mark.parametrize("subject", mixers(), ids=str)
 
-
-def scalar(mixer, arguments):
-    y = mixer(*arguments)
-    weights = jax.random.normal(jax.random.key(9), y.shape)
-    return jnp.sum(y.astype(jnp.float32) * weights)
-
-
-@every_mixer
+@those()
 def test_shape_and_dtype(subject: Subject):
-    x = subject.tokens()
-    mixer = subject.build()
-    assert mixer(*subject.arguments(x)).shape == x.shape
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        y = mixer(*subject.arguments(x.astype(dtype)))
+    its = programs(subject)
+    results = {
+        jnp.float32: its.plain.y,
+        jnp.bfloat16: its.half.y,
+        jnp.float16: its.call(*rounded(its.arguments, jnp.float16)),
+    }
+    for dtype, y in results.items():
+        assert y.shape == its.arguments[0].shape
         assert y.dtype == dtype, "the result has the dtype of the tokens"
-        assert jnp.isfinite(y).all()
-    chosen = subject.build(dtype=jnp.bfloat16)
-    assert chosen(*subject.arguments(x)).dtype == jnp.bfloat16, "unless `dtype` was given"
+        assert finite(y), dtype
+    chosen = subject.abstract(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in parameters(chosen).values()} == {jnp.dtype(jnp.float32)}
-    stored = subject.build(param_dtype=jnp.bfloat16)
+    graph, state = nnx.split(chosen)
+    y = jax.eval_shape(lambda state, *a: nnx.merge(graph, state)(*a), state, *its.arguments)
+    assert y.dtype == jnp.bfloat16, "unless `dtype` was given"
+    stored = subject.abstract(param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in parameters(stored).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
-@every_mixer
+@those()
 def test_bfloat16_is_near_float32(subject: Subject):
-    mixer, x = subject.build(), subject.tokens()
-    rounded = x.astype(jnp.bfloat16)
-    want = mixer(*subject.arguments(rounded.astype(jnp.float32)))
-    got = mixer(*(a.astype(jnp.bfloat16) for a in subject.arguments(rounded.astype(jnp.float32))))
-    close(got, want, 3e-2)
+    its = programs(subject)
+    want = its.pull(rounded(rounded(its.arguments), np.float32))
+    close(its.half.y, want.y, 3e-2)
 
 
-@every_mixer
+@those()
 def test_jit_equals_eager(subject: Subject):
-    mixer, x = subject.build(), subject.tokens()
-    close(nnx.jit(lambda m, *a: m(*a))(mixer, *subject.arguments(x)), mixer(*subject.arguments(x)))
+    its = programs(subject)
+    close(its.plain.y, its.mixer(*its.arguments))
 
 
-@every_mixer
+@those()
 def test_examples_are_independent(subject: Subject):
-    """vmap over examples, and a batch of one, give what the batch gives."""
-    graph, state = nnx.split(subject.build())
-    arguments = subject.arguments(subject.tokens())
-    whole = nnx.merge(graph, state)(*arguments)
-    one = jax.vmap(lambda *a: nnx.merge(graph, state)(*(part[None] for part in a))[0])(*arguments)
-    close(one, whole)
+    """vmap over examples of a batch of one gives what the batch gives."""
+    its = programs(subject)
+    one = jax.jit(
+        jax.vmap(
+            lambda state, *a: its.eager(state, *(part[None] for part in a))[0], (None, 0, 0)[: 1 + len(its.arguments)]
+        )
+    )
+    close(one(its.state, *its.arguments), its.plain.y)
 
 
-@every_mixer
+@those()
 def test_scan_over_layers(subject: Subject):
-    layers = [subject.build(seed=seed) for seed in range(3)]
-    graph = nnx.graphdef(layers[0])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers))
-    x, *context = subject.arguments(subject.tokens())
+    """Depth is an array: layers of one structure, stacked and scanned, are their loop, whatever their places.
+
+    Every other layer may have another structure (shifted windows), and so may the first.
+    """
+    its = programs(subject)
+    built = [subject.build(seed=layer, layer=layer) for layer in range(4)]
+    alike = [nnx.state(layer) for layer in built if nnx.graphdef(layer) == its.graph]
+    assert len(alike) > 1, "what depends on the layer is no array: no two layers of four have the same structure"
+    x, *context = its.arguments
     want = x
-    for layer in layers:
-        want = want + layer(want, *context)
-    got, _ = jax.lax.scan(lambda x, state: (x + nnx.merge(graph, state)(x, *context), None), x, stacked)
-    close(got, want)
+    for state in alike:
+        want = want + its.pull((want, *context), state=state).y
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
+    scan = jax.jit(
+        lambda x, context, stacked: jax.lax.scan(
+            lambda x, state: (x + its.eager(state, x, *context), None), x, stacked
+        )[0]
+    )
+    close(scan(x, context, stacked), want)
 
 
-@every_mixer
+@those()
 def test_gradients(subject: Subject):
     """Of every parameter and of the tokens: finite and non-zero, and the same under rematerialisation."""
-    graph, params, rest = nnx.split(subject.build(), nnx.Param, ...)
-    arguments = subject.arguments(subject.tokens())
-
-    def loss(params, arguments):
-        return scalar(nnx.merge(graph, params, rest), arguments)
-
-    of_params, of_arguments = jax.jit(jax.grad(loss, (0, 1)))(params, arguments)
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(of_params)[0]} | {
-        f"argument {i}": leaf for i, leaf in enumerate(of_arguments)
-    }
-    for name, gradient in named.items():
-        assert jnp.isfinite(gradient).all(), name
-        assert jnp.any(gradient != 0), f"{name} has no gradient"
-    again = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(params, arguments)
-    for one, other in zip(jax.tree.leaves((of_params, of_arguments)), jax.tree.leaves(again), strict=True):
-        close(other, one)
+    its = programs(subject)
+    gradients = named(its.plain.params) | {f"argument {i}": leaf for i, leaf in enumerate(its.plain.arguments)}
+    for name, gradient in gradients.items():
+        assert finite(gradient), name
+        assert np.any(gradient != 0), f"{name} has no gradient"
+    again = its.rematerialised()
+    for name, one, other in zip(gradients, jax.tree.leaves(again), gradients.values(), strict=True):
+        close(one, other, what=name)
 
 
-@every_mixer
+@those()
 def test_odd_sizes(subject: Subject):
     for grid in ODD_GRIDS[subject.layout]:
         x = subject.tokens(grid)
-        y = subject.build(grid)(*subject.arguments(x))
+        graph, state = nnx.split(subject.build(grid))
+        y = jax.jit(lambda state, *a, graph=graph: nnx.merge(graph, state)(*a))(state, *subject.arguments(x))
         assert y.shape == x.shape, grid
-        assert jnp.isfinite(y).all(), grid
+        assert finite(y), grid
 
 
-@every_mixer
+@those()
 def test_large_inputs_stay_finite(subject: Subject):
-    mixer = subject.build()
-    for dtype in (jnp.float32, jnp.bfloat16):
-        x = 100 * subject.tokens().astype(dtype)
-        y, vjp = jax.vjp(mixer, *subject.arguments(x))
-        assert jnp.isfinite(y).all()
-        assert all(jnp.isfinite(gradient).all() for gradient in vjp(jnp.ones_like(y)))
+    its = programs(subject)
+    for dtype in (np.float32, jnp.bfloat16):
+        large = tuple((100 * a).astype(dtype) for a in its.arguments)
+        pulled = its.pull(large)
+        for name, array in {"y": pulled.y, **named(pulled.arguments)}.items():
+            assert finite(array), (name, dtype)
 
 
-@every_mixer
+@those()
 def test_save_and_restore(subject: Subject, tmp_path):
-    mixer, other, x = subject.build(seed=3), subject.build(seed=4), subject.tokens()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "mixer", nnx.to_pure_dict(nnx.state(mixer)))
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "mixer", nnx.to_pure_dict(nnx.state(other)))
+    its = programs(subject)
+    other = subject.build(seed=4)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "mixer", args=ocp.args.StandardSave(nnx.to_pure_dict(its.state)))
+        target = nnx.to_pure_dict(nnx.state(other))
+        restored = checkpointer.restore(tmp_path / "mixer", args=ocp.args.StandardRestore(target))
     state = nnx.state(other)
     nnx.replace_by_pure_dict(state, restored)
-    nnx.update(other, state)
-    np.testing.assert_array_equal(other(*subject.arguments(x)), mixer(*subject.arguments(x)))
+    np.testing.assert_array_equal(its.pull(its.arguments, state=state).y, its.plain.y)
 
 
-@every_mixer
+@those()
 def test_no_shared_references(subject: Subject):
-    assert not nnx.find_duplicates(subject.build())
+    assert not nnx.find_duplicates(programs(subject).mixer)
 
 
-@every_mixer
+@those()
 def test_logical_axes_fit(subject: Subject):
     """Where a parameter names its axes, it names each of them, in the words of attnlab.nn.linear."""
-    for path, variable in nnx.to_flat_state(nnx.state(subject.build(), nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(programs(subject).mixer, nnx.Param)):
         axes = variable.get_metadata().get("logical_axes")
         if axes is not None:
             assert len(axes) == variable[...].ndim, path
             assert set(axes) <= {"embed", "heads", "mlp", "vocab", None}, path
 
 
-@every_mixer
+@those()
 def test_recording_is_free_and_faithful(subject: Subject):
-    mixer, arguments = subject.build(), subject.arguments(subject.tokens())
-    before = str(jax.make_jaxpr(lambda *a: mixer(*a))(*arguments))
-    y, intermediates = nnx.capture(mixer, nnx.Intermediate)(*arguments)
-    np.testing.assert_array_equal(y, mixer(*arguments))
-    assert str(jax.make_jaxpr(lambda *a: mixer(*a))(*arguments)) == before
+    its = programs(subject)
+
+    def recorded(state, *arguments):
+        return nnx.capture(nnx.merge(its.graph, state), nnx.Intermediate)(*arguments)
+
+    def program() -> str:
+        return str(jax.make_jaxpr(its.eager)(its.state, *its.arguments))
+
+    before = program()
+    y, intermediates = jax.jit(recorded)(its.state, *its.arguments)
+    close(y, its.plain.y, 1e-6)
+    assert program() == before
     if "attention" in intermediates:
-        rounded = tuple(argument.astype(jnp.bfloat16) for argument in arguments)
-        nnx.capture(mixer, nnx.Intermediate)(*rounded)[1]["attention"][0].block_until_ready()
-        weights = intermediates["attention"][0]
-        queries, keys = (int(np.prod(a.shape[1:-1])) for a in (arguments[0], arguments[-1]))
-        assert weights.shape[0] == arguments[0].shape[0]
+        (weights,) = intermediates["attention"]
+        queries, keys = (int(np.prod(a.shape[1:-1])) for a in (its.arguments[0], its.arguments[-1]))
+        assert weights.shape[0] == its.arguments[0].shape[0]
         assert weights.shape[2:] == (queries, keys)
         assert weights.dtype == jnp.float32
-        assert jnp.isfinite(weights).all()
+        assert finite(weights)
+        of_half = jax.eval_shape(recorded, its.state, *rounded(its.arguments))[1]["attention"][0]
+        assert of_half.dtype == jnp.float32
 
 
-@every_mixer
+@those()
 def test_refuses_what_it_does_not_take(subject: Subject):
-    mixer, (x, *context) = subject.build(), subject.arguments(subject.tokens())
+    its = programs(subject)
+    mixer, (x, *context) = its.mixer, its.arguments
     tokens = int(np.prod(x.shape[1:-1]))
     offers = {
-        "key_mask": {"mask": jnp.ones((x.shape[0], tokens), bool)},
-        "mask": {"mask": jnp.ones((1, 1, tokens, tokens), bool)},
-        "segment_ids": {"segment_ids": jnp.zeros((x.shape[0], tokens), jnp.int32)},
-        "positions": {"positions": jnp.broadcast_to(jnp.arange(tokens), (x.shape[0], tokens))},
+        "key_mask": {"mask": np.ones((x.shape[0], tokens), bool)},
+        "mask": {"mask": np.ones((1, 1, tokens, tokens), bool)},
+        "segment_ids": {"segment_ids": np.zeros((x.shape[0], tokens), np.int32)},
+        "positions": {"positions": np.broadcast_to(np.arange(tokens), (x.shape[0], tokens))},
     }
     for argument, offer in offers.items():
         if argument not in mixer.accepts:
@@ -182,7 +203,7 @@ def test_refuses_what_it_does_not_take(subject: Subject):
     with pytest.raises(ValueError, match="channels"):
         mixer(x[..., :-1], *context)
     with pytest.raises(ValueError, match="mask"):
-        mixer(x, *context, mask=jnp.ones((tokens,), bool))
+        mixer(x, *context, mask=np.ones((tokens,), bool))
 
 
 @pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda v: v.name)
@@ -217,13 +238,14 @@ def test_refuses_other_sites(variant):
         next(subject for subject in mixers() if subject.name == variant.name).build(no_such_option=1)
 
 
-@pytest.mark.parametrize("subject", [s for s in mixers() if not s.causal and s.layout is Layout.SEQUENCE], ids=str)
+@those(lambda subject: not subject.causal and subject.layout is Layout.SEQUENCE)
 def test_permutation(subject: Subject):
     """A non-causal mixer that says that it takes tokens as a set does, and one that says it does not does not."""
-    mixer, (x, *context) = subject.build(), subject.arguments(subject.tokens())
+    its = programs(subject)
+    x, *context = its.arguments
     order = np.random.default_rng(0).permutation(x.shape[1])
-    permuted, want = mixer(x[:, order], *context), mixer(x, *context)[:, order]
-    if mixer.permutation_equivariant:
+    permuted, want = its.pull((x[:, order], *context)).y, its.plain.y[:, order]
+    if its.mixer.permutation_equivariant:
         close(permuted, want)
     else:
         assert not np.allclose(permuted, want, rtol=1e-3, atol=1e-5)
