@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import attnlab
 from attnlab import Layout, Pattern, UnsupportedArgument
+from attnlab.nn.dense_mixer import DenseMixer
+from attnlab.nn.linear_mixer import LinearMixer
 from tests.conformance.programs import Programs, programs, rounded
 from tests.conformance.subjects import BATCH, Subject, close, those
 
@@ -17,7 +20,9 @@ RUN = 4  # tokens of one prefill, and steps of one scan: a third of the sequence
 
 
 def decodes(subject: Subject) -> bool:
-    return subject.pattern is Pattern.CAUSAL_SELF and subject.layout is Layout.SEQUENCE
+    """Causal self-attention of sequences does, and with the common bases attention of a sequence to a context."""
+    based = issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer)
+    return subject.layout is Layout.SEQUENCE and (subject.pattern is Pattern.CAUSAL_SELF or (subject.cross and based))
 
 
 every_decoder = those(decodes)
@@ -42,8 +47,9 @@ class Decoder:
         state, y = jax.lax.scan(step, state, x.swapaxes(0, 1))
         return y.swapaxes(0, 1), state
 
-    def start(self, batch: int = BATCH, **options: Any) -> Any:
-        return self.its.mixer.init_state(batch, self.x.shape[1], **options)
+    def start(self, dtype: Any = jnp.float32) -> Any:
+        options = {"context": self.its.arguments[1].astype(dtype)} if self.its.subject.cross else {}
+        return self.its.mixer.init_state(BATCH, self.x.shape[1], dtype=dtype, **options)
 
     def run(self, *programs: Any, x: np.ndarray | None = None, state: Any = None) -> np.ndarray:
         """The results of programs that each take the next `RUN` tokens."""
@@ -85,7 +91,7 @@ def test_prompts_padded_on_the_left(subject: Subject):
         its.steps,
     )
     moved = np.stack([np.roll(example, -n, axis=0) for example, n in zip(its.x, padding, strict=True)])
-    want = its.its.pull((moved,)).y
+    want = its.its.pull((moved, *its.its.arguments[1:])).y
     for example, n in enumerate(padding):
         close(y[example, n:], want[example, : len(real[0]) - n], what=f"{n} tokens of padding")
 
@@ -93,7 +99,7 @@ def test_prompts_padded_on_the_left(subject: Subject):
 @every_decoder
 def test_bfloat16_decoding(subject: Subject):
     its = decoder(subject)
-    y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(dtype=jnp.bfloat16))
+    y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     close(y, its.its.half.y, 3e-2)
 
