@@ -1,4 +1,4 @@
-"""The compiled programs of a subject: each is compiled once, and read by many tests.
+"""The compiled programs of a module: each is compiled once, and read by many tests.
 
 Compilation is what these tests cost, not arithmetic. So the call and its gradient are one program, run with whatever
 inputs the properties need; a program of its own have only other shapes, other dtypes and other arguments.
@@ -21,7 +21,7 @@ class Pulled(NamedTuple):
     Attributes:
       y: the result.
       params: gradient of every parameter.
-      arguments: gradient of the tokens, and of the context.
+      arguments: gradient of the tokens, and of the context; nothing for ids.
     """
 
     y: jax.Array
@@ -30,18 +30,17 @@ class Pulled(NamedTuple):
 
 
 class Programs:
-    """A subject, built once, and its programs.
+    """A module, the arguments of its usual call, and its programs.
 
     Attributes:
-      mixer: with parameters moved off their initial values.
-      arguments: tokens, and a context where it is cross-attention; float32 NumPy arrays.
+      module: whose state is an argument of every program.
+      arguments: float32 NumPy arrays.
+      cotangent: of the result, random where None.
     """
 
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.mixer = subject.build()
-        self.arguments = subject.arguments(subject.tokens())
-        self.graph, self.state = nnx.split(self.mixer)
+    def __init__(self, module: nnx.Module, arguments: tuple[np.ndarray, ...], cotangent: np.ndarray | None = None):
+        self.module, self.arguments, self.cotangent = module, arguments, cotangent
+        self.graph, self.state = nnx.split(module)
         self._call = jax.jit(self.eager)
         self._pull = jax.jit(self._call_and_gradient)
 
@@ -55,18 +54,21 @@ class Programs:
     def pull(
         self, arguments: tuple[Any, ...], cotangent: Any = None, *, state: nnx.State | None = None, **given: Any
     ) -> Pulled:
-        """The call and its gradient against `cotangent`, random where None; the arrays are NumPy's."""
-        cotangent = random_cotangent(arguments[0]) if cotangent is None else cotangent
+        """The call and its gradient against `cotangent`, that of the class where None; arrays are NumPy's."""
+        cotangent = self.cotangent if cotangent is None else cotangent
         state = self.state if state is None else state
         params, rest = nnx.split_state(state, nnx.Param, ...)
         return Pulled(*jax.device_get(self._pull(params, rest, arguments, cotangent, given)))
 
     def _call_and_gradient(self, params: Any, rest: Any, arguments: Any, cotangent: Any, given: Any) -> Any:
-        def call(params, arguments):
-            return self.eager(nnx.merge_state(params, rest), *arguments, **given)
+        real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in arguments)
 
-        y, pull = jax.vjp(call, params, arguments)
-        return y, *pull(cotangent.astype(y.dtype))
+        def call(params, moved):
+            return self.eager(nnx.merge_state(params, rest), *(moved if real else arguments), **given)
+
+        y, pull = jax.vjp(call, params, arguments if real else ())
+        cotangent = random_cotangent(y) if cotangent is None else cotangent
+        return y, *pull(jnp.asarray(cotangent, y.dtype))
 
     @functools.cached_property
     def plain(self) -> Pulled:
@@ -86,12 +88,7 @@ class Programs:
             call = jax.checkpoint(lambda params, arguments: self.eager(nnx.merge_state(params, rest), *arguments))
             return jax.vjp(call, params, arguments)[1](cotangent)
 
-        return jax.device_get(jax.jit(gradients)(params, self.arguments, random_cotangent(self.arguments[0])))
-
-    @functools.cached_property
-    def untouched(self) -> nnx.State:
-        """The state with the initial values of the parameters, whose biases are zero."""
-        return nnx.state(self.subject.build(noise=False))
+        return jax.device_get(jax.jit(gradients)(params, self.arguments, self.cotangent))
 
 
 def random_cotangent(x: Any) -> np.ndarray:
@@ -102,6 +99,20 @@ def rounded(arguments: tuple[np.ndarray, ...], dtype: Any = jnp.bfloat16) -> tup
     return tuple(a.astype(dtype) for a in arguments)
 
 
+class MixerPrograms(Programs):
+    """Those of a subject, its parameters moved off their initial values."""
+
+    def __init__(self, subject: Subject):
+        arguments = subject.arguments(subject.tokens())
+        super().__init__(subject.build(), arguments, random_cotangent(arguments[0]))
+        self.subject = subject
+
+    @functools.cached_property
+    def untouched(self) -> nnx.State:
+        """The state with the initial values of the parameters, whose biases are zero."""
+        return nnx.state(self.subject.build(noise=False))
+
+
 @functools.lru_cache(maxsize=2)
-def programs(subject: Subject) -> Programs:
-    return Programs(subject)
+def programs(subject: Subject) -> MixerPrograms:
+    return MixerPrograms(subject)

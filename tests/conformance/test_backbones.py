@@ -1,5 +1,8 @@
 """Properties of every registered backbone, at miniature sizes."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,49 +11,57 @@ from flax import nnx
 
 import attnlab
 from attnlab import Kind
-from tests.conformance.subjects import close, parameters
+from tests.conformance.programs import Programs
+from tests.conformance.subjects import close, finite, named, parameters
 
-every_backbone = pytest.mark.parametrize("name", attnlab.names(kind=Kind.BACKBONE))
-
-
-def build(name: str, seed: int = 0, **options) -> nnx.Module:
-    return attnlab.get(name).target(**attnlab.get(name).options, **options, rngs=nnx.Rngs(seed))
+every_backbone = pytest.mark.parametrize("subject", attnlab.names(kind=Kind.BACKBONE))
 
 
-def inputs(name: str) -> jax.Array:
+def build(name: str, **options: Any) -> nnx.Module:
+    variant = attnlab.get(name)
+    return variant.target(**variant.options, **options, rngs=nnx.Rngs(0))
+
+
+def inputs(name: str) -> np.ndarray:
+    random = np.random.default_rng(1)
     if vocabulary := attnlab.get(name).options.get("vocab_size"):
-        return jax.random.randint(jax.random.key(1), (2, 7), 0, vocabulary)
-    return jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+        return random.integers(0, vocabulary, (2, 7), np.int32)
+    return random.standard_normal((2, 32, 32, 3)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def programs(name: str) -> Programs:
+    return Programs(build(name), (inputs(name),))
 
 
 @every_backbone
-def test_logits_and_gradients(name):
-    """Every parameter has a finite gradient, and examples are independent."""
-    model, x = build(name), inputs(name)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, x):
-        y = nnx.merge(graph, params, rest)(x)
-        return jnp.sum(y * jax.random.normal(jax.random.key(9), y.shape)), y
-
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
-    assert y.dtype == jnp.float32
-    alone = jax.jit(lambda params, x: loss(params, x)[1])(params, x[:1])
-    close(alone, y[:1], 1e-4)
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        assert jnp.isfinite(gradient).all(), path
+def test_gradients(subject):
+    its = programs(subject)
+    for name, gradient in named(its.plain.params).items():
+        assert finite(gradient), name
+    assert any(np.any(gradient != 0) for gradient in jax.tree.leaves(its.plain.params))
 
 
 @every_backbone
-def test_dtypes(name):
-    model, x = build(name, dtype=jnp.bfloat16), inputs(name)
-    assert {leaf.dtype for leaf in parameters(model).values()} == {jnp.dtype(jnp.float32)}
-    call = nnx.jit(lambda model, x: model(x))
-    got, want = np.asarray(call(model, x), np.float32), np.asarray(call(build(name), x))
-    assert np.isfinite(got).all()
-    assert np.abs(got - want).max() <= 0.1 * max(np.abs(want).max(), 0.1)
+def test_examples_are_independent(subject):
+    its = programs(subject)
+    x = inputs(subject)
+    other = its.pull((np.stack([x[1], x[1][::-1]]),)).y
+    close(other[:1], its.plain.y[1:], 1e-4)
 
 
 @every_backbone
-def test_parameters_are_not_shared(name):
-    assert not nnx.find_duplicates(build(name))
+def test_dtypes(subject):
+    its = programs(subject)
+    assert its.plain.y.dtype == jnp.float32
+    assert {leaf.dtype for leaf in parameters(its.module).values()} == {jnp.dtype(jnp.float32)}
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(subject, dtype=jnp.bfloat16)))
+    got = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(its.state, inputs(subject))
+    assert finite(got)
+    want = its.plain.y
+    assert np.abs(np.asarray(got, np.float32) - want).max() <= 0.1 * max(np.abs(want).max(), 0.1)
+
+
+@every_backbone
+def test_parameters_are_not_shared(subject):
+    assert not nnx.find_duplicates(programs(subject).module)

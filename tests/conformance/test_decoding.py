@@ -13,7 +13,7 @@ import attnlab
 from attnlab import Layout, Pattern, UnsupportedArgument
 from attnlab.nn.dense_mixer import DenseMixer
 from attnlab.nn.linear_mixer import LinearMixer
-from tests.conformance.programs import Programs, programs, rounded
+from tests.conformance.programs import MixerPrograms, programs, rounded
 from tests.conformance.subjects import BATCH, Subject, close, those
 
 RUN = 4  # tokens of one prefill, and steps of one scan: a third of the sequence
@@ -31,7 +31,7 @@ every_decoder = those(decodes)
 class Decoder:
     """Programs of decoding `RUN` tokens, compiled once."""
 
-    def __init__(self, its: Programs):
+    def __init__(self, its: MixerPrograms):
         self.its = its
         self.x = its.arguments[0]
         self.prefill = jax.jit(
@@ -49,7 +49,7 @@ class Decoder:
 
     def start(self, dtype: Any = jnp.float32) -> Any:
         options = {"context": self.its.arguments[1].astype(dtype)} if self.its.subject.cross else {}
-        return self.its.mixer.init_state(BATCH, self.x.shape[1], dtype=dtype, **options)
+        return self.its.module.init_state(BATCH, self.x.shape[1], dtype=dtype, **options)
 
     def run(self, *programs: Any, x: np.ndarray | None = None, state: Any = None) -> np.ndarray:
         """The results of programs that each take the next `RUN` tokens."""
@@ -106,7 +106,7 @@ def test_bfloat16_decoding(subject: Subject):
 
 @those(lambda subject: not decodes(subject))
 def test_others_refuse(subject: Subject):
-    mixer, x = programs(subject).mixer, subject.tokens()
+    mixer, x = programs(subject).module, subject.tokens()
     with pytest.raises(UnsupportedArgument, match="decode"):
         mixer.init_state(BATCH, 8)
     with pytest.raises(UnsupportedArgument, match="decode"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab import Layout
-from tests.conformance.programs import Programs, programs, random_cotangent
+from tests.conformance.programs import MixerPrograms, programs, random_cotangent
 from tests.conformance.subjects import Subject, accepts, close, finite, flat, those
 
 
@@ -15,7 +15,7 @@ def taking(argument: str, *layouts: Layout) -> pytest.MarkDecorator:
     return those(lambda s: s.layout in (layouts or Layout) and argument in accepts(s))
 
 
-def only(its: Programs, part: slice) -> np.ndarray:
+def only(its: MixerPrograms, part: slice) -> np.ndarray:
     """What the call gives for some of the tokens of a sequence alone.
 
     A causal mixer tells it without another program: tokens are moved to the front, where those behind do not matter.

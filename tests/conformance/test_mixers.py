@@ -56,7 +56,7 @@ def test_bfloat16_is_near_float32(subject: Subject):
 @those()
 def test_jit_equals_eager(subject: Subject):
     its = programs(subject)
-    close(its.plain.y, its.mixer(*its.arguments))
+    close(its.plain.y, its.module(*its.arguments))
 
 
 @those()
@@ -142,13 +142,13 @@ def test_save_and_restore(subject: Subject, tmp_path):
 
 @those()
 def test_no_shared_references(subject: Subject):
-    assert not nnx.find_duplicates(programs(subject).mixer)
+    assert not nnx.find_duplicates(programs(subject).module)
 
 
 @those()
 def test_logical_axes_fit(subject: Subject):
     """Where a parameter names its axes, it names each of them, in the words of attnlab.nn.linear."""
-    for path, variable in nnx.to_flat_state(nnx.state(programs(subject).mixer, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(programs(subject).module, nnx.Param)):
         axes = variable.get_metadata().get("logical_axes")
         if axes is not None:
             assert len(axes) == variable[...].ndim, path
@@ -183,7 +183,7 @@ def test_recording_is_free_and_faithful(subject: Subject):
 @those()
 def test_refuses_what_it_does_not_take(subject: Subject):
     its = programs(subject)
-    mixer, (x, *context) = its.mixer, its.arguments
+    mixer, (x, *context) = its.module, its.arguments
     tokens = int(np.prod(x.shape[1:-1]))
     offers = {
         "key_mask": {"mask": np.ones((x.shape[0], tokens), bool)},
@@ -245,7 +245,7 @@ def test_permutation(subject: Subject):
     x, *context = its.arguments
     order = np.random.default_rng(0).permutation(x.shape[1])
     permuted, want = its.pull((x[:, order], *context)).y, its.plain.y[:, order]
-    if its.mixer.permutation_equivariant:
+    if its.module.permutation_equivariant:
         close(permuted, want)
     else:
         assert not np.allclose(permuted, want, rtol=1e-3, atol=1e-5)
