@@ -102,9 +102,12 @@ def test_gradients(subject: Subject):
     for name, gradient in gradients.items():
         assert finite(gradient), name
         assert np.any(gradient != 0), f"{name} has no gradient"
-    again = its.rematerialised()
-    for name, one, other in zip(gradients, jax.tree.leaves(again), gradients.values(), strict=True):
-        close(one, other, what=name)
+    # Together, since some are only rounding about zero: a bias of keys moves all scores of a row alike.
+    one, other = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradients)])
+        for gradients in (its.rematerialised(), (its.plain.params, its.plain.arguments))
+    )
+    close(one, other)
 
 
 @those()
