@@ -31,7 +31,7 @@ class Statistic(NamedTuple):
 
     mean: np.ndarray
     std: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment] # a tuple's own method of that name is of no use here
 
 
 class Seen(Mapping[str, Any]):
@@ -45,8 +45,8 @@ class Seen(Mapping[str, Any]):
         self.layers = tuple(range(len(paths)) if layers is None else layers)
         self._of_layers: dict[str, list[list[Any]]] = {}
         self._of_model: dict[str, list[Any]] = {}
-        for (*path, name), variable in nnx.to_flat_state(intermediates):
-            values = variable.get_value()
+        for (*path, last), variable in nnx.to_flat_state(intermediates):
+            name, values = str(last), variable.get_value()
             inside = [index for index, outer in enumerate(paths) if tuple(path[: len(outer)]) == outer]
             if inside:
                 self._of_layers.setdefault(name, [[] for _ in paths])[inside[0]].extend(values)
@@ -147,15 +147,15 @@ def each_layer(analysis: Callable[..., NamedTuple], point: str = "attention", **
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("fn", "layers", "inputs"))
-def _run(graph, state, batch, *, fn, layers, inputs):
+def _run(graph: Any, state: Any, batch: Any, *, fn: Any, layers: Any, inputs: Any) -> dict[str, Any]:
     args = inputs(batch) if inputs is not None else (batch["inputs"] if isinstance(batch, Mapping) else batch,)
     return dict(fn(watch(nnx.merge(graph, state), *args, layers=layers)[1], batch))
 
 
 class _Moments(NamedTuple):
-    """Count, mean and sum of squared distances from the mean; sets are joined without loss (Chan et al., 1979)."""
+    """Number, mean and sum of squared distances from the mean; sets are joined without loss (Chan et al., 1979)."""
 
-    count: np.ndarray
+    number: np.ndarray
     mean: np.ndarray
     squares: np.ndarray
 
@@ -166,17 +166,17 @@ class _Moments(NamedTuple):
         if values.ndim == 0 or values.shape[0] != size:
             raise ValueError(f"{name} must have a value for each of the {size} examples, got shape {values.shape}")
         full = np.broadcast_to(mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim)), values.shape)
-        count = full.sum(0, dtype=np.int64) if mask.ndim else np.int64(size)
-        mean = np.where(full, values, 0).sum(0) / np.maximum(count, 1)
-        return cls(count, mean, (np.where(full, values - mean, 0) ** 2).sum(0))
+        number = full.sum(0, dtype=np.int64) if mask.ndim else np.asarray(size, np.int64)
+        mean = np.where(full, values, 0).sum(0) / np.maximum(number, 1)
+        return cls(number, mean, (np.where(full, values - mean, 0) ** 2).sum(0))
 
     def merged(self, other: "_Moments") -> "_Moments":
-        count, apart = self.count + other.count, other.mean - self.mean
-        share = other.count / np.maximum(count, 1)
-        squares = self.squares + other.squares + apart**2 * self.count * share
-        return _Moments(count, self.mean + apart * share, squares)
+        number, apart = self.number + other.number, other.mean - self.mean
+        share = other.number / np.maximum(number, 1)
+        squares = self.squares + other.squares + apart**2 * self.number * share
+        return _Moments(number, self.mean + apart * share, squares)
 
     def statistic(self) -> Statistic:
-        none = self.count == 0
-        std = np.sqrt(self.squares / np.maximum(self.count, 1))
-        return Statistic(np.where(none, np.nan, self.mean), np.where(none, np.nan, std), np.asarray(self.count))
+        none = self.number == 0
+        std = np.sqrt(self.squares / np.maximum(self.number, 1))
+        return Statistic(np.where(none, np.nan, self.mean), np.where(none, np.nan, std), np.asarray(self.number))

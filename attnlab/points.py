@@ -13,7 +13,8 @@ In the order of the pass:
     mlp        (B, N, C)     what the feed-forward returns
     logits     (B, N, V)     of a language model, (B, V) of a classifier: once, after the last block
 
-Tokens of images have two axes in place of N where the model hands them over so. In a step N is 1.
+Tokens of images have two axes in place of N where the model hands them over so. In a step N is 1. All blocks have the
+same tokens: an edit may silence some, but not drop them.
 
 An intervention has a method for each point where it acts, named as the point:
 
@@ -40,7 +41,7 @@ be read, but no edit reaches it, and `attach` refuses to try.
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
@@ -96,7 +97,7 @@ class At:
     def keys(self, flags: ArrayLike) -> jax.Array:
         """Flags `(B, L)` of a sequence's first L tokens as flags of the keys, `(B, M)`, False at the rest.
 
-        Tokens count in order, padding left out: as they stand in the cache.
+        In decoding tokens count without padding, as they stand in the cache; in a call as they were handed over.
 
         Raises:
           ValueError: at a point other than `scores` and `attention`.

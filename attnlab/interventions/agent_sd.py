@@ -223,7 +223,7 @@ class AgentSD(Intervention):
         shortcut: float = 0.075,
         key: jax.Array | None = None,
     ):
-        self.image_grid, self.cell, self.max_downsample = tuple(image_grid), tuple(cell), max_downsample
+        self.image_grid, self.cell, self.max_downsample = image_grid, cell, max_downsample
         self.ratio, self.agent_ratio = ratio, agent_ratio
         self.broadcast_power, self.shortcut = broadcast_power, shortcut
         self.key = nnx.data(None) if key is None else Setting(key)

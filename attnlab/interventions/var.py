@@ -120,7 +120,8 @@ class VisualRedistribution(Intervention):
     """Redistribution in a causal language model that decodes; attach it to all layers but the first two.
 
     Args:
-      image: which tokens of the prompt are image tokens, `(B, L)` or `(1, L)` boolean, counted without padding.
+      image: which tokens of the prompt are image tokens, `(B, L)` or `(1, L)` boolean; padding in front of a prompt
+        that is decoded does not count.
       dims: the dimensions that betray sinks, a property of the model: 2533, 1415 for LLaMA-2-7B; 2100, 4743 for 13B.
       tau: τ, threshold of sinks.
       rho: ρ, largest share of the image's attention that is on its sinks.
