@@ -47,11 +47,12 @@ _ROUTING = options(
 _BLOCKS = options("mlp_dwconv", "pre_norm", before_attn_dwconv=_position, layer_scale_init_value="layer_scale")
 _PER_LAYER = options("kv_per_win", "kv_downsample_ratio", "topk", "qk_dim", kv_downsample_kernel=None)
 
+_QKV = ("query", "key", "value")
 _BRA = Official(
     "BiLevelRoutingAttention",
     BiLevelRoutingAttention,
     options("num_heads", dim="features") | _ROUTING | _PER_LAYER,
-    {"qkv": "qkv.qkv", "router": "router.emb", "out": "wo"},
+    {_QKV: "qkv.qkv", "router": "router.emb", "out": "wo"},
     _routing,
 )
 
@@ -114,7 +115,7 @@ OFFICIAL = [
         RegionalRoutingAttention,
         options("num_heads", "n_win", "topk", "qk_scale", "side_dwconv", dim="features", qk_dim=_same_width)
         | dict.fromkeys(("auto_pad", "attn_backend")),
-        {"qkv": Squeezed("qkv_linear", 2, 3), "out": Squeezed("output_linear", 2, 3)},
+        {_QKV: Squeezed("qkv_linear", 2, 3), "out": Squeezed("output_linear", 2, 3)},
     ),
     _plain("Attention", 0),
     _plain("AttentionLePE", 5),

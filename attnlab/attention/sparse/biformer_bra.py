@@ -30,10 +30,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site, TokenMixer, record
-from attnlab.nn.grids import crop, pad_to_multiple, window_merge, window_partition
-from attnlab.nn.linear import Conv, Linear, uniform_init
+from attnlab.contract import Given, Layout, Site, TokenMixer, record
+from attnlab.nn.dense_mixer import Heads
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.grids import Lengths, crop, pad_to_multiple, to_tokens, window_merge, window_partition
+from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
+from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool
+from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
 
 KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
@@ -125,12 +129,28 @@ def scatter_map(
 
 
 class _RoutedAttention(TokenMixer):
-    """What both forms share: options, local enhancement, and attention once regions are chosen."""
+    """What both forms share: projections, local enhancement, and attention once regions are chosen."""
 
     layouts = frozenset({Layout.IMAGE})
     layout = Layout.IMAGE
+    points = frozenset({"qkv", "heads"})
+    scale: float
 
-    def __init__(self, features: int, *, num_heads: int, n_win: int, topk: int, qk_dim: int, side_dwconv: int):
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        n_win: int,
+        topk: int,
+        qk_dim: int,
+        side_dwconv: int,
+        has_out: bool = True,
+        kernel_init: nnx.Initializer | None = None,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         if features % num_heads or qk_dim % num_heads:
             raise ValueError(f"num_heads must divide features {features} and qk_dim {qk_dim}, got {num_heads}")
         if n_win < 1:
@@ -139,7 +159,16 @@ class _RoutedAttention(TokenMixer):
             raise ValueError(f"topk must be at least 1, got {topk}")
         if side_dwconv < 0 or (side_dwconv and side_dwconv % 2 == 0):
             raise ValueError(f"side_dwconv must be odd, or 0 for none, got {side_dwconv}")
-        self.features, self.num_heads, self.n_win, self.topk = features, num_heads, n_win, topk
+        self.features, self.num_heads, self.n_win, self.topk, self.dtype = features, num_heads, n_win, topk, dtype
+        key_size, size = qk_dim // num_heads, features // num_heads
+        common = {"param_dtype": param_dtype, "rngs": rngs}
+        drawn = common if kernel_init is None else common | {"kernel_init": kernel_init, "bias_init": kernel_init}
+        self.query, self.key, self.value = (
+            ToHeads(features, num_heads, d, **drawn) for d in (key_size, key_size, size)
+        )
+        side = (side_dwconv, side_dwconv)
+        self.lepe = DepthwiseConv((num_heads, size), side, **common) if side_dwconv else nnx.data(None)
+        self.out = FromHeads(num_heads, size, features, **drawn) if has_out else nnx.data(None)
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
@@ -151,17 +180,36 @@ class _RoutedAttention(TokenMixer):
         n_win = max(sides, default=1)
         return {"n_win": n_win, "topk": min(4, max(1, n_win**2 // 2))}
 
-    def _local(self, v: jax.Array) -> jax.Array:
-        return jnp.zeros_like(v) if self.lepe is None else self.lepe(v)
+    def _project(self, x: jax.Array, edits: Edits | None) -> list[jax.Array]:
+        """Queries, keys and values as images (B, Hh, Ww, H, D)."""
+        tokens = to_tokens(x)
+        heads = visit(self, edits, "qkv", Heads(self.query(tokens), self.key(tokens), self.value(tokens)))
+        return [part.reshape(*x.shape[:3], *part.shape[2:]) for part in heads[:3]]
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+    def _merge(self, y: jax.Array, local_of: jax.Array, grid: tuple[int, ...], edits: Edits | None) -> jax.Array:
+        """Attention (B, Hh', Ww', H, E) and the local term of values, without what is beyond the grid, to tokens."""
+        y = crop(y, grid)
+        y = y if self.lepe is None else y + crop(self.lepe(local_of), grid)
+        y = visit(self, edits, "heads", y.reshape(y.shape[0], -1, *y.shape[3:]))
+        y = merge_heads(y) if self.out is None else self.out(y)
+        return y.reshape(y.shape[0], *grid, -1)
 
 
-def _local_enhancement(features: int, side: int, param_dtype: Any, rngs: nnx.Rngs) -> Conv | Any:
-    if side == 0:
-        return nnx.data(None)
-    return Conv(features, features, (side, side), feature_group_count=features, param_dtype=param_dtype, rngs=rngs)
+def _pad(x: jax.Array, multiple: Lengths, fill: jax.Array | None = None) -> jax.Array:
+    """Images of heads, lengthened at their ends to multiples: by zeros, or by `fill` (H, D)."""
+    image, real = pad_to_multiple(merge_heads(x), multiple)
+    image = split_heads(image, x.shape[3])
+    return image if fill is None or real is None else jnp.where(real[..., None, None], image, fill.astype(x.dtype))
+
+
+def _regions(x: jax.Array, region: tuple[int, int]) -> jax.Array:
+    """Images of heads (B, Hh, Ww, H, D) to regions (B, P, n, H, D)."""
+    return split_heads(window_partition(merge_heads(x), region), x.shape[3])
+
+
+def _image(regions: jax.Array, region: tuple[int, int], grid: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_regions`."""
+    return split_heads(window_merge(merge_heads(regions), region, grid), regions.shape[3])
 
 
 @register(
@@ -223,7 +271,18 @@ class BiLevelRoutingAttention(_RoutedAttention):
         rngs: nnx.Rngs,
     ):
         qk_dim = features if qk_dim is None else qk_dim
-        super().__init__(features, num_heads=num_heads, n_win=n_win, topk=topk, qk_dim=qk_dim, side_dwconv=side_dwconv)
+        super().__init__(
+            features,
+            num_heads=num_heads,
+            n_win=n_win,
+            topk=topk,
+            qk_dim=qk_dim,
+            side_dwconv=side_dwconv,
+            has_out=param_attention == "qkvo",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         if topk > n_win**2:
             raise ValueError(f"topk must be at most the number of regions {n_win**2}, got {topk}")
         if kv_downsample_mode not in _KV_POOLINGS:
@@ -236,66 +295,44 @@ class BiLevelRoutingAttention(_RoutedAttention):
             raise ValueError("diff_routing needs soft_routing: the choice of regions alone has no gradient")
         if kv_downsample_mode.startswith("ada_") and kv_per_win < 1:
             raise ValueError(f"kv_per_win must be at least 1 with {kv_downsample_mode}, got {kv_per_win}")
-        self.qk_dim = qk_dim
         self.scale = qk_dim**-0.5 if qk_scale is None else qk_scale
         self.kv_downsample_mode, self.kv_per_win, self.kv_ratio = kv_downsample_mode, kv_per_win, kv_downsample_ratio
-        self.diff_routing, self.soft_routing, self.auto_pad, self.dtype = diff_routing, soft_routing, auto_pad, dtype
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(features, 2 * qk_dim + features, axes=("embed", "heads"), **options)
-        self.lepe = _local_enhancement(features, side_dwconv, param_dtype, rngs)
+        self.diff_routing, self.soft_routing, self.auto_pad = diff_routing, soft_routing, auto_pad
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.router = Linear(qk_dim, qk_dim, **options) if param_routing else nnx.data(None)
-        self.out = nnx.data(None)
-        if param_attention == "qkvo":
-            self.out = Linear(features, features, axes=("heads", "embed"), **options)
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
         return super().site_defaults(site) | {"auto_pad": True}
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        grid = jnp.shape(x)[1:3]
-        q, k, v = self._project(x)
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        grid = x.shape[1:3]
+        q, k, v = self._padded(x, given.edits)
         padded = v.shape[1:3]
         region = self._region(padded)
         indices, region_weights = self._route(q, k, region)
-        keys, values = (self._heads(self._pool(window_partition(a, region), region)) for a in (k, v))
         y, weights = routed_attention(
-            self._heads(window_partition(q, region)),
-            keys,
-            values,
+            _regions(q, region),
+            *(self._pool(_regions(a, region), region) for a in (k, v)),
             indices,
             scale=self.scale,
             region_weights=region_weights if self.soft_routing else None,
         )
-        record(
-            self,
-            "attention",
-            lambda: scatter_map(self._unpool(weights, region), indices, region, padded, grid),
-        )
-        y = window_merge(y.reshape(*y.shape[:3], -1), region, padded) + self._local(v)
-        return crop(y if self.out is None else self.out(y), grid)
+        record(self, "attention", lambda: scatter_map(self._unpool(weights, region), indices, region, padded, grid))
+        return self._merge(_image(y, region, padded), v, grid, given.edits)
 
     def routing(self, x: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Which regions each region of `x` attends to, and their softmaxed scores: two arrays (B, S², topk)."""
         self.check_call(x)
-        q, k, v = self._project(x)
+        q, k, v = self._padded(jnp.asarray(x, self.dtype), None)
         return self._route(q, k, self._region(v.shape[1:3]))
 
-    def _project(self, x: ArrayLike) -> list[jax.Array]:
-        x = jnp.asarray(x, self.dtype)
-        if self.auto_pad:
-            x, _ = pad_to_multiple(x, self.n_win)
-        return jnp.split(self.qkv(x), [self.qk_dim, 2 * self.qk_dim], axis=-1)
+    def _padded(self, x: jax.Array, edits: Edits | None) -> list[jax.Array]:
+        """Projected images; padding is what the projections make of zeros."""
+        parts, layers = self._project(x, edits), (self.query, self.key, self.value)
+        if not self.auto_pad:
+            return parts
+        return [_pad(part, self.n_win, layer.bias[...]) for part, layer in zip(parts, layers, strict=True)]
 
     def _region(self, grid: tuple[int, int]) -> tuple[int, int]:
         if any(length % self.n_win for length in grid):
@@ -305,7 +342,7 @@ class BiLevelRoutingAttention(_RoutedAttention):
         return grid[0] // self.n_win, grid[1] // self.n_win
 
     def _route(self, q: jax.Array, k: jax.Array, region: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        means = [_means(window_partition(a, region)) for a in (q, k)]
+        means = [_means(_regions(a, region)) for a in (q, k)]
         if not self.diff_routing:
             means = [jax.lax.stop_gradient(a) for a in means]
         if self.router is not None:
@@ -313,16 +350,16 @@ class BiLevelRoutingAttention(_RoutedAttention):
         return route(*means, self.topk, self.scale)
 
     def _pool(self, x: jax.Array, region: tuple[int, int]) -> jax.Array:
-        """Tokens of regions (B, P, h·w, C) pooled to (B, P, m, C)."""
+        """Tokens of regions (B, P, h·w, H, D) pooled to (B, P, m, H, D)."""
         if self.kv_downsample_mode == "identity":
             return x
-        maps = x.reshape(-1, *region, x.shape[-1])
+        maps = x.reshape(-1, *region, math.prod(x.shape[3:]))
         if self.kv_downsample_mode.startswith("ada_"):
             pool = adaptive_avg_pool if self.kv_downsample_mode == "ada_avgpool" else adaptive_max_pool
             maps = pool(maps, self.kv_per_win)
         elif self.kv_ratio > 1:
             maps = (avg_pool if self.kv_downsample_mode == "avgpool" else max_pool)(maps, self.kv_ratio)
-        return maps.reshape(*x.shape[:2], -1, x.shape[-1])
+        return maps.reshape(*x.shape[:2], -1, *x.shape[3:])
 
     def _unpool(self, weights: jax.Array, region: tuple[int, int]) -> jax.Array:
         """Weights (..., m) of pooled keys to weights (..., h·w) of tokens: a key's is shared evenly by its tokens."""
@@ -342,8 +379,8 @@ class BiLevelRoutingAttention(_RoutedAttention):
 
 
 def _means(regions: jax.Array) -> jax.Array:
-    """(B, P, n, C) to (B, P, C), in float32 (or wider): scores that are close must not be rounded together."""
-    return regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2)
+    """(B, P, n, H, D) to (B, P, C), in float32 (or wider): scores that are close must not be rounded together."""
+    return merge_heads(regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2))
 
 
 @register(
@@ -390,42 +427,31 @@ class RegionalRoutingAttention(_RoutedAttention):
         rngs: nnx.Rngs,
     ):
         super().__init__(
-            features, num_heads=num_heads, n_win=n_win, topk=topk, qk_dim=features, side_dwconv=side_dwconv
+            features,
+            num_heads=num_heads,
+            n_win=n_win,
+            topk=topk,
+            qk_dim=features,
+            side_dwconv=side_dwconv,
+            kernel_init=uniform_init(features),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.scale = features**-0.5 if qk_scale is None else qk_scale
-        self.dtype = dtype
-        init = uniform_init(features)
-        options = {"kernel_init": init, "bias_init": init, "param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(features, 3 * features, axes=("embed", "heads"), **options)
-        self.lepe = _local_enhancement(features, side_dwconv, param_dtype, rngs)
-        self.out = Linear(features, features, axes=("heads", "embed"), **options)
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        context: ArrayLike | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-        positions: ArrayLike | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
-        grid = jnp.shape(x)[1:3]
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        grid = x.shape[1:3]
         if min(grid) < self.n_win:
             raise ValueError(f"n_win {self.n_win} is more than the image {tuple(grid)} has rows or columns")
         region = grid[0] // self.n_win, grid[1] // self.n_win
-        q, k, v = jnp.split(self.qkv(jnp.asarray(x, self.dtype)), 3, axis=-1)
-        means = [self._region_means(a, region) for a in (q, k)]
-        indices, _ = route(*means, self.topk)
-        tokens = [pad_to_multiple(a, region)[0] for a in (q, k, v)]
-        padded = tokens[0].shape[1:3]
-        y, weights = routed_attention(
-            *(self._heads(window_partition(a, region)) for a in tokens), indices, scale=self.scale
-        )
+        q, k, v = self._project(x, given.edits)
+        indices, _ = route(*(self._region_means(merge_heads(a), region) for a in (q, k)), self.topk)
+        q, k, padded_v = (_pad(a, region) for a in (q, k, v))
+        padded = q.shape[1:3]
+        y, weights = routed_attention(*(_regions(a, region) for a in (q, k, padded_v)), indices, scale=self.scale)
         record(self, "attention", lambda: scatter_map(weights, indices, region, padded, grid))
-        y = crop(window_merge(y.reshape(*y.shape[:3], -1), region, padded), grid)
-        return self.out(y + self._local(v))
+        return self._merge(_image(y, region, padded), v, grid, given.edits)
 
     @staticmethod
     def _region_means(x: jax.Array, region: tuple[int, int]) -> jax.Array:

@@ -11,6 +11,7 @@ from attnlab.attention.sparse.biformer_bra import (
     RegionalRoutingAttention,
     route,
 )
+from attnlab.nn.depthwise import on_tokens
 
 IMAGE = (2, 6, 4, 8)
 
@@ -39,10 +40,10 @@ def test_route_keeps_the_best_regions_in_order():
 def test_with_every_region_kept_it_is_softmax_attention(cls: type):
     mixer = cls(8, num_heads=2, n_win=2, topk=4, rngs=nnx.Rngs(0))
     x = image()
-    q, k, v = (a.reshape(2, 24, 2, 4) for a in jnp.split(mixer.qkv(x), 3, -1))
+    q, k, v = (layer(x).reshape(2, 24, 2, 4) for layer in (mixer.query, mixer.key, mixer.value))
     weights = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) * 8**-0.5)
-    y = jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape) + mixer.lepe(v.reshape(x.shape))
-    np.testing.assert_allclose(mixer(x), mixer.out(y), rtol=1e-4, atol=1e-6)
+    y = jnp.einsum("bhnm,bmhd->bnhd", weights, v) + on_tokens(mixer.lepe, v, x.shape[1:3])
+    np.testing.assert_allclose(mixer(x), mixer.out(y).reshape(x.shape), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(attention_map(mixer, x), weights, rtol=1e-4, atol=1e-6)
 
 
@@ -68,9 +69,8 @@ def test_pooled_keys_share_their_weight_among_their_tokens(mode: str):
     assert weights.shape == (1, 2, 64, 64)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     if "avg" in mode:
-        v = jnp.split(mixer.qkv(x), 3, -1)[2].reshape(1, 64, 2, 4)
-        y = jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape)
-        np.testing.assert_allclose(mixer.out(y), mixer(x), rtol=1e-4, atol=1e-6)
+        y = jnp.einsum("bhnm,bmhd->bnhd", weights, mixer.value(x).reshape(1, 64, 2, 4))
+        np.testing.assert_allclose(mixer.out(y).reshape(x.shape), mixer(x), rtol=1e-4, atol=1e-6)
 
 
 def test_padding_is_attended_to_but_not_on_the_map():
@@ -84,13 +84,13 @@ def test_soft_routing_lets_gradients_through_the_scores():
     def gradient(**options):
         mixer = BiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=2, **options, rngs=nnx.Rngs(0))
         graph, state = nnx.split(mixer)
-        return jax.grad(lambda s: jnp.square(nnx.merge(graph, s)(image())).sum())(state)["qkv"]["kernel"]
+        return jax.grad(lambda s: jnp.square(nnx.merge(graph, s)(image())).sum())(state)
 
     blocked = gradient(soft_routing=True)
     through = gradient(soft_routing=True, diff_routing=True)
     # Values do not take part in routing.
-    np.testing.assert_allclose(blocked[:, 16:], through[:, 16:], rtol=1e-5, atol=1e-7)
-    assert not np.allclose(blocked[:, :16], through[:, :16], rtol=1e-3)
+    np.testing.assert_allclose(blocked.value.kernel[...], through.value.kernel[...], rtol=1e-5, atol=1e-7)
+    assert not np.allclose(blocked.query.kernel[...], through.query.kernel[...], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
