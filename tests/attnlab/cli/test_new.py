@@ -97,7 +97,10 @@ def test_skeletons_work_and_conform(tmp_path):
 
     for kind in FAMILIES:
         for family in ("dense", "linear", "mixers") if kind == "mixer" else FAMILIES[kind][:1]:
-            run("attnlab.cli.main", "new", kind, f"toy_{kind}_{family}", "--family", family, "--source", "paper-text")
+            run("attnlab.cli.main", "new", kind, f"toy_{kind}_{family}", "--family", family)
     run("ruff", "format", "--check", "attnlab", "tests/attnlab")
+    described = [path.stem for path in (tmp_path / "attnlab/interop").glob("toy_*.py")]
+    assert len(described) == len(FAMILIES)  # three mixers, neither intervention nor task
+    run("timeit", "-n1", "-r1", "; ".join(f"from tests.golden.adapters import {name}" for name in described))
     run("attnlab.cli.main", "docs", "toy_mixer_linear", "toy_module_multimodal", "toy_task_tasks")
     run("pytest", "-q", "-p", "no:cacheprovider", "tests/conformance", "tests/attnlab", "-k", "toy_ and not is_current")
