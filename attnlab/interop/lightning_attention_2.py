@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from attnlab.attention.linear.lightning_attention_2 import LightningAttention, lightning_attention
 from attnlab.interop.names import Interleaved
-from attnlab.interop.official import Official, Only, options
+from attnlab.interop.official import Official, Only, decode, options
 from attnlab.nn.positions import alibi_slopes
 
 
@@ -23,12 +22,8 @@ def _minimax(
     x, mask = inputs["x"], inputs.get("attention_mask")
     mask = None if mask is None else mask > 0
     _, state = module.prefill(x, module.init_state(x.shape[0]), mask=mask)
-    y, decoding = module.prefill(x[:, :-5], module.init_state(x.shape[0]))
-    rows = [y]
-    for i in range(5, 0, -1):
-        y, decoding = module.step(x[:, -i], decoding)
-        rows.append(y[:, None])
-    return {"y": module(x, mask=mask), "kv_state": state.memory, "y_decode": jnp.concatenate(rows, axis=1)}
+    y, _ = decode(module, x, x.shape[1] - 5)
+    return {"y": module(x, mask=mask), "kv_state": state.memory, "y_decode": y}
 
 
 OFFICIAL = [

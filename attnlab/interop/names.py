@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.causal_conv import CausalConv
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.nn.mlp import LayerScale
@@ -236,8 +237,9 @@ def _(layer: WithinHeads) -> dict[str, Leaf]:
     )
 
 
+@leaves.register(CausalConv)
 @leaves.register(DepthwiseConv)
-def _(layer: DepthwiseConv) -> dict[str, Leaf]:
+def _(layer: CausalConv | DepthwiseConv) -> dict[str, Leaf]:
     size, channels = layer.kernel_size, layer.channels
     return _leaves(
         layer,

@@ -69,6 +69,16 @@ def options(*same: str, **others: Option) -> dict[str, Option]:
     return {**dict(zip(same, same, strict=True)), **others}
 
 
+def decode(mixer: Any, x: jax.Array, start: int) -> tuple[jax.Array, Any]:
+    """What a mixer makes of `(B, N, C)`, the first `start` tokens in one run, the others one by one; and its state."""
+    y, state = mixer.prefill(x[:, :start], mixer.init_state(x.shape[0], x.shape[1]))
+    rows = [y]
+    for t in range(start, x.shape[1]):
+        y, state = mixer.step(x[:, t], state)
+        rows.append(y[:, None])
+    return jnp.concatenate(rows, axis=1), state
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Official:
     """A class, or a function, of the authors' code and what it is here.

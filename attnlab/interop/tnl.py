@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.attention.linear.tnl import NormLinearAttention, TnlAttention, initial_theta, lrpe
+from attnlab.attention.linear.tnl import NormLinearAttention, TnlAttention
 from attnlab.interop.names import Part, Squeezed
 from attnlab.interop.official import Official, Only, options
 from attnlab.models.block import MLPS
 from attnlab.models.tnl import TransNormerLLM
 from attnlab.nn.norms import RMSNorm
+from attnlab.nn.positions import initial_theta, lrpe
 
 Inputs = dict[str, jax.Array]
 Given = Mapping[str, Any]

@@ -41,11 +41,13 @@ class ContextState(NamedTuple):
       memory: as in `LinearState`: of the whole context, or causal of the part that was seen.
       position: `(B,)` int32, queries seen so far.
       coming: keys and values of the context that causal cross-attention has yet to add; None otherwise.
+      carry: what `project` carries along from query to query.
     """
 
     memory: Any
     position: jax.Array
     coming: Any = None
+    carry: Any = ()
 
 
 class Places(NamedTuple):
@@ -56,12 +58,14 @@ class Places(NamedTuple):
       keys: positions `(1|B, M)`.
       real: `(B, M)` boolean, which keys are no padding; None when all are.
       segment_ids: `(B, N)`, or a pair; None without packed segments.
+      real_queries: `(B, N)` boolean, which queries are known to be no padding: `real` in self-attention.
     """
 
     queries: jax.Array
     keys: jax.Array
     real: jax.Array | None = None
     segment_ids: Any = None
+    real_queries: jax.Array | None = None
 
 
 class Recurrence(NamedTuple):
@@ -146,12 +150,13 @@ class LinearMixer(TokenMixer):
         exists = None if context_mask is None else jnp.asarray(context_mask)
         parts, _ = self.project(x, source, self._places(x, source, Given(mask=exists)), self.carry(batch_size))
         parts = self._without_padding(parts, exists)
+        carry = self.carry(batch_size)  # of the queries, of which there were none
         if self.causal:
-            return ContextState(empty, nothing, parts._replace(q=cast(jax.Array, None)))
+            return ContextState(empty, nothing, parts._replace(q=cast(jax.Array, None)), carry)
         _, memory = linear_attention(
             *parts[:3], causal=False, normalize=self.normalize, scale=self.scale, return_state=True
         )
-        return ContextState(memory, nothing)
+        return ContextState(memory, nothing, carry=carry)
 
     def prefill(
         self,
@@ -174,7 +179,8 @@ class LinearMixer(TokenMixer):
         at = state.position[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
         if isinstance(state, ContextState):
             return self._read(x, state, at, seen, mask, edits)
-        parts, carry = self.project(x, x, Places(at, at, None if mask is None else jnp.asarray(mask)), state.carry)
+        real = None if mask is None else jnp.asarray(mask)
+        parts, carry = self.project(x, x, Places(at, at, real, real_queries=real), state.carry)
         parts = self._without_padding(visit(self, edits, "qkv", parts), mask)
         record(self, "attention", lambda: self._map(parts, None))
         y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
@@ -209,7 +215,8 @@ class LinearMixer(TokenMixer):
     ) -> tuple[jax.Array, ContextState]:
         """Queries of a context: of all its keys, or when causal of as many as there were queries."""
         none = jnp.zeros((*x.shape[:2], self._source_features), x.dtype)
-        parts, _ = self.project(x, none, Places(at, at), self.carry(x.shape[0]))
+        real = None if mask is None else jnp.asarray(mask)
+        parts, carry = self.project(x, none, Places(at, at, real, real_queries=real), state.carry)
         count = state.position + seen[:, -1]
         if self.causal:
             index = state.position[:, None] + seen - 1
@@ -218,10 +225,10 @@ class LinearMixer(TokenMixer):
             inside = index < state.coming.k.shape[1]
             parts = self._without_padding(parts, inside if mask is None else inside & mask)
             y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
-            state = ContextState(memory, count, state.coming)
+            state = ContextState(memory, count, state.coming, carry)
         else:
             y = _read_memory(parts.q, state.memory, self.scale)
-            state = ContextState(state.memory, count)
+            state = ContextState(state.memory, count, carry=carry)
         return self.merge(visit(self, edits, "heads", y), x), state
 
     def _recur(self, parts: Recurrence, segment_ids: Any, **state: Any) -> Any:
@@ -290,7 +297,7 @@ class LinearMixer(TokenMixer):
         if given.positions is not None:
             queries = given.positions
             keys = queries if given.context is None else keys
-        return Places(queries, keys, real, given.segment_ids)
+        return Places(queries, keys, real, given.segment_ids, real if given.context is None else None)
 
     @property
     def _source_features(self) -> int:

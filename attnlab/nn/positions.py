@@ -131,6 +131,73 @@ def _frequencies(pairs: int, theta: float) -> np.ndarray:
     return np.asarray(float(theta) ** -(np.arange(pairs) / max(pairs, 1)), np.float32)
 
 
+# Linearised relative positions
+
+
+def lrpe(x: ArrayLike, theta: ArrayLike, positions: ArrayLike) -> jax.Array:
+    """Linearised relative positions (Qin et al., 2023, arXiv:2307.09270; several axes, 2024, arXiv:2405.21022).
+
+        y = [x cos Θ, x sin Θ],   Θ(n) = n θ,   along m axes Θ(n_1, ..., n_m) = (n_1 θ, ..., n_m θ), cut to D angles
+
+    so that a product of queries and keys depends on the cosines of angle differences.
+
+    Args:
+      x: queries or keys, (B, N, H, D).
+      theta: angles per step, (H, e), in radians; e = D for one axis, at least ⌈D/m⌉ for m.
+      positions: (B|1, N), or (B|1, N, m) integers; a token at 0 is not turned.
+
+    Returns:
+      (B, N, H, 2D) in the dtype of `x`; angles are computed in float32.
+
+    Raises:
+      ValueError: if the angles of all axes are fewer than D.
+    """
+    x = jnp.asarray(x)
+    angle = _axis_angles(theta, positions, x.shape[-1], jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1).astype(x.dtype)
+
+
+def lrpe_rotation(x: ArrayLike, theta: ArrayLike, positions: ArrayLike) -> jax.Array:
+    """The form of `lrpe` that keeps the size: pairs of channels (2i, 2i+1) turn by learned angles of their head.
+
+    The D/2 pairs are divided evenly among m axes, each of which uses the first D/(2m) angles of θ (H, D/2).
+
+    Returns:
+      (B, N, H, D) in the dtype of `x`.
+
+    Raises:
+      ValueError: if 2m does not divide D, or there are too few angles.
+    """
+    x, positions = jnp.asarray(x), jnp.asarray(positions)
+    axes = positions.shape[-1] if positions.ndim == 3 else 1
+    if x.shape[-1] % (2 * axes):
+        raise ValueError(f"the head size must be a multiple of {2 * axes} for {axes} axes, got {x.shape[-1]}")
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    share = x.shape[-1] // (2 * axes)
+    angle = _axis_angles(jnp.asarray(theta)[:, :share], positions, x.shape[-1] // 2, wide)
+    first, second = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([first * cos - second * sin, first * sin + second * cos], -1).reshape(x.shape).astype(x.dtype)
+
+
+def _axis_angles(theta: ArrayLike, positions: ArrayLike, size: int, dtype: Any) -> jax.Array:
+    """`(B|1, N, H, size)`: angles of each axis one after the other, cut to `size`."""
+    theta, where = jnp.asarray(theta, dtype), jnp.asarray(positions, dtype)
+    where = where[..., None] if where.ndim == 2 else where
+    if theta.shape[-1] * where.shape[-1] < size:
+        raise ValueError(
+            f"theta of shape {theta.shape} has too few angles for {where.shape[-1]} axes and {size} channels"
+        )
+    angles = where[:, :, None, :, None] * theta[:, None]
+    return angles.reshape(*angles.shape[:3], -1)[..., :size]
+
+
+def initial_theta(num_heads: int, head_dim: int) -> jax.Array:
+    """Angles (H, D) in float32 before training: 10000^(-2m / (H·D)), m = 0..H·D-1 through the heads."""
+    size = num_heads * head_dim
+    return (10000.0 ** (-2 * jnp.arange(size) / size)).reshape(num_heads, head_dim)
+
+
 # Tables that are added to tokens
 
 

@@ -1,4 +1,4 @@
-"""A dense mixer with the usual projections, around any core.
+"""Mixers with the usual projections, around any core or recurrence.
 
 q, k, v = x W_q, c W_k, c W_v             c the context; x itself in self-attention
 y = concat_h(core(q, k, v)) W_o
@@ -13,11 +13,12 @@ from flax import nnx
 from attnlab.contract import Given, Layout
 from attnlab.nn.dense_mixer import DenseMixer, Heads, HeadSizes
 from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.linear_mixer import LinearMixer
 from attnlab.nn.norms import RMSNorm
 
 
 class ProjectedMixer(DenseMixer):
-    """Tokens of any layout to the same shape. A subclass gives the core, `set_core`, after this constructor.
+    """A dense mixer of tokens of any layout. A subclass gives the core, `set_core`, after this constructor.
 
     Args:
       features: channels C.
@@ -62,7 +63,7 @@ class ProjectedMixer(DenseMixer):
     ):
         self.sizes = groups, head_dim, value_dim = HeadSizes.of(features, num_heads, num_kv_heads, head_dim, value_dim)
         self.features, self.num_heads, self.causal, self.layout = features, num_heads, causal, Layout(layout)
-        self.context_features, self.dtype = context_features, dtype
+        self.context_features, self.dtype, self.param_dtype = context_features, dtype, param_dtype
         source = features if context_features is None else context_features
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = ToHeads(features, num_heads, head_dim, use_bias=qkv_bias, **common)
@@ -82,3 +83,54 @@ class ProjectedMixer(DenseMixer):
     def merge(self, y: jax.Array, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         y = self.out(y)
         return y if self.dropout is None else self.dropout(y, deterministic=deterministic)
+
+
+class ProjectedLinearMixer(LinearMixer):
+    """The same around a recurrence: `query`, `key`, `value` and `out`, for a subclass's `project` and `merge`.
+
+    Args:
+      features: channels C.
+      num_heads: heads H.
+      num_kv_heads: key and value heads G, a divisor of H; H when None.
+      head_dim: D; C / H when None.
+      value_dim: E; D when None.
+      causal: whether token i sees tokens up to i only; images and videos go by row-major order.
+      layout: of the tokens.
+      context_features: channels of the context for cross-attention; C when None.
+      use_bias: whether the four maps have a bias.
+      dtype: of the computation and the result; that of the tokens when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        causal: bool = True,
+        layout: Layout = Layout.SEQUENCE,
+        context_features: int | None = None,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        groups, head_dim, value_dim = HeadSizes.of(features, num_heads, num_kv_heads, head_dim, value_dim)
+        self.features, self.num_heads, self.key_size, self.value_size = features, num_heads, head_dim, value_dim
+        self.causal, self.layout, self.context_features = causal, Layout(layout), context_features
+        self.dtype, self.param_dtype = dtype, param_dtype
+        if causal and context_features is not None:
+            self.accepts = self.accepts - {"segment_ids"}  # the op takes one array of ids when causal
+        source = features if context_features is None else context_features
+        common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = ToHeads(features, num_heads, head_dim, **common)
+        self.key = ToHeads(source, groups, head_dim, **common)
+        self.value = ToHeads(source, groups, value_dim, **common)
+        self.out = FromHeads(num_heads, value_dim, features, **common)

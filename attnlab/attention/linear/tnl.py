@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.attention.linear.lightning_attention_2 import layer_slopes
 from attnlab.contract import Constant, Pattern
@@ -29,6 +28,7 @@ from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
 from attnlab.nn.linear import Linear
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import LayerNorm, rms_norm
+from attnlab.nn.positions import initial_theta, lrpe
 from attnlab.registry import Cost, Paper, Source, register
 
 PAPER = Paper(
@@ -39,29 +39,6 @@ PAPER = Paper(
     number=13,
 )
 COST = Cost(time="O(N·H·D²)", memory="O(N·H·D)", state="H·D²")
-
-
-def lrpe(x: ArrayLike, theta: ArrayLike, positions: ArrayLike) -> jax.Array:
-    """Linearised relative positions: [x cos(θ n), x sin(θ n)].
-
-    Args:
-      x: queries or keys, (B, N, H, D).
-      theta: angles per step, (H, D), in radians.
-      positions: (B, N) or (1, N) integers n.
-
-    Returns:
-      (B, N, H, 2D) in the dtype of `x`; angles are computed in float32.
-    """
-    x = jnp.asarray(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    angle = jnp.asarray(positions, wide)[..., None, None] * jnp.asarray(theta, wide)
-    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1).astype(x.dtype)
-
-
-def initial_theta(num_heads: int, head_dim: int) -> jax.Array:
-    """Angles (H, D) in float32 before training: 10000^(-2m / (H·D)), m = 0..H·D-1 through the heads."""
-    size = num_heads * head_dim
-    return (10000.0 ** (-2 * jnp.arange(size) / size)).reshape(num_heads, head_dim)
 
 
 class _TnlMixer(LinearMixer):

@@ -144,7 +144,7 @@ def test_refusals_at_the_call():
         build("lightning_attention_2")(tokens(), positions=jnp.arange(9)[None])
 
 
-@pytest.mark.parametrize("mixer", ["softmax_attention", "lightning_attention_2", "sqa", "lssar"])
+@pytest.mark.parametrize("mixer", ["softmax_attention", "lightning_attention_2", "sqa", "lssar", "lightnet"])
 def test_greedy_generation_takes_the_likeliest_token_each_time(mixer):
     model, prompt = build(mixer), tokens(2, 4)
     result = generate(model, prompt, max_new_tokens=5, temperature=0)

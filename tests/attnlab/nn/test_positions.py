@@ -147,3 +147,31 @@ def test_feature_maps_by_name_and_value():
         feature_map("sofmax")
     with pytest.raises(ValueError, match="there are identity, relu"):
         feature_map("taylor")
+
+
+def test_rotated_neighbours_come_out_apart():
+    x, where = draw(0, 1, 3, 2, 6), np.array([0, 5, 9])
+    together, apart = (p.Rotary(interleaved=True, regroup=regroup)(x, where) for regroup in (False, True))
+    np.testing.assert_array_equal(apart, np.concatenate([together[..., 0::2], together[..., 1::2]], -1))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("turn", [p.lrpe, p.lrpe_rotation])
+def test_lrpe_depends_on_differences_of_positions(turn, axes):
+    rng = np.random.default_rng(1)
+    q, k, theta = draw(2, 1, 5, 2, 12), draw(3, 1, 5, 2, 12), draw(4, 2, 12)
+    at_q, at_k, move = (rng.integers(0, 9, size) for size in ((1, 5, axes), (1, 5, axes), (1, 1, axes)))
+
+    def scores(at_q, at_k):
+        return np.einsum("bnhd,bmhd->bhnm", turn(q, theta, at_q), turn(k, theta, at_k))
+
+    np.testing.assert_allclose(scores(at_q + move, at_k + move), scores(at_q, at_k), atol=1e-4)
+    np.testing.assert_allclose(scores(0 * at_q, 0 * at_k), np.einsum("bnhd,bmhd->bhnm", q, k), atol=1e-5)
+    assert not np.allclose(scores(at_q, at_k), scores(0 * at_q, 0 * at_k), atol=1e-2)
+
+
+def test_lrpe_refuses_too_few_angles():
+    with pytest.raises(ValueError, match="too few angles for 2 axes and 8 channels"):
+        p.lrpe(draw(0, 1, 4, 2, 8), draw(1, 2, 3), p.grid_positions((2, 2)))
+    with pytest.raises(ValueError, match="multiple of 4 for 2 axes"):
+        p.lrpe_rotation(draw(0, 1, 4, 2, 6), draw(1, 2, 3), p.grid_positions((2, 2)))
