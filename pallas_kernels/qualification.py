@@ -124,6 +124,7 @@ def directory() -> Path:
     return Path(chosen or f"{cache}/pallas_kernels").expanduser()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """What verdicts depend on beside the kind of device: versions of packages, and a hash of this one's source."""
     found = {"source": _source()}

@@ -81,17 +81,20 @@ def qualify_new_device(announce: Callable[[str], None] = print) -> None:
     platform, kind = dispatch.current_platform(), dispatch.current_device_kind()
     if platform == "cpu" or kind is None:
         return
-    several, first = jax.process_count() > 1, jax.process_index() == 0
-    if first:
-        new = qualification.recall(kind) is None
-        start, verdicts = time.perf_counter(), qualify()
-        if new:
-            chosen = ", ".join(f"{op} ({name})" for (op, name), verdict in verdicts.items() if verdict.qualified)
-            took = f"{time.perf_counter() - start:.0f} s"
-            announce(f"kernels tried on {kind} in {took}; qualified: {chosen or 'none, so xla runs'} (attnlab doctor)")
-    if several:
-        text = qualification.dumped(kind, verdicts) if first else ""
-        qualification.adopt(kind, qualification.loaded(_from_first(text)))
+    text = ""
+    try:
+        if jax.process_index() == 0:
+            new = qualification.recall(kind) is None
+            start, verdicts = time.perf_counter(), qualify()
+            text = qualification.dumped(kind, verdicts)
+            if new:
+                chosen = ", ".join(f"{op} ({name})" for (op, name), verdict in verdicts.items() if verdict.qualified)
+                took = f"{time.perf_counter() - start:.0f} s"
+                announce(f"kernels tried on {kind} in {took}; qualified: {chosen or 'none, so xla runs'}")
+    finally:  # the others wait for an answer, also where there is none
+        if jax.process_count() > 1:
+            text = _from_first(text)
+    qualification.adopt(kind, qualification.loaded(text))
 
 
 def _from_first(text: str) -> str:

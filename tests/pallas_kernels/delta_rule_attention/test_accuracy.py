@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.delta_rule_attention.cases import ACCURACY, REFLECTIONS, SMALL
+from tests.pallas_kernels.quick import joined, quick
 
 BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
 HALF = ("wide_150", "grouped_token", "strong_token", "accuracy_none_1000", "accuracy_head_1000")
@@ -12,7 +13,14 @@ RUNS = [(case, "float32") for case in SMALL + ACCURACY]
 RUNS += [(case, "bfloat16") for case in SMALL + ACCURACY if case.name in HALF]
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda x: getattr(x, "name", x))
+QUICK = {
+    *(f"{case.name}-float32" for case in SMALL),
+    *(f"accuracy_{decay}_4097-float32" for decay in ("head", "token")),
+    *(f"{name}-bfloat16" for name in ("wide_150", "grouped_token")),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), quick(RUNS, QUICK, joined))
 def test_relative_rms_error(case, dtype, errors):
     found = errors(case, jnp.dtype(dtype), implementation="xla")
     assert max(found.outputs) <= BOUND[dtype], found.outputs

@@ -4,15 +4,21 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.linear_attention.cases import ACCURACY, SMALL
+from tests.pallas_kernels.quick import joined, quick
 
 BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(case, dtype) for case in SMALL + ACCURACY for dtype in BOUND],
-    ids=lambda x: getattr(x, "name", x),
-)
+RUNS = [(case, dtype) for case in SMALL + ACCURACY for dtype in BOUND]
+QUICK = {
+    *(f"{case.name}-float32" for case in SMALL),
+    *(f"{name}-bfloat16" for name in ("token_300", "channel_150", "normalized_token", "full_packed_cross")),
+    *(f"accuracy_{decay}_4097-float32" for decay in ("none", "head", "token", "channel")),
+    "accuracy_minus_20_token_1000-float32",
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), quick(RUNS, QUICK, joined))
 def test_relative_rms_error(case, dtype, errors):
     found = errors(case, jnp.dtype(dtype))
     assert max(found.outputs) <= BOUND[dtype], found.outputs

@@ -1,6 +1,7 @@
 """Decoding steps: several tokens at once, the state in place, and the TPU kernel."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels import NormalizedState, dispatch, linear_attention, linear_a
 from pallas_kernels.linear_attention import api
 from pallas_kernels.linear_attention.cases import Case
 from pallas_kernels.linear_attention.tpu import step as tpu_step
+from tests.pallas_kernels.quick import joined, quick
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, kernels_of, needs_tpu_compiler, shape
 
 FORMS = {
@@ -58,8 +60,10 @@ def interpreted(capfd):
     return run
 
 
-@pytest.mark.parametrize("length", [None, 5])
-@pytest.mark.parametrize("name", FORMS)
+QUICK_STEPS = ("head-None", "normalized-None", "channel-5", "grouped-5")
+
+
+@pytest.mark.parametrize(("name", "length"), quick(itertools.product(FORMS, (None, 5)), QUICK_STEPS, joined))
 def test_steps_are_the_whole(name, length):
     whole, step, normalize = tokens_of(name, length)
     y, state = linear_attention_step(**step, normalize=normalize)
@@ -68,7 +72,10 @@ def test_steps_are_the_whole(name, length):
     assert isinstance(state, NormalizedState) == normalize
 
 
-@pytest.mark.parametrize(("name", "length"), [("normalized", None), *((name, 3) for name in FORMS)])
+RUNS = [("normalized", None), *((name, 3) for name in FORMS)]
+
+
+@pytest.mark.parametrize(("name", "length"), quick(RUNS, ("grouped-3", "normalized_channel-3"), joined))
 def test_the_tpu_kernel_is_the_specification(name, length, interpreted):
     whole, step, normalize = tokens_of(name, length)
     got = interpreted(lambda step: linear_attention_step(**step, normalize=normalize, implementation="tpu"), step)
@@ -91,7 +98,7 @@ def test_the_tpu_kernel_goes_through_blocks_of_heads(interpreted):
     close(got, linear_attention(**whole, return_state=True, implementation="reference"), 2e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", quick(["bfloat16", "float16"], ("bfloat16",)))
 def test_half_precision(dtype, interpreted):
     whole, step, _ = tokens_of("head", 4, jnp.dtype(dtype), key_size=32)
     y, state = interpreted(lambda step: linear_attention_step(**step, implementation="tpu"), step)
@@ -126,6 +133,7 @@ def test_the_tpu_kernel_has_the_gradient_of_the_xla_step(interpreted):
     close(interpreted(grad("tpu"), step), grad("xla")(step), 1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_of_the_tpu_kernel(interpreted):
     _, step, _ = tokens_of("head", 2, key_size=8)
     axes = {key: None if key in ("log_decay", "scale") else 0 for key in step}
@@ -172,9 +180,11 @@ COMPILED = {
 }
 
 
+QUICK = ("one token-v5e", "four tokens-v6e", "half-v5p", "most tokens-TPU7x")
+
+
 @needs_tpu_compiler
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "topology"), quick(itertools.product(COMPILED, TOPOLOGIES), QUICK, joined))
 def test_the_tpu_compiler_takes_it_and_keeps_the_state_in_place(name, topology):
     """The kernel writes where it reads, and the state is copied nowhere, unless it is not given away."""
     *_, normalize = COMPILED[name]

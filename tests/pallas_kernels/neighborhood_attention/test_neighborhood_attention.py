@@ -125,6 +125,7 @@ def test_bfloat16(name):
         assert relative_rms(got[output].astype(jnp.float32), want[output]) <= limit, output
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_random_options_equal_reference(data):

@@ -1,5 +1,7 @@
 """The TPU kernels, compiled by the TPU compiler for every generation."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import delta_rule_attention, partition
+from tests.pallas_kernels.quick import joined, quick
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, kernels_of, mesh, needs_tpu_compiler, shape
 
 pytestmark = needs_tpu_compiler
@@ -25,13 +28,15 @@ def gradients(arguments):
     return jax.grad(loss)(arguments)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "size"), quick(itertools.product(TOPOLOGIES, (64, 128, 256)), ("v5e-64", "v6e-128"), joined)
+)
 def test_forward_and_backward(topology, size):
     options = {"log_decay": shape((2, 1000, 2), jnp.float32)} if size != 64 else {}
     assert kernels_of(compile_for(topology, gradients, arguments(size, **options))) == 2
 
 
+@pytest.mark.slow
 def test_every_option_in_float32():
     extra = {
         "log_decay": shape((2,), jnp.float32),

@@ -12,6 +12,7 @@ from pallas_kernels.delta_rule_attention.cases import ACCURACY, Case
 from pallas_kernels.delta_rule_attention.tpu import plan as tpu_plan
 from pallas_kernels.tpu.chips import CHIPS, UNKNOWN_CHIP, chip_of
 from pallas_kernels.tpu.plans import Config
+from tests.pallas_kernels.quick import quick
 from tests.pallas_kernels.tpu_interpreter import interpreted
 
 BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
@@ -30,7 +31,10 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize(("case", "dtype", "chunk", "block"), CASES, ids=[case.name for case, *_ in CASES])
+QUICK = ("token", "keys_in_place")
+
+
+@pytest.mark.parametrize(("case", "dtype", "chunk", "block"), quick(CASES, QUICK, lambda values: values[0].name))
 def test_relative_rms_error(case, dtype, chunk, block, errors):
     with interpreted(None, tpu_plan, BLOCK_TOKENS=block):
         found = errors(case, jnp.dtype(dtype), implementation="tpu", chunk_size=chunk)
@@ -55,6 +59,7 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors):
     assert max(found.gradients.values()) <= 2 * BOUND[dtype], found.gradients
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 100),
@@ -73,6 +78,7 @@ def test_random_shapes(errors, length, kv_heads, group, key_size, value_size, de
     assert max(*found.outputs, *found.gradients.values()) <= 2e-6, found
 
 
+@pytest.mark.slow
 def test_scale_has_a_gradient_and_vmap_joins_the_batch():
     arguments, _ = Case("scale", 1, 40, 2, 16).arguments()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arguments)

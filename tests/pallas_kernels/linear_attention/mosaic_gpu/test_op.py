@@ -5,6 +5,7 @@ wgmma instructions and register layouts (see `tiles`). Those are checked by lowe
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pallas_kernels.linear_attention.mosaic_gpu import plan as plans
 from pallas_kernels.linear_attention.mosaic_gpu import sweep as kernel
 from tests.pallas_kernels import gpu_interpreter
 from tests.pallas_kernels.accuracy import Results, relative_errors, results_of
+from tests.pallas_kernels.quick import joined, quick
 
 interpreted = pytest.mark.skipif(
     gpu_interpreter.InterpretGPUParams is None,
@@ -104,7 +106,7 @@ CASES = {
 
 
 @interpreted
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, ("none, two batches", "token, grouped")))
 def test_outputs_and_gradients(name, interpreter):
     case, scale, how = CASES[name]
     how = {"splits": 1} | how
@@ -121,16 +123,15 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, interpreter):
     check(case, lambda args: implementation.run(args, interpret=interpret, splits=1))
 
 
+RACES = [Case("tiles", 1, 192, 1, 64, 128, decay="token"), Case("heads", 1, 256, 2, 64, decay="token")]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "case",
-    [Case("tiles", 1, 256, 1, 64, 128, decay="token"), Case("heads", 1, 256, 2, 64, decay="token")],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", quick(RACES, ("tiles",), lambda case: case.name))
 def test_barriers_order_all_accesses(case, interpreter):
     """Of two tiles of a head and, in the second case, of two heads, and of dk and dv."""
     arguments, options = case.arguments(jnp.bfloat16)
-    how = {"interpret": interpreter(256, detect_races=True), "splits": 1, "processors": 1}
+    how = {"interpret": interpreter(case.length, detect_races=True), "splits": 1, "processors": 1}
 
     def loss(arguments):
         args = api.normal_form(**arguments, **options)
@@ -141,6 +142,7 @@ def test_barriers_order_all_accesses(case, interpreter):
     assert not gpu_interpreter.get_races().races_found
 
 
+@pytest.mark.slow
 @interpreted
 def test_gradient_with_a_mask_of_what_is_differentiated(interpreter):
     """Without a differentiated decay the backward pass writes no sums, and its other gradients stay the same."""
@@ -229,13 +231,16 @@ def launches(text: str) -> int:
     return text.count("@mosaic_gpu")
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
-@pytest.mark.parametrize("size", [64, 128, 256])
+LOWERED = itertools.product((64, 128, 256), (None, "head", "token"))
+
+
+@pytest.mark.parametrize(("size", "decay"), quick(LOWERED, ("64-token", "128-head"), joined))
 def test_lowers_for_cuda(size, decay):
     assert launches(lowered((size, size), decay, gradient=False)) == 1
     assert launches(lowered((size, size), decay, gradient=True)) == 1  # no forward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(64, 192), (256, 64), (192, 128)])
 def test_unequal_sizes_lower_for_cuda(sizes):
     text = lowered(sizes, "token", gradient=True, scale=0.5, return_state=True, length=77)
@@ -257,7 +262,7 @@ def test_vmapped_axis_joins_the_batch():
     assert "-> tensor<6x80x4x64xbf16>" in text
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
+@pytest.mark.parametrize("decay", quick([None, "head", "token"], ("None",)))
 def test_gradient_lowers_inside_shard_map(decay):
     """With types that say over which axes a value varies."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -373,6 +378,7 @@ def test_two_heads_of_a_tile_each_share_a_cta(inner):
     assert plan.warpgroups == plan.heads * plan.tiles
 
 
+@pytest.mark.slow
 def test_pairs_of_heads_lower_for_cuda():
     q, g = jax.ShapeDtypeStruct((2, 80, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 80, 4), jnp.float32)
 

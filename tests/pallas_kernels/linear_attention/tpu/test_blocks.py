@@ -1,6 +1,7 @@
 """How the TPU kernels cut their work: layouts of heads, blocks, bytes, on-chip memory, refusals; and they compile."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -20,6 +21,7 @@ from pallas_kernels.linear_attention.tpu import plan as tpu_plan
 from pallas_kernels.tpu import chips
 from tests.jaxprs import equations
 from tests.pallas_kernels.linear_attention.tpu.checks import check, interpreted
+from tests.pallas_kernels.quick import joined, quick
 from tests.pallas_kernels.tpu_compile import TOPOLOGIES, compile_for, device_kind, kernels_of, needs_tpu_compiler, shape
 
 LAYOUTS = {
@@ -39,13 +41,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, ("keys in place", "not causal")))
 def test_layouts_of_heads(name, errors):
     case, options = LAYOUTS[name]
     check(errors, case, "float32", **{"tokens": 256} | options)
 
 
-@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("decay", quick([None, "token"], ("token",)))
 def test_heads_in_turns_and_one_after_another_compute_the_same(decay):
     config = tpu_plan.Config(chips.chip_of("TPU v5e"), decay=decay)
     plan = tpu_plan.plan_for(config, 1, 512, 4, 4, 64, 64, jnp.dtype("bfloat16"))
@@ -87,6 +89,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(case=cases(), tokens=st.sampled_from((128, 256)), dtype=st.sampled_from(("float32", "bfloat16")))
 def test_any_shape(case, tokens, dtype, errors):
@@ -233,11 +236,13 @@ def compiled(topology, dtype, heads, size, decay=None, *, length=2048, value_siz
     return compile_for(topology, jax.grad(loss, argnums=tuple(range(len(arguments)))), *arguments)
 
 
+KERNELS = itertools.product(("head", "token", "channel", "not causal"), (64, 128, 256), TOPOLOGIES)
+QUICK = ("head-128-v5p", "token-64-v5e", "channel-64-v6e", "not causal-128-TPU7x")
+
+
 @needs_tpu_compiler
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("decay", ["head", "token", "channel", "not causal"])
-def test_every_kernel_compiles_for_every_chip(topology, size, decay):
+@pytest.mark.parametrize(("decay", "size", "topology"), quick(KERNELS, QUICK, joined))
+def test_every_kernel_compiles_for_every_chip(decay, size, topology):
     heads = max(1, 128 // size)
     options = {"causal": False} if decay == "not causal" else {}
     executable = compiled(topology, "bfloat16", heads, size, decay, **options)
@@ -260,17 +265,17 @@ COMPILED = {
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", quick(COMPILED, ("a tail",)))
 def test_other_sizes_and_options_compile(name):
     dtype, heads, size, decay, options = COMPILED[name]
     assert kernels_of(compiled("v5e", dtype, heads, size, decay, **options)) in (2, 4)
 
 
+FULL = [(128, "bfloat16", "head"), (16, "float32", "token"), (16, "float32", "channel"), (256, "float32", "channel")]
+
+
 @needs_tpu_compiler
-@pytest.mark.parametrize(
-    ("size", "dtype", "decay"),
-    [(128, "bfloat16", "head"), (16, "float32", "token"), (16, "float32", "channel"), (256, "float32", "channel")],
-)
+@pytest.mark.parametrize(("size", "dtype", "decay"), quick(FULL, (joined(FULL[0]),), joined))
 def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkeypatch):
     kind = device_kind("v5e")
     config = tpu_plan.Config(chips.chip_of(kind), decay=decay, initial=True, final=True)
@@ -290,7 +295,7 @@ def test_on_chip_memory_is_at_most_what_the_plan_says(size, dtype, decay, monkey
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("decay", [None, "channel"])
+@pytest.mark.parametrize("decay", quick([None, "channel"], ("None",)))
 def test_operands_are_read_and_written_in_place(decay):
     batch, length, heads, size, features = 2, 1024, 4, 64, 128
     width = heads * size

@@ -11,17 +11,21 @@ from pallas_kernels.linear_attention.tpu import plan as tpu_plan
 from tests.jaxprs import equations
 from tests.pallas_kernels.accuracy import assert_close
 from tests.pallas_kernels.linear_attention.tpu.checks import BOUND, check, interpreted
+from tests.pallas_kernels.quick import quick
 
 CASES = {case.name: case for case in SMALL}
 HALF = ("one_token", "head_97", "token_300", "channel_150", "normalized_token")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+QUICK = ("head_97", "grouped_token", "grouped_channel", "packed_normalized", "full_packed_cross")
+
+
+@pytest.mark.parametrize("case", quick(SMALL, QUICK, lambda case: case.name))
 def test_float32_in_blocks_of_one_chunk(case, errors):
     check(errors, case, "float32")
 
 
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("name", quick(HALF, ("token_300",)))
 def test_bfloat16_in_blocks_of_two_chunks(name, errors):
     check(errors, CASES[name], "bfloat16", tokens=256)
 
@@ -37,7 +41,7 @@ def test_a_state_is_decayed_by_the_tokens_that_exist(errors):
     check(errors, Case("short", 1, 3, decay="head", strength=1.0, initial_state=True), "float32")
 
 
-@pytest.mark.parametrize("chunk_size", [32, 128])
+@pytest.mark.parametrize("chunk_size", quick([32, 128], ("32",)))
 def test_chunk_size_changes_nothing(chunk_size):
     arguments, options = CASES["channel_150"].arguments()
     want = linear_attention(**arguments, **options, implementation="xla")
@@ -48,11 +52,10 @@ def test_chunk_size_changes_nothing(chunk_size):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"decay": "token"}, {"decay": "head", "normalize": True}, {"decay": "channel"}, {"causal": False}],
-    ids=str,
-)
+OPTIONS = [{"decay": "token"}, {"decay": "head", "normalize": True}, {"decay": "channel"}, {"causal": False}]
+
+
+@pytest.mark.parametrize("options", quick(OPTIONS, (str(OPTIONS[0]),)))
 def test_scale_and_its_gradient_at_zero_too(options):
     case = Case("scale", 1, 140, 2, 16, **options)
     arguments, options = case.arguments()
@@ -79,7 +82,7 @@ def test_scale_and_its_gradient_at_zero_too(options):
             np.testing.assert_allclose(dscale, want_dscale, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"decay": d} for d in ("head", "token", "channel")] + [{"causal": False}], ids=str)
+@pytest.mark.parametrize("options", quick([{"decay": "head"}, OPTIONS[0], *OPTIONS[2:]], (str(OPTIONS[0]),)))
 def test_gradients_that_nobody_asks_for_are_not_written(options):
     arguments, options = Case("some", 1, 140, 2, 16, **options).arguments()
     arguments |= {"scale": jnp.float32(0.5)}
@@ -116,6 +119,7 @@ def test_rows_that_read_nothing_are_zeros_with_zero_gradients():
     assert np.all(np.isfinite(dq)) and np.all(np.abs(y[:, 90:]).max(-1) > 0)
 
 
+@pytest.mark.slow
 def test_float16_does_not_overflow_in_states():
     arguments, options = CASES["token_300"].arguments(jnp.float16)
     factors = {"k": 100, "v": 100, "q": 1e-3, "log_decay": 1e-3}  # states pass float16's 65504
@@ -148,6 +152,7 @@ def test_a_padded_state_is_cut_to_its_size():
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
     arguments, options = Case("vmap", 1, 40, decay="token", initial_state=True).arguments()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arguments)

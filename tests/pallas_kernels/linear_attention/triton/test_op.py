@@ -7,6 +7,7 @@ it writes out of bounds is looked for.
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import types
 
@@ -30,6 +31,7 @@ from triton.runtime import interpreter, jit  # noqa: E402
 from pallas_kernels.linear_attention.triton import calls as triton_calls  # noqa: E402
 from pallas_kernels.linear_attention.triton import op as implementation  # noqa: E402
 from pallas_kernels.linear_attention.triton import plan as triton_plan  # noqa: E402
+from tests.pallas_kernels.quick import joined, quick  # noqa: E402
 
 GUARD = 64  # numbers before and behind every array
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -179,8 +181,17 @@ def assert_accurate(found, dtype):
     assert max(found.gradients.values()) <= 2 * BOUND[dtype], found.gradients
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+RUNS = itertools.product(CASES, ("float32", "bfloat16"))
+QUICK = (
+    "grouped_head-float32",
+    "packed_normalized-float32",
+    "full_packed-float32",
+    "token_300-bfloat16",
+    "narrow_and_wide-bfloat16",
+)
+
+
+@pytest.mark.parametrize(("name", "dtype"), quick(RUNS, QUICK, joined))
 def test_outputs_and_gradients(name, dtype, errors, interpreted):
     case = CASES[name]
     if dtype == "float32":
@@ -198,14 +209,16 @@ def test_accuracy_at_the_lengths_where_it_is_promised(case, dtype, errors, inter
     assert_accurate(errors(case, jnp.dtype(dtype), "triton"), dtype)
 
 
-@pytest.mark.parametrize("name", ["token_300", "normalized", "full"])
+@pytest.mark.parametrize("name", quick(["token_300", "normalized", "full"], ("normalized",)))
 def test_float16(name, errors, interpreted):
     assert_accurate(errors(CASES[name], jnp.dtype("float16"), "triton"), "float16")
 
 
-@pytest.mark.parametrize(("splits", "gpu"), [(2, A100), (4, H200)], ids=["2", "4"])
-@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.name)
-def test_a_split_sequence_is_exact(case, splits, gpu, errors, interpreted):
+@pytest.mark.parametrize(
+    ("case", "splits"), quick(itertools.product(SPLIT, (2, 4)), ("split_token-4", "split_full_normalized-2"), joined)
+)
+def test_a_split_sequence_is_exact(case, splits, errors, interpreted):
+    gpu = A100 if splits == 2 else H200
     dtype = "float32" if splits == 4 else "bfloat16"  # on an A100 the chunks of forward and backward differ
     interpreted.choices |= {"splits": splits, "block": 64, "gpu": gpu}
     if dtype == "float32":
@@ -408,9 +421,21 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.architecture)
-@pytest.mark.parametrize(("dtype", "size", "decay", "causal", "normalize", "tokens"), COMPILED)
-def test_kernels_compile(gpu, dtype, size, decay, causal, normalize, tokens, monkeypatch, tmp_path):
+TARGETS = {gpu.architecture: gpu for gpu in (H200, A100)}
+PROGRAMS = [(*call, target) for call in COMPILED for target in TARGETS]
+QUICK_PROGRAMS = {
+    "bfloat16-64-token-True-True-256-sm_90",
+    "bfloat16-128-None-False-True-256-sm_90",
+    "bfloat16-128-head-True-False-256-sm_80",
+    "float32-64-token-True-False-256-sm_90",
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "decay", "causal", "normalize", "tokens", "target"), quick(PROGRAMS, QUICK_PROGRAMS, joined)
+)
+def test_kernels_compile(dtype, size, decay, causal, normalize, tokens, target, monkeypatch, tmp_path):
+    gpu = TARGETS[target]
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(CUDABackend, "make_cubin", lambda *args: b"")  # PTX says what there is to know here
     found = launches(monkeypatch, gpu, dtype, size, decay, causal, normalize, tokens)
