@@ -63,6 +63,7 @@ def qualify(*, force: bool = False, announce: Callable[[str], None] = lambda tex
     known = qualification.recall(kind)
     if known is not None and not force:
         return known
+    _cpu()
     verdicts: Verdicts = {}
     for op in dispatch.ops():
         kernels = [entry for entry in dispatch.implementations(op) if entry.is_kernel]
@@ -77,7 +78,10 @@ def qualify(*, force: bool = False, announce: Callable[[str], None] = lambda tex
 
 
 def qualify_new_device(announce: Callable[[str], None] = print) -> None:
-    """`qualify` on a kind of device that was not tried yet, with one line; process 0 tries for all processes."""
+    """`qualify` on a kind of device that was not tried yet, with one line; process 0 tries for all processes.
+
+    Where nothing can be tried, the line says so, and `xla` runs.
+    """
     platform, kind = dispatch.current_platform(), dispatch.current_device_kind()
     if platform == "cpu" or kind is None:
         return
@@ -85,7 +89,12 @@ def qualify_new_device(announce: Callable[[str], None] = print) -> None:
     try:
         if jax.process_index() == 0:
             new = qualification.recall(kind) is None
-            start, verdicts = time.perf_counter(), qualify()
+            start, verdicts = time.perf_counter(), {}
+            try:
+                verdicts = qualify()
+            except RuntimeError as error:
+                announce(f"no kernels are tried on {kind}, so xla runs: {error}")
+                new = False
             text = qualification.dumped(kind, verdicts)
             if new:
                 chosen = ", ".join(f"{op} ({name})" for (op, name), verdict in verdicts.items() if verdict.qualified)

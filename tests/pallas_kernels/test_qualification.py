@@ -159,6 +159,17 @@ def test_a_new_device_is_tried_once_with_one_line(op):
     assert dispatch.choose(op, None).name == "fast"
 
 
+def test_training_goes_on_where_nothing_can_be_tried(op, monkeypatch):
+    def no_cpu(backend):
+        raise RuntimeError(f"no backend {backend}")
+
+    monkeypatch.setattr("jax.local_devices", no_cpu)
+    lines = []
+    trials.qualify_new_device(lines.append)
+    assert len(lines) == 1 and "so xla runs: kernels are held against the CPU: add it" in lines[0]
+    assert dispatch.choose(op, None).name == "xla" and not list(qualification.directory().iterdir())
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_process_0_decides_for_all(op, monkeypatch, index):
     import jax
