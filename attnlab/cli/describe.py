@@ -1,12 +1,14 @@
 """What is known of a variant, in words: for `attnlab show`, and for the pages of `docs/mechanisms`."""
 
+import collections.abc
 import dataclasses
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument, constructor_parameters
 from attnlab.registry import Kind, Paper, Variant
@@ -113,14 +115,23 @@ def options(target: Callable[..., Any]) -> list[Option]:
 
 
 def _type(annotation: Any) -> str:
+    """A type as it is written; a union of what makes arrays, which has no name at run time, is `ArrayLike` again."""
     from jax.typing import ArrayLike
 
     if annotation is inspect.Parameter.empty:
         return ""
-    if isinstance(annotation, type) and not get_args(annotation):
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        arrays = get_args(ArrayLike)
+        names = ["ArrayLike"] if set(arrays) <= set(parts) else []
+        return " | ".join(names + [_type(part) for part in parts if not (names and part in arrays)])
+    if origin in (tuple, list, dict, collections.abc.Sequence, collections.abc.Mapping):
+        return f"{origin.__name__}[{', '.join('...' if part is ... else _type(part) for part in parts)}]"
+    if annotation is type(None):
+        return "None"
+    if isinstance(annotation, type) and not parts:
         return annotation.__name__
-    # A union of arrays and numbers has no name of its own at run time; paths of modules tell nobody anything.
-    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation).replace(str(ArrayLike), "ArrayLike"))
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation))  # paths of modules tell nobody anything
 
 
 def equations(variant: Variant) -> str:

@@ -1,4 +1,8 @@
+from collections.abc import Callable, Sequence
+from typing import Literal
+
 import pytest
+from jax.typing import ArrayLike
 
 import attnlab
 from attnlab.cli.describe import decode_bytes, options, signature
@@ -87,6 +91,32 @@ def test_signatures_have_names_and_defaults_alone():
     def call(x: int, *rest: int, mask: list[int] | None = None, activation: object = len, **more: int) -> None: ...
 
     assert signature(call) == "(x, *rest, mask=None, activation=len, **more)"
+
+
+def test_types_of_options_are_as_they_are_written():
+    def call(
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        sizes: Sequence[int] = (),
+        grid: tuple[int, ...] | None = None,
+        mode: Literal["a", "b"] = "a",
+        layout: attnlab.Layout = attnlab.Layout.IMAGE,
+        activation: Callable[[int], int] = abs,
+        free=0,
+    ) -> None: ...
+
+    assert [option.type for option in options(call)] == [
+        "ArrayLike",
+        "ArrayLike | None",
+        "ArrayLike | tuple[ArrayLike, ArrayLike] | None",
+        "Sequence[int]",
+        "tuple[int, ...] | None",
+        "Literal['a', 'b']",
+        "Layout",
+        "Callable[[int], int]",
+        "",
+    ]
 
 
 def test_bytes_of_the_decode_state():
