@@ -59,8 +59,8 @@ class Name:
     Args:
       base: names of the layers, "" for the state dict's own; several make up one of ours, its rows one after the other.
       leaves: official names of a layer's arrays where they are others: `{"weight": "gamma"}`.
-      there: from what a usual state dict would hold to the official weight; for a parameter that is no layer's, from the
-        parameter itself.
+      there: from what a usual state dict would hold to the official weight; for a parameter that is no layer's, from
+        the parameter itself.
       here: the inverse of `there`; None where `there` only changes the shape.
       interleaved: for several of ours that are one there: each head has its rows of the first, the second, ...; else
         all rows of the first come before those of the second.
