@@ -1,5 +1,6 @@
 """What is measured of a mixer besides its training: time against length, and where it looks."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from attnlab.compare.results import Timing
 from attnlab.contract import Layout, Site
 from attnlab.data import Dataset
 from attnlab.experiment import Experiment, PyramidViTConfig
-from attnlab.models.block import layout_for
+from attnlab.models.block import site_seen_by
 
 MEMORY_LIMIT = 2**30  # bytes of temporaries from which a length is left out
 TIME_LIMIT = 1.0  # seconds of one call beyond which no longer sequence is tried
@@ -40,12 +41,13 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
     if isinstance(config, PyramidViTConfig):
         features, heads = features[0], heads[0]
     is_text = config.kind == "text"
-    layout = layout_for(mixer, (Layout.SEQUENCE,) if is_text else (Layout.IMAGE, Layout.SEQUENCE))
+    model = Site(features, heads, layout=Layout.SEQUENCE if is_text else Layout.IMAGE, causal=is_text)
+    seen = site_seen_by(registry.get(mixer).cls, model)
     timings = []
     for length in lengths:
         side = int(length**0.5)
-        grid = (side, side) if layout is Layout.IMAGE else (length,)
-        site = Site(features, heads, layout=layout, causal=is_text, grid=None if is_text else grid)
+        grid = (side, side) if seen.layout is Layout.IMAGE else (length,)
+        site = dataclasses.replace(seen, grid=None if is_text else grid)
         try:
             module = registry.create(mixer, site, rngs=nnx.Rngs(0), **config.mixer_options.get(mixer, {}))
         except ValueError:

@@ -21,9 +21,10 @@ from attnlab.attention.linear.inline_attention import InlineCore
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
 from attnlab.contract import TokenMixer
 from attnlab.interop import official
-from attnlab.models.backbone import PreNormBlock
+from attnlab.models.block import Block
 from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.deit import DeiT
+from attnlab.models.inline_transformers import NormedInlineAttention
 from attnlab.models.pvt import PyramidVisionTransformer
 from attnlab.models.swin import SwinTransformer
 from attnlab.nn.dense_mixer import Core
@@ -56,9 +57,10 @@ def load_backbone(model: nnx.Module, arrays: Mapping[str, ArrayLike]) -> None:
         official.linear(model.head, weights, "head")
 
 
-def load_block(block: PreNormBlock, weights: official.StateDict, mixer: str = "attn") -> None:
+def load_block(block: Block, weights: official.StateDict, mixer: str = "attn") -> None:
     """Loads a block; `mixer` is what stands before the names of its attention, "" if nothing does."""
-    official.norm(block.norm1, weights, "norm1")
+    inside = isinstance(block.mixer, NormedInlineAttention)
+    official.norm(block.mixer.norm if inside else block.norm1, weights, "norm1")
     load_mixer(block.mixer, weights.sub(mixer))
     official.norm(block.norm2, weights, "norm2")
     official.linear(block.mlp.fc1, weights, "mlp.fc1")
@@ -140,49 +142,51 @@ def _load_cross_shaped(mixer: CrossShapedWindowAttention, weights: official.Stat
 
 
 def _load_pvt(model: PyramidVisionTransformer, weights: official.StateDict) -> None:
-    for number, stage in enumerate(model.stages, 1):
-        shape = stage.position.shape
+    for number, stage in enumerate(model.stage, 1):
+        shape = stage.position.table.shape
 
         def grid(table: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
             return table.reshape(shape)
 
-        official.param(stage.position, weights, f"pos_embed{number}", grid)
-        official.conv(stage.embed.conv, weights, f"patch_embed{number}.proj")
-        official.norm(stage.norm, weights, f"patch_embed{number}.norm")
+        official.param(stage.position.table, weights, f"pos_embed{number}", grid)
+        embed = model.stem if stage.down is None else stage.down
+        official.conv(embed.conv, weights, f"patch_embed{number}.proj")
+        official.norm(embed.norm, weights, f"patch_embed{number}.norm")
         for index, block in enumerate(stage.blocks):
             load_block(block, weights.sub(f"block{number}.{index}"))
 
 
 def _load_swin(model: SwinTransformer, weights: official.StateDict) -> None:
-    official.conv(model.embed.conv, weights, "patch_embed.proj")
-    if model.embed_norm is not None:
-        official.norm(model.embed_norm, weights, "patch_embed.norm")
-    if model.position is not None:
-        shape = model.position.shape
-        official.param(model.position, weights, "absolute_pos_embed", lambda table: table.reshape(shape))
-    for stage, blocks in enumerate(model.stages):
-        for index, block in enumerate(blocks):
-            load_block(block, weights.sub(f"layers.{stage}.blocks.{index}"))
-    for stage, merge in enumerate(model.merges):
-        official.norm(merge.norm, weights, f"layers.{stage}.downsample.norm")
-        official.linear(merge.reduction, weights, f"layers.{stage}.downsample.reduction")
+    official.conv(model.stem.conv, weights, "patch_embed.proj")
+    if model.stem.norm is not None:
+        official.norm(model.stem.norm, weights, "patch_embed.norm")
+    if (position := model.stage[0].position) is not None:
+        shape = position.table.shape
+        official.param(position.table, weights, "absolute_pos_embed", lambda table: table.reshape(shape))
+    for number, stage in enumerate(model.stage):
+        for index, block in enumerate(stage.blocks):
+            load_block(block, weights.sub(f"layers.{number}.blocks.{index}"))
+        if stage.down is not None:
+            official.norm(stage.down.norm, weights, f"layers.{number - 1}.downsample.norm")
+            official.linear(stage.down.reduction, weights, f"layers.{number - 1}.downsample.reduction")
     official.norm(model.norm, weights, "norm")
 
 
 def _load_cswin(model: CSwinTransformer, weights: official.StateDict) -> None:
-    for stage, (entry, blocks) in enumerate(zip(model.entries, model.stages, strict=True)):
-        conv, norm = (f"merge{stage}.conv", f"merge{stage}.norm") if stage else _CSWIN_STEM
+    for number, stage in enumerate(model.stage):
+        entry = stage.down if number else model.stem
+        conv, norm = (f"merge{number}.conv", f"merge{number}.norm") if number else _CSWIN_STEM
         official.conv(entry.conv, weights, conv)
         official.norm(entry.norm, weights, norm)
-        for index, block in enumerate(blocks):
-            load_block(block, weights.sub(f"stage{stage + 1}.{index}"), mixer="")
+        for index, block in enumerate(stage.blocks):
+            load_block(block, weights.sub(f"stage{number + 1}.{index}"), mixer="")
     official.norm(model.norm, weights, "norm")
 
 
 def _load_deit(model: DeiT, weights: official.StateDict) -> None:
-    official.conv(model.embed.conv, weights, "patch_embed.proj")
-    official.param(model.class_token, weights, "cls_token", lambda a: a[0, 0])
-    official.param(model.position, weights, "pos_embed", lambda a: a[0])
+    official.conv(model.stem.conv, weights, "patch_embed.proj")
+    official.param(model.stage[0].prefix.tokens, weights, "cls_token", lambda a: a[0])
+    official.param(model.stage[0].position.table, weights, "pos_embed", lambda a: a[0])
     for index, block in enumerate(model.blocks):
         load_block(block, weights.sub(f"blocks.{index}"))
     official.norm(model.norm, weights, "norm")

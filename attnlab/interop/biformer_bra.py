@@ -1,26 +1,30 @@
 """rayleizhu/BiFormer (arXiv:2303.08810): its attentions, its block and its backbone.
 
-model = biformer_tiny(rngs=nnx.Rngs(0))
+model = biformer("biformer_tiny", rngs=nnx.Rngs(0))
 attnlab.interop.load(model, "biformer_tiny_best.pth", key="model")
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.sparse.biformer_bra import BiLevelRoutingAttention, RegionalRoutingAttention
+from attnlab.contract import Layout, Site
 from attnlab.interop.names import Part, Squeezed
 from attnlab.interop.official import ConfigError, Official, options
 from attnlab.models.biformer import (
+    BIFORMERS,
     BiFormer,
-    BiFormerBlock,
     ConvMixer,
-    PlainAttention,
-    biformer_base,
-    biformer_small,
-    biformer_tiny,
+    LocallyEnhancedAttention,
+    biformer_block,
+    stage_mixer,
 )
+from attnlab.models.block import Block
 
 
 def _routing(module: BiLevelRoutingAttention, inputs: dict[str, jax.Array], given: Any) -> dict[str, jax.Array]:
@@ -41,6 +45,26 @@ def _position(given: Mapping[str, Any]) -> dict[str, bool]:
     return {"position_conv": size > 0}
 
 
+def _kind(topk: int) -> str:
+    """What an official `topk` that is no number of regions stands for."""
+    if topk < -2:
+        raise ConfigError(f"topk must be positive, 0, -1 or -2, got {topk}")
+    return {0: "convolution", -1: "plain", -2: "local"}.get(topk, "routed")
+
+
+def _mixers(given: Mapping[str, Any]) -> dict[str, Any]:
+    topks = given["topks"]
+    return {"mixers": [_kind(topk) for topk in topks], "topks": [topk if topk > 0 else None for topk in topks]}
+
+
+def _block(features: int, *, num_heads: int = 8, topk: int = 4, rngs: nnx.Rngs, **given: Any) -> Block:
+    own = ("mlp_ratio", "mlp_dwconv", "position_conv", "pre_norm", "layer_scale")
+    block = {name: given.pop(name) for name in own if name in given}
+    side, routing = given.pop("side_dwconv", 5), {"num_heads": num_heads, "topk": topk, **given}
+    mixer = stage_mixer(_kind(topk), Site(features, num_heads), side_dwconv=side, routing=routing, rngs=rngs)
+    return biformer_block(mixer, features, rngs=rngs, **block)
+
+
 _ROUTING = options(
     "n_win", "qk_scale", "kv_downsample_mode", "param_attention", "param_routing", "diff_routing", "soft_routing"
 ) | options("auto_pad", "side_dwconv")
@@ -57,24 +81,31 @@ _BRA = Official(
 )
 
 
-def _plain(symbol: str, size: int) -> Official:
-    return Official(
-        symbol,
-        PlainAttention,
-        options("num_heads", dim="features", side_dwconv="local_size"),
-        {"out": "proj", "local": "lepe"},
-        defaults={"side_dwconv": size},
-    )
-
-
+_PLAIN_NAMES = {("query", "key", "value"): "qkv", "out": "proj", "local": "lepe"}
+_LOCAL = Official(
+    "AttentionLePE",
+    LocallyEnhancedAttention,
+    options("num_heads", dim="features", side_dwconv="side"),
+    _PLAIN_NAMES,
+    defaults={"num_heads": 8},
+    always={"qkv_bias": False},
+)
+_PLAIN = Official(
+    "Attention",
+    SoftmaxAttention,
+    options("num_heads", dim="features"),
+    {name: there for name, there in _PLAIN_NAMES.items() if name != "local"},
+    defaults={"num_heads": 8},
+    always={"qkv_bias": False, "layout": Layout.IMAGE},
+)
 _CONV = Official("Sequential", ConvMixer, names={"conv_in": "1", "conv": "2", "conv_out": "3"})
 _BLOCK = Official(
     "Block",
-    BiFormerBlock,
+    _block,
     options("num_heads", "mlp_ratio", dim="features", drop_path=None) | _ROUTING | _PER_LAYER | _BLOCKS,
     {
-        "position": "pos_embed",
-        "attention": Part("attn", _BRA, _plain("Attention", 0), _CONV),
+        "before": "pos_embed",
+        "mixer": Part("attn", _BRA, _LOCAL, _PLAIN, _CONV),
         "mlp.fc1": "mlp.0",
         "mlp.conv": "mlp.1.dwconv",
         "mlp.fc2": "mlp.3",
@@ -92,17 +123,17 @@ def _model(symbol: str, cls: Any, **defaults: Any) -> Official:
     return Official(
         symbol,
         cls,
-        options("num_classes", "head_dim", "topks", "qk_dims", "mlp_ratios", "kv_per_wins", "kv_downsample_ratios")
-        | options(in_chans="channels", depth="depths", embed_dim="widths", kv_downsample_kernels=None)
+        options("num_classes", "head_dim", "qk_dims", "mlp_ratios", "kv_per_wins", "kv_downsample_ratios")
+        | options(topks=_mixers, in_chans="channels", depth="depths", embed_dim="features", kv_downsample_kernels=None)
         | dict.fromkeys(unused)
         | _ROUTING
         | _BLOCKS,
         {
-            "stem.conv": "downsample_layers.0.0",
-            "stem.norm": "downsample_layers.0.1",
-            "downsamples.*.conv": lambda i: f"downsample_layers.{i}.{0 if i else 3}",
-            "downsamples.*.norm": lambda i: f"downsample_layers.{i}.{1 if i else 4}",
-            "stages.*.*": Part("stages.*.*", _BLOCK),
+            "stem.parts.*.conv": lambda i: f"downsample_layers.0.{3 * i}",
+            "stem.parts.*.norm": lambda i: f"downsample_layers.0.{3 * i + 1}",
+            "stage.*.down.conv": "downsample_layers.*.0",
+            "stage.*.down.norm": "downsample_layers.*.1",
+            "stage.*.blocks.*": Part("stages.*.*", _BLOCK),
         },
         defaults=defaults,
     )
@@ -117,11 +148,9 @@ OFFICIAL = [
         | dict.fromkeys(("auto_pad", "attn_backend")),
         {_QKV: Squeezed("qkv_linear", 2, 3), "out": Squeezed("output_linear", 2, 3)},
     ),
-    _plain("Attention", 0),
-    _plain("AttentionLePE", 5),
+    _PLAIN,
+    _LOCAL,
     _BLOCK,
     _model("BiFormer", BiFormer, **_SIZES, **_MORE),
-    _model("biformer_tiny", biformer_tiny),
-    _model("biformer_small", biformer_small),
-    _model("biformer_base", biformer_base),
+    *(_model(name, functools.partial(cls, **sizes)) for name, (cls, sizes) in BIFORMERS.items()),
 ]

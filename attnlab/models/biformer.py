@@ -3,202 +3,159 @@
 Stem of two strided convolutions (stride 4), then stages with a strided convolution between them. A block:
 
     x = x + DWConv3×3(x)
-    x = x + γ₁ attention(LN(x));   x = x + γ₂ MLP(LN(x))             pre-norm
-    x = LN(x + γ₁ attention(x));   x = LN(x + γ₂ MLP(x))             post-norm
+    x = x + γ₁ mixer(LN(x));   x = x + γ₂ MLP(LN(x))             pre-norm
+    x = LN(x + γ₁ mixer(x));   x = LN(x + γ₂ MLP(x))             post-norm
 
-γ exist only with a positive `layer_scale`. `topk` says what attention a stage has: routed to that many regions;
--1 plain; -2 plain, with a depthwise convolution of its input added (the last stage of the released models, on 7 × 7
-tokens); 0 none but convolutions. The code is at rayleizhu/BiFormer, models/biformer.py.
+γ exist only with a positive `layer_scale`. The mixer of a stage is routed attention; plain attention with 8 heads; the
+same with a depthwise convolution of its input added (the last stage of the released models, on 7 × 7 tokens); or
+convolutions alone. The code is at rayleizhu/BiFormer, models/biformer.py.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.sparse.biformer_bra import BiLevelRoutingAttention
-from attnlab.contract import SiteModule, record
-from attnlab.nn.linear import Conv, Linear, redraw_kernels, trunc_normal
-from attnlab.nn.mlp import DropPath, LayerScale, gelu
+from attnlab.contract import Given, Layout, Site
+from attnlab.models import staged
+from attnlab.models.block import Block
+from attnlab.models.staged import Choice, Models, Stage, StagedBackbone
+from attnlab.nn.chain import Chain
+from attnlab.nn.conv import ConvNorm
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.heads import split_heads
+from attnlab.nn.linear import Conv, compute_in_input_dtype, redraw_kernels, trunc_normal
+from attnlab.nn.mlp import MLP, LayerScale, gelu
 from attnlab.nn.norms import BatchNorm, LayerNorm
-from attnlab.nn.softmax import softmax_attention
 from attnlab.registry import Cost, Kind, Paper, Source, register
 
 
-class PlainAttention(nnx.Module):
-    """Softmax attention among all tokens of images (B, Hh, Ww, C), for stages of few tokens.
+class LocallyEnhancedAttention(SoftmaxAttention):
+    """Softmax attention of images with a depthwise convolution of its input added in front of the last map.
 
     Args:
       features: channels C.
       num_heads: heads H.
-      local_size: side of a depthwise convolution of the input, added before the output projection; 0 for none.
+      side: of the convolution's kernel, odd.
+      dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
-
-    Raises:
-      ValueError: if the heads do not divide the channels.
+      **options: further arguments of `SoftmaxAttention`.
     """
+
+    layouts = frozenset({Layout.IMAGE})
 
     def __init__(
         self,
         features: int,
         *,
-        num_heads: int = 8,
-        local_size: int = 0,
+        num_heads: int,
+        side: int = 5,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        if features % num_heads:
-            raise ValueError(f"num_heads must divide the {features} channels, got {num_heads}")
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.num_heads = num_heads
-        self.qkv = Linear(features, 3 * features, use_bias=False, axes=("embed", "heads"), **options)
-        self.out = Linear(features, features, axes=("heads", "embed"), **options)
-        self.local = nnx.data(None)
-        if local_size:
-            self.local = Conv(features, features, (local_size, local_size), feature_group_count=features, **options)
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(features, num_heads=num_heads, layout=Layout.IMAGE, **options, **common)
+        self.local = DepthwiseConv(features, (side, side), **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, Hh, Ww, C) to the same shape."""
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        q, k, v = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in jnp.split(self.qkv(tokens), 3, axis=-1))
-        y, weights = softmax_attention(q, k, v, return_weights=True)
-        record(self, "attention", lambda: weights)
-        y = y.reshape(x.shape)
-        return self.out(y if self.local is None else y + self.local(x))
+    def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        # The last map is linear, so what is added in front of it may pass it alone.
+        local, kernel = compute_in_input_dtype((self.local(x), self.out.kernel[...]), dtype=self.dtype)
+        return super().mix(x, given) + jnp.einsum("...hd,hdc->...c", split_heads(local, self.num_heads), kernel)
 
 
 class ConvMixer(nnx.Module):
-    """What stands in for attention at `topk=0`: pointwise, depthwise 5×5 and pointwise convolution."""
+    """Pointwise, depthwise 5×5 and pointwise convolution, in place of attention."""
 
-    def __init__(self, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.conv_in = Conv(features, features, (1, 1), **options)
-        self.conv = Conv(features, features, (5, 5), feature_group_count=features, **options)
-        self.conv_out = Conv(features, features, (1, 1), **options)
+    def __init__(self, features: int, **common: Any):
+        self.conv_in = Conv(features, features, (1, 1), **common)
+        self.conv = DepthwiseConv(features, (5, 5), **common)
+        self.conv_out = Conv(features, features, (1, 1), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, Hh, Ww, C) to the same shape."""
         return self.conv_out(self.conv(self.conv_in(x)))
 
 
-class ConvMLP(nnx.Module):
-    """Linear, 3×3 depthwise convolution if wanted, GELU, linear, on images (B, Hh, Ww, C)."""
-
-    def __init__(self, features: int, hidden: int, *, dwconv: bool, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.fc1 = Linear(features, hidden, axes=("embed", "mlp"), **options)
-        self.conv = nnx.data(None)
-        if dwconv:
-            self.conv = Conv(hidden, hidden, (3, 3), feature_group_count=hidden, axes=(None, "mlp"), **options)
-        self.fc2 = Linear(hidden, features, axes=("mlp", "embed"), **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, Hh, Ww, C) to the same shape."""
-        y = self.fc1(x)
-        return self.fc2(gelu(y if self.conv is None else self.conv(y)))
-
-
-class BiFormerBlock(nnx.Module):
-    """Position convolution, attention and feed-forward on images (B, Hh, Ww, C). See the module docstring.
+def stage_mixer(
+    kind: str, site: Site, *, side_dwconv: int = 5, routing: Mapping[str, Any] | None = None, **common: Any
+) -> nnx.Module:
+    """The mixer of a block.
 
     Args:
+      kind: "routed" attention, "plain" attention, the same with "local" enhancement, "convolution", or the name of a
+        registered mixer.
+      site: where it stands.
+      side_dwconv: side of the local enhancement's kernel, odd, or in routed attention 0 for none.
+      routing: options of routed attention.
+      **common: `dtype`, `param_dtype`, `rngs`.
+
+    Raises:
+      KeyError: for an unknown kind, with the nearest registered names.
+      ValueError: for options that do not fit together.
+    """
+    features, plain = site.features, {"num_heads": 8, "qkv_bias": False}
+    if kind == "routed":
+        return BiLevelRoutingAttention(features, side_dwconv=side_dwconv, **(routing or {}), **common)
+    if kind == "plain":
+        return SoftmaxAttention(features, layout=Layout.IMAGE, **plain, **common)
+    if kind == "local":
+        return LocallyEnhancedAttention(features, side=side_dwconv, **plain, **common)
+    if kind == "convolution":
+        return ConvMixer(features, **common)
+    return Choice(kind)(site, **common)
+
+
+def biformer_block(
+    mixer: nnx.Module,
+    features: int,
+    *,
+    mlp_ratio: float = 4.0,
+    mlp_dwconv: bool = False,
+    position_conv: bool = True,
+    pre_norm: bool = True,
+    layer_scale: float = -1.0,
+    drop_path: float = 0.0,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Block:
+    """The block of the module's docstring.
+
+    Args:
+      mixer: of images (B, Hh, Ww, C).
       features: channels C.
-      num_heads: heads H of routed attention; plain attention has 8.
-      topk: regions that a region attends to, or -2, -1, 0 (see the module docstring).
-      qk_dim: channels of queries and keys of routed attention; C when None.
       mlp_ratio: hidden channels of the feed-forward over C.
-      mlp_dwconv: whether the feed-forward has a depthwise convolution.
-      side_dwconv: side of the local enhancement's kernel, odd; 0 for none.
+      mlp_dwconv: whether the feed-forward has a 3×3 depthwise convolution.
       position_conv: whether the 3×3 depthwise convolution comes first.
       pre_norm: norms before the branches, or after the sums.
       layer_scale: γ at the start; none when not positive.
       drop_path: probability that a branch is dropped for an example in training.
+      dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
       rngs: streams `params` and, with `drop_path`, `dropout`.
-      **routing: further options of `BiLevelRoutingAttention`.
-
-    Raises:
-      ValueError: for a `topk` below -2, or options that do not fit together.
     """
-
-    def __init__(
-        self,
-        features: int,
-        *,
-        num_heads: int = 8,
-        topk: int = 4,
-        qk_dim: int | None = None,
-        mlp_ratio: float = 4.0,
-        mlp_dwconv: bool = False,
-        side_dwconv: int = 5,
-        position_conv: bool = True,
-        pre_norm: bool = True,
-        layer_scale: float = -1.0,
-        drop_path: float = 0.0,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **routing: Any,
-    ):
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.pre_norm = pre_norm
-        self.position = nnx.data(None)
-        if position_conv:
-            self.position = Conv(features, features, (3, 3), feature_group_count=features, **options)
-        if topk > 0:
-            self.attention = BiLevelRoutingAttention(
-                features,
-                num_heads=num_heads,
-                topk=topk,
-                qk_dim=qk_dim,
-                side_dwconv=side_dwconv,
-                **routing,
-                **options,
-            )
-        elif topk in (-1, -2):
-            self.attention = PlainAttention(features, local_size=side_dwconv if topk == -2 else 0, **options)
-        elif topk == 0:
-            self.attention = ConvMixer(features, **options)
-        else:
-            raise ValueError(f"topk must be positive, 0, -1 or -2, got {topk}")
-        self.norm1 = LayerNorm(features, eps=1e-6, **options)
-        self.norm2 = LayerNorm(features, eps=1e-6, **options)
-        self.mlp = ConvMLP(features, int(mlp_ratio * features), dwconv=mlp_dwconv, **options)
-        scaled = layer_scale > 0
-        self.scale1 = LayerScale(features, init=layer_scale, **options) if scaled else nnx.data(None)
-        self.scale2 = LayerScale(features, init=layer_scale, **options) if scaled else nnx.data(None)
-        self.drop1, self.drop2 = DropPath(drop_path, rngs=rngs), DropPath(drop_path, rngs=rngs)
-
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """(B, Hh, Ww, C) to the same shape."""
-        if self.position is not None:
-            x = x + self.position(x)
-        branches = (
-            (self.norm1, self.attention, self.scale1, self.drop1),
-            (self.norm2, self.mlp, self.scale2, self.drop2),
-        )
-        for norm, branch, scale, drop in branches:
-            y = branch(norm(x) if self.pre_norm else x)
-            y = drop(y if scale is None else scale(y), deterministic=deterministic)
-            x = x + y if self.pre_norm else norm(x + y)
-        return x
-
-
-class Downsample(nnx.Module):
-    """A 3×3 convolution of stride 2, then batch normalisation."""
-
-    def __init__(self, in_features: int, out_features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.conv = Conv(in_features, out_features, (3, 3), strides=2, **options)
-        self.norm = BatchNorm(out_features, **options)
-
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """(B, Hh, Ww, C) to (B, ⌈Hh/2⌉, ⌈Ww/2⌉, C')."""
-        return self.norm(self.conv(x), deterministic=deterministic)
+    stored = {"param_dtype": param_dtype, "rngs": rngs}
+    scale = functools.partial(LayerScale, features, init=layer_scale, **stored) if layer_scale > 0 else lambda: None
+    return Block(
+        mixer=mixer,
+        mlp=MLP(features, int(mlp_ratio * features), depthwise=3 if mlp_dwconv else 0, dtype=dtype, **stored),
+        norm1=LayerNorm(features, eps=1e-6, **stored),
+        norm2=LayerNorm(features, eps=1e-6, **stored),
+        scale1=scale(),
+        scale2=scale(),
+        before=DepthwiseConv(features, (3, 3), dtype=dtype, **stored) if position_conv else None,
+        order="pre" if pre_norm else "post",
+        drop_path=drop_path,
+        rngs=rngs,
+    )
 
 
 @register(
@@ -218,26 +175,28 @@ class Downsample(nnx.Module):
     small={
         "num_classes": 5,
         "depths": (1, 1, 1, 1),
-        "widths": (8, 8, 16, 16),
+        "features": (8, 8, 16, 16),
         "head_dim": 8,
         "n_win": 1,
-        "topks": (1, 1, 1, -2),
+        "topks": (1, 1, 1, None),
     },
 )
-class BiFormer(SiteModule):
-    """Images (B, Hh, Ww, channels) to logits (B, classes). The defaults are those of `biformer_tiny`.
+class BiFormer(StagedBackbone):
+    """Images (B, Hh, Ww, channels) to logits (B, classes) in float32. The defaults are those of `biformer_tiny`.
 
     The sequences have one entry per stage. With the released models' `n_win=7`, the side of an image is a multiple of
     224 unless `auto_pad` is set.
 
     Args:
-      num_classes: logits; 0 returns the pooled features.
+      num_classes: classes; without any the pooled features are the result.
+      image_size: (rows, columns) of the images; None where any will do that the regions take.
       channels: of the images.
       depths: blocks.
-      widths: channels C.
+      features: channels C.
       head_dim: D of routed attention.
-      topks: as `topk` of `BiFormerBlock`.
-      qk_dims: channels of queries and keys; the widths when None.
+      mixers: "routed", "plain", "local", "convolution", or the name of a registered mixer; see `stage_mixer`.
+      topks: regions that a region attends to in routed attention; None in other stages.
+      qk_dims: channels of queries and keys; those of the stages when None.
       mlp_ratios: hidden channels of the feed-forwards over C.
       kv_per_wins: as `kv_per_win` of `BiLevelRoutingAttention`.
       kv_downsample_ratios: as its `kv_downsample_ratio`.
@@ -249,13 +208,13 @@ class BiFormer(SiteModule):
       diff_routing: see `BiLevelRoutingAttention`.
       soft_routing: see `BiLevelRoutingAttention`.
       auto_pad: whether maps that `n_win` does not divide are padded.
-      mlp_dwconv: see `BiFormerBlock`.
-      side_dwconv: see `BiFormerBlock`.
-      position_conv: see `BiFormerBlock`.
-      pre_norm: see `BiFormerBlock`.
-      layer_scale: see `BiFormerBlock`.
+      mlp_dwconv: see `biformer_block`.
+      side_dwconv: see `stage_mixer`.
+      position_conv: see `biformer_block`.
+      pre_norm: see `biformer_block`.
+      layer_scale: see `biformer_block`.
       drop_path: of the last block; it grows from 0 by equal steps.
-      dtype: of the computation and the result; that of the images when None.
+      dtype: of the computation; that of the images when None.
       param_dtype: of the parameters.
       rngs: streams `params` and, with `drop_path`, `dropout`.
 
@@ -265,13 +224,15 @@ class BiFormer(SiteModule):
 
     def __init__(
         self,
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         *,
+        image_size: Sequence[int] | None = None,
         channels: int = 3,
         depths: Sequence[int] = (2, 2, 8, 2),
-        widths: Sequence[int] = (64, 128, 256, 512),
+        features: Sequence[int] = (64, 128, 256, 512),
         head_dim: int = 32,
-        topks: Sequence[int] = (1, 4, 16, -2),
+        mixers: Sequence[str] = ("routed", "routed", "routed", "local"),
+        topks: Sequence[int | None] = (1, 4, 16, None),
         qk_dims: Sequence[int] | None = None,
         mlp_ratios: Sequence[float] = (3, 3, 3, 3),
         kv_per_wins: Sequence[int] = (-1, -1, -1, -1),
@@ -294,19 +255,13 @@ class BiFormer(SiteModule):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        qk_dims = widths if qk_dims is None else qk_dims
-        stages = {
-            "widths": widths,
-            "topks": topks,
-            "qk_dims": qk_dims,
-            "mlp_ratios": mlp_ratios,
-            "kv_per_wins": kv_per_wins,
-            "kv_downsample_ratios": kv_downsample_ratios,
-        }
-        for name, values in stages.items():
-            if len(values) != len(depths):
-                raise ValueError(f"{name} must have one entry for each of the {len(depths)} stages, got {len(values)}")
-        options = {"param_dtype": param_dtype, "rngs": rngs}
+        qk_dims = features if qk_dims is None else qk_dims
+        sizes = {"features": features, "mixers": mixers, "topks": topks, "qk_dims": qk_dims, "mlp_ratios": mlp_ratios}
+        pooled = {"kv_per_wins": kv_per_wins, "kv_downsample_ratios": kv_downsample_ratios}
+        staged.per_stage(len(depths), **sizes, **pooled)
+        if any((kind == "routed") != (topk is not None) for kind, topk in zip(mixers, topks, strict=True)):
+            raise ValueError(f"topks go with the routed stages and are None in others, got {topks} for {mixers}")
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         shared = {
             "n_win": n_win,
             "kv_downsample_mode": kv_downsample_mode,
@@ -316,82 +271,62 @@ class BiFormer(SiteModule):
             "diff_routing": diff_routing,
             "soft_routing": soft_routing,
             "auto_pad": auto_pad,
+        }
+        block = {
             "mlp_dwconv": mlp_dwconv,
-            "side_dwconv": side_dwconv,
             "position_conv": position_conv,
             "pre_norm": pre_norm,
             "layer_scale": layer_scale,
         }
-        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
-        self.channels, self.dtype = channels, dtype
-        self.stem = Downsample(channels, widths[0] // 2, **options)
-        self.downsamples = nnx.List(
-            Downsample(before, after, **options)
-            for before, after in zip((widths[0] // 2, *widths), widths, strict=False)
+        halve = functools.partial(ConvNorm, kernel_size=3, stride=2, norm=BatchNorm, **common)
+        stages, layer, layers, stride = [], 0, sum(depths), 4
+        for stage, (width, depth) in enumerate(zip(features, depths, strict=True)):
+            grid = None if image_size is None else tuple(-(-side // (stride << stage)) for side in image_size)
+            heads = qk_dims[stage] // head_dim
+            routing = shared | {
+                "num_heads": heads,
+                "topk": topks[stage],
+                "qk_dim": qk_dims[stage],
+                "kv_per_win": kv_per_wins[stage],
+                "kv_downsample_ratio": kv_downsample_ratios[stage],
+            }
+            blocks = []
+            for _ in range(depth):
+                site = Site(width, heads, Layout.IMAGE, grid=grid, layer=layer, num_layers=layers)
+                mixer = stage_mixer(mixers[stage], site, side_dwconv=side_dwconv, routing=routing, **common)
+                own = {"mlp_ratio": mlp_ratios[stage], "drop_path": drop_path * layer / max(layers - 1, 1)}
+                blocks.append(biformer_block(mixer, width, **block, **own, **common))
+                layer += 1
+            stages.append(Stage(blocks, down=halve(features[stage - 1], width) if stage else None))
+        first = features[0] // 2
+        super().__init__(
+            Chain(halve(channels, first, activation=gelu), halve(first, features[0])),
+            stages,
+            norm=BatchNorm(features[-1], param_dtype=param_dtype, rngs=rngs),
+            head=staged.classifier(features[-1], num_classes, **common),
+            image_size=image_size,
+            channels=channels,
+            dtype=dtype,
         )
-        self.stages = nnx.List(
-            nnx.List(
-                BiFormerBlock(
-                    width,
-                    num_heads=qk_dim // head_dim,
-                    topk=topk,
-                    qk_dim=qk_dim,
-                    mlp_ratio=mlp_ratio,
-                    kv_per_win=kv_per_win,
-                    kv_downsample_ratio=kv_ratio,
-                    drop_path=next(rates),
-                    **shared,
-                    **options,
-                )
-                for _ in range(depth)
-            )
-            for depth, width, topk, qk_dim, mlp_ratio, kv_per_win, kv_ratio in zip(
-                depths, *stages.values(), strict=True
-            )
-        )
-        self.norm = BatchNorm(widths[-1], **options)
-        self.head = nnx.data(None)
-        if num_classes:
-            self.head = Linear(widths[-1], num_classes, axes=("embed", "vocab"), **options)
         redraw_kernels(self, trunc_normal, rngs=rngs)
 
-    def features(self, images: ArrayLike, *, deterministic: bool = True) -> list[jax.Array]:
-        """The map that each stage leaves, (B, Hh/4, Ww/4, C) to (B, Hh/32, Ww/32, C) with four stages.
 
-        Raises:
-          ValueError: if the images have another rank or number of channels.
-        """
-        shape = jnp.shape(images)
-        if len(shape) != 4 or shape[-1] != self.channels:
-            raise ValueError(f"BiFormer takes images (B, Hh, Ww, {self.channels}), got shape {shape}")
-        x = gelu(self.stem(jnp.asarray(images, self.dtype), deterministic=deterministic))
-        maps = []
-        for downsample, stage in zip(self.downsamples, self.stages, strict=True):
-            x = downsample(x, deterministic=deterministic)
-            for block in stage:
-                x = block(x, deterministic=deterministic)
-            maps.append(x)
-        return maps
+BIFORMERS: Models = {
+    "biformer_tiny": (BiFormer, {}),
+    "biformer_small": (BiFormer, {"depths": (4, 4, 18, 4)}),
+    "biformer_base": (BiFormer, {"depths": (4, 4, 18, 4), "features": (96, 192, 384, 768)}),
+}
+"""The models of the paper by name: class and constructor arguments.
 
-    def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        """Logits (B, classes), or with `num_classes=0` the mean (B, C) of the last map."""
-        x = self.norm(self.features(images, deterministic=deterministic)[-1], deterministic=deterministic)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = wide.mean((1, 2)).astype(x.dtype)
-        return x if self.head is None else self.head(x)
+As the authors report, of 13.1 M, 25.5 M and 56.8 M parameters, 2.2 G, 4.5 G and 9.8 G multiply-adds, and 81.4 %, 83.8 %
+and 84.3 % on ImageNet-1K at 224².
+"""
 
 
-def biformer_tiny(num_classes: int = 1000, *, rngs: nnx.Rngs, **options: Any) -> BiFormer:
-    """BiFormer-T: 13.1 M parameters, 2.2 G multiply-adds and 81.4 % on ImageNet-1K at 224², as its authors report."""
-    return BiFormer(num_classes, rngs=rngs, **options)
+def biformer(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> StagedBackbone:
+    """A model of `BIFORMERS` by name; `overrides` replace its constructor arguments.
 
-
-def biformer_small(num_classes: int = 1000, *, rngs: nnx.Rngs, **options: Any) -> BiFormer:
-    """BiFormer-S: 25.5 M parameters, 4.5 G multiply-adds and 83.8 % on ImageNet-1K at 224², as its authors report."""
-    return BiFormer(num_classes, rngs=rngs, **{"depths": (4, 4, 18, 4)} | options)
-
-
-def biformer_base(num_classes: int = 1000, *, rngs: nnx.Rngs, **options: Any) -> BiFormer:
-    """BiFormer-B: 56.8 M parameters, 9.8 G multiply-adds and 84.3 % on ImageNet-1K at 224², as its authors report."""
-    sizes = {"depths": (4, 4, 18, 4), "widths": (96, 192, 384, 768)}
-    return BiFormer(num_classes, rngs=rngs, **sizes | options)
+    Raises:
+      KeyError: with the nearest names, if there is none.
+    """
+    return staged.build_named(BIFORMERS, name, rngs=rngs, **overrides)

@@ -6,6 +6,7 @@ x = x + mixer(norm(x));   x = x + mlp(norm(x))
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import registry
-from attnlab.contract import Layout, Site, TokenMixer, UnsupportedArgument, View
+from attnlab.contract import Layout, Site, SiteModule, TokenMixer, UnsupportedArgument, View
+from attnlab.nn.chain import call
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
 from attnlab.points import Edits, Layer, visit
@@ -47,18 +49,29 @@ def mixers_per_layer(mixer: MixerNames, depth: int, options: MixerOptions | None
     return pattern * (depth // len(pattern))
 
 
-def layout_for(name: str, allowed: Sequence[Layout]) -> Layout:
-    """The first of the `allowed` layouts that the variant takes.
+def site_seen_by(mixer: type[SiteModule], site: Site) -> Site:
+    """The place of a mixer in a model, in a layout that the mixer takes.
+
+    Tokens of an image are a sequence, row by row, to a mixer that takes no images, and behind a prefix to one that has
+    no option for it; their grid is then the number of all tokens.
 
     Raises:
-      UnsupportedArgument: if it takes none of them.
+      UnsupportedArgument: if it takes tokens in neither layout.
     """
-    variant = registry.get(name)
-    for layout in allowed:
-        if layout in variant.layouts:
-            return layout
-    takes = ", ".join(sorted(variant.layouts)) or "no tokens at all"
-    raise UnsupportedArgument(f"{name} takes {takes}; this model has tokens laid out as {' or '.join(allowed)}")
+    layouts = getattr(mixer, "layouts", frozenset())
+    if site.layout in layouts and (
+        not site.prefix or {"prefix", "class_token"} & set(inspect.signature(mixer.__init__).parameters)
+    ):
+        return site
+    if Layout.SEQUENCE not in layouts:
+        takes = ", ".join(sorted(layouts)) or "no tokens at all"
+        ours = {Layout.SEQUENCE: None, site.layout: None}
+        behind = f" behind a prefix of {site.prefix}" if site.prefix else ""
+        raise UnsupportedArgument(
+            f"{mixer.__name__} takes {takes}; this model has tokens laid out as {' or '.join(ours)}{behind}"
+        )
+    grid = None if site.grid is None else (site.prefix + math.prod(site.grid),)
+    return dataclasses.replace(site, layout=Layout.SEQUENCE, grid=grid)
 
 
 Order = Literal["pre", "post"]
@@ -134,7 +147,7 @@ class Block(Layer):
         def mix(tokens: jax.Array) -> tuple[jax.Array, None]:
             if getattr(self.mixer, "layout", None) is Layout.SEQUENCE:
                 tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-            return _call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
+            return call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
 
         return self._through(x, mix, edits, deterministic)[0]
 
@@ -174,7 +187,7 @@ class Block(Layer):
     ) -> tuple[jax.Array, Any]:
         x = visit(self, edits, "stream", x)
         if self.before is not None:
-            x = x + _call(self.before, x, deterministic)
+            x = x + call(self.before, x, deterministic)
         pre, new = self.order == "pre", None
 
         def mixed(tokens: jax.Array) -> jax.Array:
@@ -183,12 +196,12 @@ class Block(Layer):
             return visit(self, edits, "mixed", y)
 
         def fed(tokens: jax.Array) -> jax.Array:
-            return visit(self, edits, "mlp", _call(self.mlp, tokens, deterministic))
+            return visit(self, edits, "mlp", call(self.mlp, tokens, deterministic))
 
         x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic)
         x = visit(self, edits, "middle", x)
         if self.before2 is not None:
-            x = x + _call(self.before2, x, deterministic)
+            x = x + call(self.before2, x, deterministic)
         if self.mlp is not None:
             x = self._branch(x, fed, self.norm2, self.scale2, pre, deterministic)
         return x, new
@@ -203,7 +216,7 @@ class Block(Layer):
         deterministic: bool,
     ) -> jax.Array:
         def normed(tokens: jax.Array) -> jax.Array:
-            return tokens if norm is None else _call(norm, tokens, deterministic)
+            return tokens if norm is None else call(norm, tokens, deterministic)
 
         y = branch(normed(x) if pre else x)
         y = y if scale is None else scale(y)
@@ -213,18 +226,6 @@ class Block(Layer):
     def _given(self, positions: jax.Array | None, edits: Edits | None) -> dict[str, Any]:
         given = {"edits": edits, "positions": positions if "positions" in self.mixer.accepts else None}
         return {name: value for name, value in given.items() if value is not None}
-
-
-@functools.cache
-def _is_told(cls: type) -> bool:
-    return "deterministic" in inspect.signature(cls.__call__).parameters
-
-
-def _call(part: nnx.Module, x: jax.Array, deterministic: bool, **arguments: Any) -> jax.Array:
-    """The part's result; whether this is training goes to those that ask."""
-    if _is_told(type(part)):
-        arguments["deterministic"] = deterministic
-    return part(x, **arguments)
 
 
 def block_for(
@@ -276,50 +277,48 @@ def block_for(
     )
 
 
-class Blocks(nnx.Module):
-    """A run of blocks, each with the mixer of its layer; arguments as `block_for`.
+def blocks_for(
+    site: Site,
+    depth: int,
+    *,
+    mixer: MixerNames,
+    mixer_options: MixerOptions | None = None,
+    drop_path: float = 0.0,
+    rngs: nnx.Rngs,
+    **block: Any,
+) -> list[Block]:
+    """A run of blocks, each with the mixer of its layer.
 
     Args:
-      site: of the first layer; `layer` counts on from `site.layer`.
+      site: of the first layer, in the model's own layout; `layer` counts on from `site.layer`.
       depth: number of blocks.
       mixer: a name, or a pattern of names that is repeated over the depth.
       mixer_options: constructor options by mixer name.
-      layouts: layouts in which the model can hand over its tokens, the preferred first.
-      drop_path: one rate per block, or the last block's rate, to which it rises linearly over `site.num_layers`.
-      remat: recompute each block in the backward pass instead of keeping what is inside.
+      drop_path: the last block's rate, to which it rises linearly over `site.num_layers`.
+      rngs: streams `params` and, in training, `dropout`.
       **block: further arguments of `block_for`.
+
+    Raises:
+      UnsupportedArgument: for a mixer that takes no such tokens.
+    """
+    options, blocks = mixer_options or {}, []
+    for layer, name in enumerate(mixers_per_layer(mixer, depth, options), site.layer):
+        place = site_seen_by(registry.get(name).target, dataclasses.replace(site, layer=layer))
+        rate = drop_path * layer / max(site.num_layers - 1, 1)
+        blocks.append(block_for(place, mixer=name, mixer_options=options.get(name), drop_path=rate, rngs=rngs, **block))
+    return blocks
+
+
+class Blocks(nnx.Module):
+    """A run of given blocks.
+
+    Args:
+      blocks: in the order of the pass.
+      remat: recompute each block in the backward pass instead of keeping what is inside.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        depth: int,
-        *,
-        mixer: MixerNames,
-        mixer_options: MixerOptions | None = None,
-        layouts: Sequence[Layout] = (Layout.SEQUENCE,),
-        drop_path: float = 0.0,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-        **block: Any,
-    ):
-        options = mixer_options or {}
-        self.remat = remat
-        self.blocks = nnx.List()
-        for index, name in enumerate(mixers_per_layer(mixer, depth, options)):
-            layer = site.layer + index
-            layout = layout_for(name, layouts)
-            place = dataclasses.replace(site, layer=layer, layout=layout, grid=_grid_as(layout, site.grid))
-            self.blocks.append(
-                block_for(
-                    place,
-                    mixer=name,
-                    mixer_options=options.get(name),
-                    drop_path=drop_path * layer / max(site.num_layers - 1, 1),
-                    rngs=rngs,
-                    **block,
-                )
-            )
+    def __init__(self, blocks: Sequence[Block], *, remat: bool = False):
+        self.blocks, self.remat = nnx.List(blocks), remat
 
     def __call__(self, x: jax.Array, *, edits: Sequence[Edits | None] | None = None, **arguments: Any) -> jax.Array:
         """Tokens through all blocks; `edits` one for each, `arguments` as `Block`."""
@@ -368,12 +367,3 @@ class Blocks(nnx.Module):
 
     def _each(self, edits: Sequence[Edits | None] | None) -> Sequence[Edits | None]:
         return (None,) * len(self.blocks) if edits is None else edits
-
-
-def _grid_as(layout: Layout, grid: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if grid is None or layout is not Layout.SEQUENCE:
-        return grid
-    tokens = 1
-    for length in grid:
-        tokens *= length
-    return (tokens,)

@@ -1,39 +1,42 @@
 """DeiT (Touvron et al., ICML 2021, arXiv:2012.12877): a plain vision transformer with a class token.
 
-Patches of 16x16 pixels, a class token in front, a learned position table over all of them, pre-norm blocks, a norm;
-the class token is classified. Distillation tokens are not part of it. A block takes a mixer of sequences, or a mixer
-of images that has an option `prefix`.
+Patches of 16x16 pixels, a class token in front, a learned position table over all of them, pre-norm blocks of softmax
+attention where no other mixer is chosen, a norm; the class token is classified. Distillation tokens are not part of it.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site
-from attnlab.models.backbone import Choice, PreNormBlock, drop_path_rates, pair
-from attnlab.nn.linear import Linear, redraw_kernels, trunc_normal
-from attnlab.nn.mlp import PatchEmbed
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
+from attnlab.models import staged
+from attnlab.models.staged import Choice, Mixers, Prefix, Stage, StagedBackbone
+from attnlab.nn.conv import PatchEmbed
+from attnlab.nn.linear import redraw_kernels, trunc_normal
 from attnlab.nn.norms import LayerNorm
+from attnlab.nn.positions import PositionTable
 
 
-class DeiT(nnx.Module):
-    """Images `(B, H, W, in_channels)` to logits `(B, num_classes)` in float32.
+class DeiT(StagedBackbone):
+    """Images `(B, H, W, channels)` to logits `(B, num_classes)` in float32; the defaults are DeiT-Ti.
 
     Args:
       features: channels C.
-      choices: the mixer of each block.
       num_heads: heads.
+      depth: blocks.
+      mixers: what takes the place of softmax attention.
+      replaced: in how many of the first blocks; in all when None.
+      qkv_bias: whether queries, keys and values have a bias.
       mlp_ratio: hidden channels over channels.
       image_size: pixels on a side, or (rows, columns).
       patch_size: pixels on a side of a patch.
-      in_channels: of the images.
-      num_classes: classes.
+      channels: of the images.
+      num_classes: classes; without any the class token is the result.
       norm_eps: of all norms.
-      dropout: rate after the positions and inside feed-forwards.
+      attention_dropout: rate on attention weights, in mixers that have them.
+      dropout: rate after the positions, inside feed-forwards and on what mixers return.
       drop_path: stochastic depth rate of the last block; it rises linearly from 0.
       dtype: of the computation; that of the images when None.
       param_dtype: of the parameters.
@@ -41,76 +44,60 @@ class DeiT(nnx.Module):
 
     Raises:
       ValueError: if the patches do not tile the image.
+      UnsupportedArgument: for a mixer that takes neither sequences nor images behind a class token.
     """
 
     def __init__(
         self,
         features: int = 192,
         *,
-        choices: Sequence[Choice],
-        num_heads: int,
+        num_heads: int = 3,
+        depth: int = 12,
+        mixers: Mixers = None,
+        replaced: int | None = None,
+        qkv_bias: bool = True,
         mlp_ratio: float = 4.0,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 16,
-        in_channels: int = 3,
-        num_classes: int = 1000,
+        channels: int = 3,
+        num_classes: int | None = 1000,
         norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        image, patch = pair(image_size), pair(patch_size)
-        if any(side % p for side, p in zip(image, patch, strict=True)):
-            raise ValueError(f"image_size must be a multiple of the patches {patch}, got {image}")
-        grid = (image[0] // patch[0], image[1] // patch[1])
-        tokens = 1 + grid[0] * grid[1]
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype, self.image_shape = dtype, (*image, in_channels)
-        self.embed = PatchEmbed(in_channels, features, patch, **common)
-        self.class_token = nnx.Param(trunc_normal(rngs.params(), (features,), param_dtype), logical_axes=("embed",))
-        table = trunc_normal(rngs.params(), (tokens, features), param_dtype)
-        self.position = nnx.Param(table, logical_axes=(None, "embed"))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout > 0 else nnx.data(None)
-        self.blocks = nnx.List()
-        rates = drop_path_rates(drop_path, len(choices))
-        for layer, choice in enumerate(choices):
-            if Layout.SEQUENCE in choice.cls.layouts:
-                site = Site(features, num_heads, grid=(tokens,), layer=layer, num_layers=len(choices))
-                mixer = choice.build(site, **common)
-            else:
-                site = Site(features, num_heads, Layout.IMAGE, False, grid, 1, layer, len(choices))
-                mixer = choice.build(site, **common)
-            self.blocks.append(
-                PreNormBlock(
-                    mixer,
-                    features,
-                    mlp_ratio=mlp_ratio,
-                    norm_eps=norm_eps,
-                    dropout=dropout,
-                    drop_path=rates[layer],
-                    **common,
-                )
-            )
-        self.norm = LayerNorm(features, eps=norm_eps, param_dtype=param_dtype, rngs=rngs)
-        self.head = Linear(features, num_classes, axes=("embed", None), **common)
+        shared = {"qkv_bias": qkv_bias, "attention_dropout": attention_dropout, "projection_dropout": dropout}
+        block = {"mlp_ratio": mlp_ratio, "norm_eps": norm_eps, "dropout": dropout, "shared": shared} | common
+        (grid,) = staged.halved_grids(image_size, patch_size, 1)
+        (places,) = staged.places(
+            [features],
+            [grid],
+            num_heads=[num_heads],
+            depths=[depth],
+            own=[Choice(SoftmaxAttention)],
+            mixers=mixers,
+            replaced=[replaced],
+            drop_path=drop_path,
+            prefix=1,
+        )
+        table = {"param_dtype": param_dtype, "rngs": rngs}
+        stage = Stage(
+            [staged.transformer_block(place, **block) for place in places],
+            prefix=Prefix(1, features, **table),
+            position=PositionTable((1 + grid[0] * grid[1],), features, **table),
+            dropout=staged.dropout_or_none(dropout, rngs),
+        )
+        super().__init__(
+            PatchEmbed(channels, features, staged.pair(patch_size), **common),
+            [stage],
+            norm=LayerNorm(features, eps=norm_eps, **table),
+            head=staged.classifier(features, num_classes, **common),
+            image_size=staged.pair(image_size),
+            channels=channels,
+            dtype=dtype,
+        )
         redraw_kernels(self, trunc_normal, rngs=rngs)
-
-    def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        """What is classified: the normed class token, `(B, C)`."""
-        x = jnp.asarray(images, self.dtype)
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"images must be (B, {', '.join(map(str, self.image_shape))}), got {x.shape}")
-        x = self.embed(x)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([token, x], 1) + self.position[...].astype(x.dtype)
-        if self.dropout is not None:
-            x = self.dropout(x, deterministic=deterministic)
-        for block in self.blocks:
-            x = block(x, deterministic=deterministic)
-        return self.norm(x)[:, 0]
-
-    def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        return self.head(self.features(images, deterministic=deterministic)).astype(jnp.float32)

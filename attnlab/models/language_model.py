@@ -4,7 +4,7 @@ Embedding, `depth` pre-norm blocks (RMSNorm, SwiGLU), a norm and a linear map to
 decode states: constant in memory where all mixers are linear, a cache of keys and values where they are not.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site, UnsupportedArgument, View
-from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions
+from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions, blocks_for
+from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.points import Editable, Edits, visit
 
@@ -70,6 +71,8 @@ class LanguageModel(Editable):
 
     model_points = frozenset({"logits"})
 
+    inputs: ClassVar[TokenIds] = TokenIds()
+
     def __init__(
         self,
         vocab_size: int,
@@ -110,7 +113,7 @@ class LanguageModel(Editable):
             table = 0.5 * features**-0.5 * jax.random.normal(rngs.params(), (max_length, features), param_dtype)
             self.position = nnx.Param(table, logical_axes=(None, "embed"))
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else nnx.data(None)
-        self.blocks = Blocks(
+        blocks = blocks_for(
             Site(
                 features,
                 num_heads,
@@ -128,10 +131,10 @@ class LanguageModel(Editable):
             norm=norm,
             dropout=dropout,
             drop_path=drop_path,
-            remat=remat,
             **common,
             rngs=rngs,
         )
+        self.blocks = Blocks(blocks, remat=remat)
         self.norm = NORMS[norm](features, param_dtype=param_dtype, rngs=rngs)
         self.head = nnx.data(None)
         if not tie_embeddings:

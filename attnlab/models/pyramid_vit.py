@@ -6,25 +6,25 @@ Each stage halves the grid and widens the channels, the layout of PVT (Wang et a
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site
-from attnlab.models.block import Blocks, MixerNames, MixerOptions
-from attnlab.nn.linear import Conv, Linear
+from attnlab.models.block import MixerNames, MixerOptions, blocks_for
+from attnlab.models.staged import Stage, StagedBackbone, classifier, per_stage
+from attnlab.nn.conv import ConvNorm
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.norms import LayerNorm
 
 
-class PyramidViT(nnx.Module):
+class PyramidViT(StagedBackbone):
     """Images `(B, H, W, channels)` to logits `(B, num_classes)` in float32.
 
     Args:
       image_size: (H, W) in pixels; every stage's grid is the one before divided by its stride, rounded up.
-      num_classes: classes.
+      num_classes: classes; without any the pooled features are the result.
       channels: of the images.
       patch_size: stride of the first stage; the others halve the grid.
       features: channels of each stage.
@@ -32,11 +32,11 @@ class PyramidViT(nnx.Module):
       num_heads: heads of each stage.
       mixer: one name for all stages, or for each stage a name or a pattern of names repeated over its depth.
       mixer_options: constructor options by mixer name.
-      mlp: `"gelu"` or `"swiglu"`.
+      mlp: feed-forward, `"gelu"` or `"swiglu"`.
       mlp_ratio: hidden channels of the feed-forward over those of the stage.
       dropout: rate inside the feed-forward.
       drop_path: stochastic depth rate of the last block.
-      remat: recompute blocks in the backward pass.
+      remat: recompute blocks in the backward pass, to save memory.
       dtype: of the computation; that of the images when None.
       param_dtype: of the parameters.
       rngs: streams `params` and `dropout`.
@@ -48,8 +48,8 @@ class PyramidViT(nnx.Module):
 
     def __init__(
         self,
-        image_size: tuple[int, int],
-        num_classes: int,
+        image_size: Sequence[int],
+        num_classes: int | None,
         *,
         channels: int = 3,
         patch_size: int = 4,
@@ -58,7 +58,7 @@ class PyramidViT(nnx.Module):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mixer: str | Sequence[MixerNames] = "softmax_attention",
         mixer_options: MixerOptions | None = None,
-        mlp: str = "gelu",
+        mlp: Literal["gelu", "swiglu"] = "gelu",
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -67,61 +67,32 @@ class PyramidViT(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        stages = len(depths)
-        mixers = (mixer,) * stages if isinstance(mixer, str) else tuple(mixer)
-        for argument, value in (("features", features), ("num_heads", num_heads), ("mixer", mixers)):
-            if len(value) != stages:
-                raise ValueError(f"{argument} must have one entry for each of {stages} stages, got {len(value)}")
-        common = {"dtype": dtype, "param_dtype": param_dtype}
-        self.image_shape = (*image_size, channels)
-        self.dtype = dtype
-        self.downsamplings, self.norms, self.positions, self.stages = (nnx.List() for _ in range(4))
-        grid, width, layer = tuple(image_size), channels, 0
-        for stage in range(stages):
-            stride, wide = (2 if stage else patch_size), features[stage]
+        mixers = (mixer,) * len(depths) if isinstance(mixer, str) else tuple(mixer)
+        per_stage(len(depths), features=features, num_heads=num_heads, mixer=mixers)
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        block = {"mlp": mlp, "mlp_ratio": mlp_ratio, "dropout": dropout, "drop_path": drop_path} | common
+        grid, widths, stages, downs = tuple(image_size), (channels, *features), [], []
+        for stage, (width, depth) in enumerate(zip(features, depths, strict=True)):
+            stride = 2 if stage else patch_size
             grid = tuple(-(-side // stride) for side in grid)
-            self.downsamplings.append(
-                Conv(width, wide, (stride, stride), strides=stride, padding="SAME", **common, rngs=rngs)
-            )
-            self.norms.append(LayerNorm(wide, param_dtype=param_dtype, rngs=rngs))
-            self.positions.append(
-                Conv(wide, wide, (3, 3), feature_group_count=wide, axes=(None, "embed"), **common, rngs=rngs)
-            )
+            downs.append(ConvNorm(widths[stage], width, stride, stride=stride, padding="SAME", **common))
             names = (mixers[stage],) if isinstance(mixers[stage], str) else tuple(mixers[stage])
-            self.stages.append(
-                Blocks(
-                    Site(wide, num_heads[stage], grid=grid, layer=layer, num_layers=sum(depths)),
-                    depths[stage],
-                    mixer=names,
-                    mixer_options={name: options for name, options in (mixer_options or {}).items() if name in names},
-                    layouts=(Layout.IMAGE, Layout.SEQUENCE),
-                    mlp=mlp,
-                    mlp_ratio=mlp_ratio,
-                    dropout=dropout,
-                    drop_path=drop_path,
+            options = {name: options for name, options in (mixer_options or {}).items() if name in names}
+            site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, 0, sum(depths[:stage]), sum(depths))
+            stages.append(
+                Stage(
+                    blocks_for(site, depth, mixer=names, mixer_options=options, **block),
+                    down=downs[stage] if stage else None,
+                    position=DepthwiseConv(width, (3, 3), **common),
                     remat=remat,
-                    **common,
-                    rngs=rngs,
                 )
             )
-            width, layer = wide, layer + depths[stage]
-        self.norm = LayerNorm(width, param_dtype=param_dtype, rngs=rngs)
-        self.head = Linear(width, num_classes, axes=("embed", None), **common, rngs=rngs)
-
-    def feature_maps(self, images: ArrayLike, *, deterministic: bool = True) -> tuple[jax.Array, ...]:
-        """The map `(B, Hh, Ww, C)` at the end of each stage, for dense tasks."""
-        x = jnp.asarray(images, self.dtype)
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"images must be (B, {', '.join(map(str, self.image_shape))}), got {x.shape}")
-        maps = []
-        for down, norm, position, blocks in zip(
-            self.downsamplings, self.norms, self.positions, self.stages, strict=True
-        ):
-            x = norm(down(x))
-            x = blocks(x + position(x), deterministic=deterministic)
-            maps.append(x)
-        return tuple(maps)
-
-    def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.norm(self.feature_maps(images, deterministic=deterministic)[-1])
-        return self.head(x.mean((1, 2), dtype=jnp.float32).astype(x.dtype)).astype(jnp.float32)
+        super().__init__(
+            downs[0],
+            stages,
+            norm=LayerNorm(features[-1], param_dtype=param_dtype, rngs=rngs),
+            head=classifier(features[-1], num_classes, **common),
+            image_size=image_size,
+            channels=channels,
+            dtype=dtype,
+        )

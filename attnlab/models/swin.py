@@ -1,49 +1,26 @@
-"""Swin Transformer (Liu et al., ICCV 2021, arXiv:2103.14030), with any mixer of images per block.
+"""Swin Transformer (Liu et al., ICCV 2021, arXiv:2103.14030).
 
-Patches of 4x4 pixels, then stages of pre-norm blocks. Between stages, 2x2 tokens are concatenated, normed and mapped
-from 4 C to 2 C channels. A norm, the mean over tokens and a linear classifier end it.
+Patches of 4x4 pixels, then stages of pre-norm blocks, of shifted window attention where no other mixer is chosen.
+Between stages, 2x2 tokens are concatenated, normed and mapped from 4 C to 2 C channels. A norm, the mean over tokens
+and a linear classifier end it.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
-from attnlab.contract import Layout, Site
-from attnlab.models.backbone import Choices, PreNormBlock, drop_path_rates, pair, token_mean
-from attnlab.nn.linear import Linear, redraw_kernels, trunc_normal
-from attnlab.nn.mlp import PatchEmbed
+from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.contract import Site
+from attnlab.models import staged
+from attnlab.models.staged import Choice, Mixers, Stage, StagedBackbone
+from attnlab.nn.conv import PatchEmbed, PatchMerging
+from attnlab.nn.linear import redraw_kernels, trunc_normal
 from attnlab.nn.norms import LayerNorm
-
-
-class PatchMerging(nnx.Module):
-    """`(B, H, W, C)` to `(B, H/2, W/2, 2 C)`: 2x2 tokens side by side, column by column, normed and mapped."""
-
-    def __init__(
-        self,
-        features: int,
-        *,
-        norm_eps: float = 1e-5,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.norm = LayerNorm(4 * features, eps=norm_eps, param_dtype=param_dtype, rngs=rngs)
-        self.reduction = Linear(
-            4 * features, 2 * features, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Raises `ValueError` if the image has an odd side."""
-        batch, rows, columns, channels = x.shape
-        if rows % 2 or columns % 2:
-            raise ValueError(f"patch merging needs even sides, got an image of shape {x.shape}")
-        x = x.reshape(batch, rows // 2, 2, columns // 2, 2, channels)
-        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, rows // 2, columns // 2, 4 * channels)
-        return self.reduction(self.norm(x))
+from attnlab.nn.positions import PositionTable
 
 
 def swin_window(grid: tuple[int, int], window: int, block: int) -> tuple[int, int]:
@@ -57,22 +34,43 @@ def swin_window(grid: tuple[int, int], window: int, block: int) -> tuple[int, in
     return window, window // 2 if block % 2 else 0
 
 
-class SwinTransformer(nnx.Module):
-    """Images `(B, H, W, in_channels)` to logits `(B, num_classes)` in float32.
+@dataclasses.dataclass(frozen=True)
+class Windowed(Choice):
+    """A mixer with the options `window` and `shift`, which follow from the grid and the block as in `swin_window`.
+
+    Attributes:
+      window: tokens on a side of a window, where the grid is not smaller.
+    """
+
+    window: int = 7
+
+    def options_at(self, site: Site, index: int) -> Mapping[str, Any]:
+        window, shift = swin_window(site.grid, self.window, index)
+        return {**self.options, "window": window, "shift": shift}
+
+
+class SwinTransformer(StagedBackbone):
+    """Images `(B, H, W, channels)` to logits `(B, num_classes)` in float32; the defaults are Swin-T.
 
     Args:
       features: channels C of the first stage; each later stage has twice as many.
-      choices: the mixer of each block, `choices[stage][block]`.
       num_heads: heads per stage.
+      depths: blocks per stage.
+      mixers: what takes the place of window attention, in all stages or in each.
+      replaced: in how many of the first blocks of each stage; in all where it is None.
+      window: tokens on a side of the windows of window attention.
+      scale: of its scores, D^-1/2 when None.
+      qkv_bias: whether queries, keys and values have a bias.
       mlp_ratio: hidden channels over channels.
       image_size: pixels on a side, or (rows, columns).
       patch_size: pixels on a side of a patch.
-      in_channels: of the images.
-      num_classes: classes.
+      channels: of the images.
+      num_classes: classes; without any the pooled features are the result.
       position_table: whether a learned position table is added to the patches.
       patch_norm: whether patches are normed.
       norm_eps: of all norms.
-      dropout: rate after the patches and inside feed-forwards.
+      attention_dropout: rate on attention weights, in mixers that have them.
+      dropout: rate after the patches, inside feed-forwards and on what mixers return.
       drop_path: stochastic depth rate of the last block; it rises linearly from 0.
       dtype: of the computation; that of the images when None.
       param_dtype: of the parameters.
@@ -86,92 +84,60 @@ class SwinTransformer(nnx.Module):
         self,
         features: int = 96,
         *,
-        choices: Choices,
-        num_heads: Sequence[int],
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        mixers: Mixers = None,
+        replaced: Sequence[int | None] | None = None,
+        window: int = 7,
+        scale: float | None = None,
+        qkv_bias: bool = True,
         mlp_ratio: float = 4.0,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 4,
-        in_channels: int = 3,
-        num_classes: int = 1000,
+        channels: int = 3,
+        num_classes: int | None = 1000,
         position_table: bool = False,
         patch_norm: bool = True,
         norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.1,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if len(choices) != len(num_heads):
-            raise ValueError(f"num_heads must have one entry for each of {len(choices)} stages, got {len(num_heads)}")
-        grids = swin_grids(image_size, patch_size, len(choices))
-        norm = {"eps": norm_eps, "param_dtype": param_dtype, "rngs": rngs}
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        depth = sum(map(len, choices))
-        rates = drop_path_rates(drop_path, depth)
-        self.dtype, self.image_shape = dtype, (*pair(image_size), in_channels)
-        self.embed = PatchEmbed(in_channels, features, pair(patch_size), **common)
-        self.embed_norm = LayerNorm(features, **norm) if patch_norm else nnx.data(None)
-        self.position = nnx.data(None)
-        if position_table:
-            table = trunc_normal(rngs.params(), (*grids[0], features), param_dtype)
-            self.position = nnx.Param(table, logical_axes=(None, None, "embed"))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout > 0 else nnx.data(None)
-        self.stages, self.merges = nnx.List(), nnx.List()
-        layer, width = 0, features
-        for stage, (grid, stage_choices) in enumerate(zip(grids, choices, strict=True)):
-            if stage:
-                self.merges.append(PatchMerging(width, norm_eps=norm_eps, **common))
-                width *= 2
-            blocks = nnx.List()
-            for choice in stage_choices:
-                site = Site(width, num_heads[stage], Layout.IMAGE, False, grid, 0, layer, depth)
-                blocks.append(
-                    PreNormBlock(
-                        choice.build(site, **common),
-                        width,
-                        mlp_ratio=mlp_ratio,
-                        norm_eps=norm_eps,
-                        dropout=dropout,
-                        drop_path=rates[layer],
-                        **common,
-                    )
-                )
-                layer += 1
-            self.stages.append(blocks)
-        self.norm = LayerNorm(width, **norm)
-        self.head = Linear(width, num_classes, axes=("embed", None), **common)
+        shared = {"qkv_bias": qkv_bias, "attention_dropout": attention_dropout, "projection_dropout": dropout}
+        block = {"mlp_ratio": mlp_ratio, "norm_eps": norm_eps, "dropout": dropout, "shared": shared} | common
+        grids = staged.halved_grids(image_size, patch_size, len(depths))
+        widths = [features << stage for stage in range(len(depths))]
+        places = staged.places(
+            widths,
+            grids,
+            num_heads=num_heads,
+            depths=depths,
+            own=[Windowed(WindowAttention, {"scale": scale}, window)] * len(depths),
+            mixers=mixers,
+            replaced=replaced,
+            drop_path=drop_path,
+        )
+        norm = functools.partial(LayerNorm, eps=norm_eps)
+        stages = []
+        for stage, here in enumerate(places):
+            down = PatchMerging(widths[stage - 1], norm=norm, **common) if stage else None
+            table = None
+            if position_table and not stage:
+                table = PositionTable(grids[0], features, param_dtype=param_dtype, rngs=rngs)
+            dropped = None if stage else staged.dropout_or_none(dropout, rngs)
+            blocks = [staged.transformer_block(place, **block) for place in here]
+            stages.append(Stage(blocks, down=down, position=table, dropout=dropped))
+        super().__init__(
+            PatchEmbed(channels, features, staged.pair(patch_size), norm=norm if patch_norm else None, **common),
+            stages,
+            norm=norm(widths[-1], param_dtype=param_dtype, rngs=rngs),
+            head=staged.classifier(widths[-1], num_classes, **common),
+            image_size=staged.pair(image_size),
+            channels=channels,
+            dtype=dtype,
+        )
         redraw_kernels(self, trunc_normal, rngs=rngs)
-
-    def features(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        """What is classified: the mean of the normed tokens of the last stage, `(B, C)`."""
-        x = jnp.asarray(images, self.dtype)
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"images must be (B, {', '.join(map(str, self.image_shape))}), got {x.shape}")
-        x = self.embed(x)
-        x = x if self.embed_norm is None else self.embed_norm(x)
-        x = x if self.position is None else x + self.position[...].astype(x.dtype)
-        if self.dropout is not None:
-            x = self.dropout(x, deterministic=deterministic)
-        for stage, blocks in enumerate(self.stages):
-            x = self.merges[stage - 1](x) if stage else x
-            for block in blocks:
-                x = block(x, deterministic=deterministic)
-        return token_mean(self.norm(x))
-
-    def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        return self.head(self.features(images, deterministic=deterministic)).astype(jnp.float32)
-
-
-def swin_grids(image_size: int | Sequence[int], patch_size: int | Sequence[int], stages: int) -> list[tuple[int, int]]:
-    """Rows and columns of tokens in each stage.
-
-    Raises:
-      ValueError: if patches do not tile the image, or a side cannot be halved between stages.
-    """
-    image, patch = pair(image_size), pair(patch_size)
-    multiple = tuple(p * 2 ** (stages - 1) for p in patch)
-    if any(side % m for side, m in zip(image, multiple, strict=True)):
-        raise ValueError(f"image_size must be a multiple of {multiple}, got {image}")
-    rows, columns = image[0] // patch[0], image[1] // patch[1]
-    return [(rows >> stage, columns >> stage) for stage in range(stages)]

@@ -1,6 +1,6 @@
-"""What surrounds token mixers in a block: feed-forwards, stochastic depth, layer scale, patch embedding."""
+"""What surrounds token mixers in a block: feed-forwards, stochastic depth, layer scale."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.grids import lengths
-from attnlab.nn.linear import Conv, Linear
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.linear import Linear
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -20,13 +20,14 @@ def gelu(x: ArrayLike) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """Feed-forward: `linear, activation, linear` on the last axis.
+    """Feed-forward: `linear, activation, linear` on the last axis; of images with a depthwise convolution before it.
 
     Args:
       features: channels C in.
       hidden_features: hidden channels; 4 C when None.
       out_features: channels out; C when None.
       activation: `gelu` (exact) unless given.
+      depthwise: side of the depthwise convolution between the first map and the activation; 0 for none.
       use_bias: whether both maps have a bias.
       dropout: rate after each map, in training.
       dtype: of the computation and the result; that of the input when None.
@@ -41,6 +42,7 @@ class MLP(nnx.Module):
         *,
         out_features: int | None = None,
         activation: Activation = gelu,
+        depthwise: int = 0,
         use_bias: bool = True,
         dropout: float = 0.0,
         dtype: Any = None,
@@ -52,12 +54,17 @@ class MLP(nnx.Module):
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
         self.fc1 = Linear(features, hidden, axes=("embed", "mlp"), **common)
+        self.conv = nnx.data(None)
+        if depthwise:
+            options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+            self.conv = DepthwiseConv(hidden, (depthwise, depthwise), axes=("mlp",), **options)
         self.fc2 = Linear(hidden, out, axes=("mlp", "embed"), **common)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout > 0 else nnx.data(None)
 
     def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        """`(…, C)` to `(…, out_features)`."""
-        y = self.activation(self.fc1(x))
+        """`(…, C)` to `(…, out_features)`; images `(B, H, W, C)` if there is a convolution."""
+        y = self.fc1(x)
+        y = self.activation(y if self.conv is None else self.conv(y))
         y = y if self.dropout is None else self.dropout(y, deterministic=deterministic)
         y = self.fc2(y)
         return y if self.dropout is None else self.dropout(y, deterministic=deterministic)
@@ -144,54 +151,3 @@ class LayerScale(nnx.Module):
         """`(…, C)` to the same shape and dtype."""
         x = jnp.asarray(x)
         return x * self.scale[...].astype(x.dtype)
-
-
-class PatchEmbed(nnx.Module):
-    """Cuts `(B, *S, channels)` into patches side by side and maps each linearly to `features` channels.
-
-    Args:
-      channels: of the images or videos.
-      features: channels C of the tokens.
-      patch_size: sides of a patch, one int for a square one; two sides for images, three for videos.
-      use_bias: whether a bias is added.
-      dtype: of the computation and the result; that of the input when None.
-      param_dtype: of the parameters.
-      rngs: stream `params`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        features: int,
-        patch_size: int | Sequence[int] = 16,
-        *,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.patch_size = lengths(patch_size, 2 if isinstance(patch_size, int) else len(patch_size), "patch_size")
-        self.conv = Conv(
-            channels,
-            features,
-            self.patch_size,
-            strides=self.patch_size,
-            padding="VALID",
-            use_bias=use_bias,
-            axes=(None, "embed"),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-
-    def __call__(self, images: ArrayLike) -> jax.Array:
-        """`(B, *S, channels)` to `(B, *S/patch, C)`.
-
-        Raises:
-          ValueError: if the patch does not divide the images.
-        """
-        shape = jnp.shape(images)
-        axes = len(self.patch_size)
-        if len(shape) != axes + 2 or any(n % p for n, p in zip(shape[1:-1], self.patch_size, strict=True)):
-            raise ValueError(f"images must be (B, *S, channels) with S multiples of {self.patch_size}, got {shape}")
-        return self.conv(images)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.linear import trunc_normal
+from attnlab.nn.resampling import resize_bilinear
 
 
 def grid_positions(grid: Sequence[int]) -> np.ndarray:
@@ -231,31 +232,62 @@ def sincos_table(grid: int | Sequence[int], features: int, *, theta: float = 100
     return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
 
 
-class LearnedPositions(nnx.Module):
-    """Adds a learned vector per position to tokens `(B, N, C)`.
+class PositionTable(nnx.Module):
+    """A learned vector for each place of a sequence, an image or a video, to be added to the tokens.
 
     Args:
-      length: number of positions in the table.
+      grid: lengths of the token axes.
       features: channels C.
+      resize: whether tokens of another grid get a table that is interpolated linearly; else they are refused.
+      init: initialiser, normal of deviation 0.02 (truncated) unless given.
       param_dtype: of the table.
       rngs: stream `params`.
     """
 
-    def __init__(self, length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        table = trunc_normal(rngs.params(), (length, features), param_dtype)
-        self.table = nnx.Param(table, logical_axes=(None, "embed"))
+    def __init__(
+        self,
+        grid: Sequence[int],
+        features: int,
+        *,
+        resize: bool = False,
+        init: nnx.Initializer = trunc_normal,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.resize = resize
+        table = init(rngs.params(), (*grid, features), param_dtype)
+        self.table = nnx.Param(table, logical_axes=(*[None] * len(grid), "embed"))
 
-    def __call__(self, x: ArrayLike, positions: ArrayLike | None = None) -> jax.Array:
-        """Tokens `(B, N, C)` plus the rows at `positions`, `(N,)` or `(B, N)`; 0..N-1 when None.
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """The table for tokens `(B, *S, C)`, `(*S, C)` in their dtype.
 
         Raises:
-          ValueError: if there are more tokens than rows.
+          ValueError: for tokens of another grid, unless it is resized.
         """
+        x, table = jnp.asarray(x), self.table[...]
+        if x.shape[1:-1] != table.shape[:-1]:
+            if not self.resize:
+                raise ValueError(f"tokens must be (B, {', '.join(map(str, table.shape))}), got {x.shape}")
+            table = resize_bilinear(table[None], x.shape[1:-1])[0]
+        return table.astype(x.dtype)
+
+
+class SinePositions(nnx.Module):
+    """`sincos_table` of the grid of the tokens, behind zeros for a prefix, to be added to them.
+
+    Args:
+      grid: lengths of the token axes.
+      prefix: number of class tokens and registers in front, with which the tokens are a sequence.
+    """
+
+    def __init__(self, grid: Sequence[int], *, prefix: int = 0):
+        self.grid, self.prefix = tuple(grid), prefix
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """The table for tokens `(B, *S, C)`, or with a prefix `(B, prefix + N, C)`, in their dtype."""
         x = jnp.asarray(x)
-        table = self.table[...].astype(x.dtype)
-        if x.shape[1] > table.shape[0]:
-            raise ValueError(f"{x.shape[1]} tokens are beyond the position table of {table.shape[0]} rows")
-        return x + (table[: x.shape[1]] if positions is None else table[jnp.asarray(positions)])
+        table = sincos_table(self.grid, x.shape[-1]).astype(x.dtype)
+        return jnp.pad(table.reshape(-1, x.shape[-1]), ((self.prefix, 0), (0, 0))) if self.prefix else table
 
 
 # Biases that are added to scores

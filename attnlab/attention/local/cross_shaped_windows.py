@@ -181,11 +181,13 @@ class CrossShapedWindowAttention(TokenMixer):
         return {"split": split, "whole": bool(site.num_heads % 2)}
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        return self.attend(x, x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype), given)
+
+    def attend(self, x: jax.Array, mean: jax.Array, given: Given) -> jax.Array:
+        """As a call, with a `mean` `(B, C)` for cores that look at the image as a whole; of the tokens in a call."""
         if x.shape[1:3] != self.grid:
             raise ValueError(f"CrossShapedWindowAttention was built for the grid {self.grid}, got x of shape {x.shape}")
         tokens = to_tokens(x)
-        # For cores that look at the image as a whole.
-        mean = tokens.mean(1, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
         heads = Heads(self.query(tokens), self.key(tokens), self.value(tokens), (split_heads(mean, self.num_heads),))
         heads = visit(self, given.edits, "qkv", heads)
         count = len(self.branches)

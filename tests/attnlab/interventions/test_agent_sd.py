@@ -85,7 +85,7 @@ def images(batch=2) -> jax.Array:
 def test_the_edit_is_attention_of_merged_tokens_through_merged_agents():
     """As the authors' block has it: x + unmerge(attention(merge(norm(x)), agents))."""
     model = vit()
-    block = model.blocks.blocks[0]
+    block = model.blocks[0]
     x = jax.random.normal(jax.random.key(3), (2, 8, 8, 8))
 
     def edited(x):

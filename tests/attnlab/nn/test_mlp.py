@@ -1,4 +1,4 @@
-"""Feed-forwards, stochastic depth, layer scale and patch embedding."""
+"""Feed-forwards, stochastic depth and layer scale."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from attnlab.nn.mlp import MLP, DropPath, GatedMLP, LayerScale, PatchEmbed
+from attnlab.nn.mlp import MLP, DropPath, GatedMLP, LayerScale
 
 
 def draw(seed, *shape):
@@ -70,18 +70,3 @@ def test_layer_scale_multiplies_channels():
     scale.scale[...] = jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_array_equal(scale(np.ones((2, 3), np.float32)), [[1, 2, 3]] * 2)
     assert scale(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("grid, patch", [((4, 6), 2), ((4, 6), (2, 3)), ((2, 4, 6), (1, 2, 3))])
-def test_patches_are_mapped_linearly(grid, patch):
-    embed = PatchEmbed(3, 5, patch, rngs=nnx.Rngs(0))
-    x = draw(0, 2, *grid, 3)
-    kernel, bias = weights(embed.conv)
-    sides = kernel.shape[: len(grid)]
-    y = np.asarray(embed(x))
-    assert y.shape == (2, *(n // s for n, s in zip(grid, sides, strict=True)), 5)
-    last = x[(slice(None), *(slice(-s, None) for s in sides))]
-    expected = last.reshape(2, -1) @ kernel.reshape(-1, 5) + bias
-    np.testing.assert_allclose(y[(slice(None), *[-1] * len(grid))], expected, atol=1e-6)
-    with pytest.raises(ValueError, match="multiples of"):
-        embed(x[:, :, :-1])

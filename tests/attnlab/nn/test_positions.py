@@ -83,13 +83,20 @@ def test_sincos_table_is_the_formula_on_each_axis():
         p.sincos_table(4, 5)
 
 
-def test_learned_positions_are_rows_of_a_table():
-    table = p.LearnedPositions(5, 4, rngs=nnx.Rngs(0))
-    x = draw(5, 2, 3, 4)
-    np.testing.assert_array_equal(table(x), x + table.table[...][:3])
-    np.testing.assert_array_equal(table(x, [4, 0, 1]), x + table.table[...][jnp.array([4, 0, 1])])
-    with pytest.raises(ValueError, match="5 rows"):
-        table(draw(5, 2, 6, 4))
+def test_a_table_of_positions_has_the_grid_of_the_tokens():
+    table = p.PositionTable((4, 6), 3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(table(draw(5, 2, 4, 6, 3)), table.table[...])
+    with pytest.raises(ValueError, match=r"tokens must be \(B, 4, 6, 3\), got \(2, 2, 3, 3\)"):
+        table(draw(5, 2, 2, 3, 3))
+    resized = p.PositionTable((4, 6), 3, resize=True, rngs=nnx.Rngs(0))(draw(5, 2, 2, 3, 3))
+    pairs = np.asarray(table.table[...]).reshape(2, 2, 3, 2, 3)
+    np.testing.assert_allclose(resized, pairs.mean((1, 3)), atol=1e-6)
+
+
+def test_sines_leave_a_prefix_alone():
+    table = p.SinePositions((2, 3), prefix=2)(draw(5, 1, 8, 4))
+    np.testing.assert_array_equal(table[:2], np.zeros((2, 4)))
+    np.testing.assert_array_equal(table[2:], p.sincos_table((2, 3), 4).reshape(6, 4))
 
 
 @pytest.mark.parametrize("window", [(4,), (2, 3), (2, 3, 2)])

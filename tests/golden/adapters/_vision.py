@@ -8,8 +8,9 @@ from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
 from attnlab.attention.local.cross_shaped_windows import StripeAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.contract import Layout, Site
 from attnlab.interop import backbones, official
-from attnlab.models.backbone import PreNormBlock
+from attnlab.models.staged import Place, transformer_block
 from attnlab.nn.dense_mixer import Heads
 from attnlab.nn.heads import merge_heads, split_heads
 
@@ -128,7 +129,8 @@ def block_around(mixer, features, config, norm_eps=1e-5):
     """The pre-norm block of the official configuration around a mixer."""
     ratio = config.take("mlp_ratio", 4.0)
     config.done()
-    return PreNormBlock(mixer, features, mlp_ratio=ratio, norm_eps=norm_eps, rngs=nnx.Rngs(0))
+    place = Place(Site(features, 1, Layout.IMAGE), 0, lambda site, index, **shared: mixer, 0.0)
+    return transformer_block(place, mlp_ratio=ratio, norm_eps=norm_eps, rngs=nnx.Rngs(0))
 
 
 def pvt_family(config):
@@ -139,7 +141,7 @@ def pvt_family(config):
         "num_heads": config.take("num_heads", [1, 2, 4, 8])[:stages],
         "mlp_ratios": config.take("mlp_ratios", [4, 4, 4, 4])[:stages],
         "depths": config.take("depths", [3, 4, 6, 3])[:stages],
-        "softmax_reductions": config.take("sr_ratios", [8, 4, 2, 1])[:stages],
+        "reductions": config.take("sr_ratios", [8, 4, 2, 1])[:stages],
         "qkv_bias": config.take("qkv_bias", False),
         "scale": config.take("qk_scale"),
         "norm_eps": 1e-5,
@@ -152,7 +154,6 @@ def swin_family(config):
         "features": config.take("embed_dim", 96),
         "num_heads": config.take("num_heads", [3, 6, 12, 24]),
         "depths": config.take("depths", [2, 2, 6, 2]),
-        "window": config.take("window_size", 7),
         "mlp_ratio": config.take("mlp_ratio", 4.0),
         "qkv_bias": config.take("qkv_bias", True),
         "scale": config.take("qk_scale"),
@@ -168,7 +169,7 @@ def cswin_family(config):
         "features": config.take("embed_dim", 96),
         "num_heads": config.take("num_heads", [2, 4, 8, 16]),
         "depths": config.take("depth", [2, 2, 6, 2]),
-        "softmax_splits": config.take("split_size", [1, 2, 7, 7]),
+        "splits": config.take("split_size", [1, 2, 7, 7]),
         "mlp_ratio": config.take("mlp_ratio", 4.0),
         "qkv_bias": config.take("qkv_bias", True),
         "scale": config.take("qk_scale"),
@@ -186,16 +187,27 @@ def deit_family(config):
     } | image_arguments(config, 16)
 
 
-def letters(config, default, stages):
-    """The attention types of the stages; letters behind them mean nothing there unless a stage is mixed."""
+def replaced(config, default, stages):
+    """How many of the first blocks of each stage have the new attention, from the official letters.
+
+    A letter for each stage: `A` or `I` for the new attention, `B` or `S` for the family's, `M` for as many of the first
+    as the number behind the letters says; this means nothing unless a stage is mixed.
+    """
     types = config.take("attn_type") or default
-    return types if "M" in types[:stages] else types[:stages]
+    mixed = int(types[stages:]) if "M" in types[:stages] else None
+    return [{"M": mixed, "A": None, "I": None, "B": 0, "S": 0}[letter] for letter in types[:stages]]
+
+
+def swin_windows(config, options, new):
+    """The windows of the new attention, called `new`, and of the family's."""
+    window = config.take("window_size", 7)
+    options |= {new: window, "window": max(7, window // 8)}
 
 
 def image_arguments(config, patch_size=None):
     arguments = {
         "image_size": config.take("img_size", 224),
-        "in_channels": config.take("in_chans", 3),
+        "channels": config.take("in_chans", 3),
         "num_classes": config.take("num_classes", 1000),
     }
     return arguments if patch_size is None else arguments | {"patch_size": config.take("patch_size", patch_size)}

@@ -127,7 +127,7 @@ def _pvt(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.pvt_family(config)
     options |= _kinds(config, "AAAA", options)
-    reductions = [int(digit) for digit in config.take("agent_sr_ratios", "1111")]
+    reductions = [int(digit) for digit in config.take("agent_sr_ratios", "1111")][: len(options["depths"])]
     config.done()
     return vision.run_model(AgentPVT(**options, agent_reductions=reductions, rngs=nnx.Rngs(0)), param, inputs["x"])
 
@@ -135,6 +135,7 @@ def _pvt(meta, param, inputs):
 def _swin(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.swin_family(config)
+    vision.swin_windows(config, options, "agent_window")
     options |= _kinds(config, "BBBB", options)
     config.done()
     return vision.run_model(AgentSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])
@@ -152,16 +153,18 @@ def _cswin(meta, param, inputs):
 def _deit(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.deit_family(config)
-    options["num_agents"] = [int(n) for n in config.take("agent_num", [49, 49, 49, 49])]
-    layers = config.take("agent_layer", -1)
+    agents, layers = config.take("agent_num", [49, 49, 49, 49]), config.take("agent_layer", -1)
+    # Their numbers are those of blocks 0-1, 2-3, 4-9 and 10-11.
+    options["num_agents"] = [int(agents[run]) for run in (0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3)][: options["depth"]]
     config.done()
-    model = AgentDeiT(**options, agent_layers=layers if layers > 0 else None, rngs=nnx.Rngs(0))
+    model = AgentDeiT(**options, replaced=layers if layers > 0 else None, rngs=nnx.Rngs(0))
     return vision.run_model(model, param, inputs["x"])
 
 
 def _kinds(config, letters, options, agents=(9, 16, 49, 49)):
-    agents = [int(n) for n in config.take("agent_num", agents)]
-    return {"attention": vision.letters(config, letters, len(options["depths"])), "num_agents": agents}
+    stages = len(options["depths"])
+    agents = [int(n) for n in config.take("agent_num", agents)][:stages]
+    return {"replaced": vision.replaced(config, letters, stages), "num_agents": agents}
 
 
 def _agent_sd(meta, param, inputs):

@@ -9,7 +9,7 @@ from attnlab.attention.dense.spatial_reduction_attention import SpatialReduction
 from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention, softmax_core
 from attnlab.attention.local.window_attention import WindowAttention
-from attnlab.models.inline_transformers import InlineCSwin, InlineDeiT, InlinePVT, InlineSwin
+from attnlab.models.inline_transformers import InlineCSwin, InlineDeiT, InlinePVT, InlineSwin, NormedInlineAttention
 from attnlab.models.swin import swin_window
 from tests.golden.adapters import _vision as vision
 
@@ -91,17 +91,14 @@ def _deit_block(meta, param, inputs):
 def _cswin_block(meta, param, inputs):
     config = vision.Config(meta["config"])
     features, side, scale = config.take("dim"), config.take("reso"), config.take("qk_scale")
-    core = InlineCore if config.take("attn_type", "I") == "I" else functools.partial(softmax_core, scale=scale)
-    mixer = CrossShapedWindowAttention(
-        features,
-        num_heads=config.take("num_heads"),
-        grid=(side, side),
-        split=config.take("split_size", 7),
-        whole=config.take("last_stage", False),
-        qkv_bias=config.take("qkv_bias", False),
-        core=core,
-        rngs=nnx.Rngs(0),
-    )
+    split, whole = config.take("split_size", 7), config.take("last_stage", False)
+    common = {"num_heads": config.take("num_heads"), "grid": (side, side), "rngs": nnx.Rngs(0)}
+    common["qkv_bias"] = config.take("qkv_bias", False)
+    if config.take("attn_type", "I") == "I":
+        mixer = NormedInlineAttention(features, **common)
+    else:
+        core = functools.partial(softmax_core, scale=scale)
+        mixer = CrossShapedWindowAttention(features, split=split, whole=whole, core=core, **common)
     block = vision.block_around(mixer, features, config)
     return vision.run_block(block, param, inputs["x"], (side, side), mixer="")
 
@@ -109,18 +106,19 @@ def _cswin_block(meta, param, inputs):
 def _pvt(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.pvt_family(config)
-    letters = vision.letters(config, "IIII", len(options["depths"]))
-    for letter, reduction in zip(letters, config.take("la_sr_ratios", "8421"), strict=False):
-        if letter == "I" and reduction != "1":
+    options["replaced"] = vision.replaced(config, "IIII", len(options["depths"]))
+    for count, reduction in zip(options["replaced"], config.take("la_sr_ratios", "8421"), strict=False):
+        if count is None and reduction != "1":
             raise NotImplementedError("the authors' InLine attention fails with spatial reduction")
     config.done()
-    return vision.run_model(InlinePVT(**options, attention=letters, rngs=nnx.Rngs(0)), param, inputs["x"])
+    return vision.run_model(InlinePVT(**options, rngs=nnx.Rngs(0)), param, inputs["x"])
 
 
 def _swin(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.swin_family(config)
-    options["attention"] = vision.letters(config, "IIII", len(options["depths"]))
+    vision.swin_windows(config, options, "inline_window")
+    options["replaced"] = vision.replaced(config, "IIII", len(options["depths"]))
     config.done()
     return vision.run_model(InlineSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])
 
@@ -128,7 +126,7 @@ def _swin(meta, param, inputs):
 def _cswin(meta, param, inputs):
     config = vision.Config(meta["config"])
     options = vision.cswin_family(config)
-    options["attention"] = vision.letters(config, "IIII", len(options["depths"]))
+    options["replaced"] = vision.replaced(config, "IIII", len(options["depths"]))
     config.drop("la_split_size")  # only the stages' sides work there, and the window is always the image here
     config.done()
     return vision.run_model(InlineCSwin(**options, rngs=nnx.Rngs(0)), param, inputs["x"])

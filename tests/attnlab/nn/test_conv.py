@@ -1,0 +1,64 @@
+"""Convolutions with a norm, patches, and the merging of tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab.nn.chain import Chain
+from attnlab.nn.conv import ConvNorm, PatchEmbed, PatchMerging
+from attnlab.nn.mlp import MLP
+from attnlab.nn.norms import BatchNorm
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("grid, patch", [((4, 6), 2), ((4, 6), (2, 3)), ((2, 4, 6), (1, 2, 3))])
+def test_patches_are_mapped_linearly(grid, patch):
+    embed = PatchEmbed(3, 5, patch, rngs=nnx.Rngs(0))
+    x = draw(0, 2, *grid, 3)
+    kernel, bias = np.asarray(embed.conv.kernel[...]), np.asarray(embed.conv.bias[...])
+    sides = kernel.shape[: len(grid)]
+    y = np.asarray(embed(x))
+    assert y.shape == (2, *(n // s for n, s in zip(grid, sides, strict=True)), 5)
+    last = x[(slice(None), *(slice(-s, None) for s in sides))]
+    expected = last.reshape(2, -1) @ kernel.reshape(-1, 5) + bias
+    np.testing.assert_allclose(y[(slice(None), *[-1] * len(grid))], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="multiples of"):
+        embed(x[:, :, :-1])
+
+
+def test_a_norm_stands_in_front_of_the_convolution_or_behind_it():
+    x = draw(1, 2, 5, 6, 3)
+    behind = ConvNorm(3, 4, 3, stride=2, activation=jax.nn.relu, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(behind(x), jax.nn.relu(behind.norm(behind.conv(x))))
+    front = ConvNorm(3, 4, 2, stride=2, padding="SAME", norm_first=True, rngs=nnx.Rngs(0))
+    padded = jnp.pad(front.norm(x), ((0, 0), (0, 1), (0, 0), (0, 0)))
+    np.testing.assert_allclose(front(x), front.conv(padded), atol=1e-6)
+
+
+def test_parts_of_a_chain_are_told_whether_this_is_training():
+    x = draw(2, 4, 4, 4, 3)
+    chain = Chain(ConvNorm(3, 4, 3, rngs=nnx.Rngs(0)), ConvNorm(4, 4, 3, norm=BatchNorm, rngs=nnx.Rngs(0)))
+    trained = chain(x, deterministic=False)
+    np.testing.assert_allclose(trained.mean((0, 1, 2)), 0, atol=1e-5)
+    assert not np.allclose(trained, chain(x), atol=1e-2)
+
+
+def test_merging_puts_four_tokens_side_by_side():
+    merging = PatchMerging(2, norm=lambda features, **_: lambda x: x, rngs=nnx.Rngs(0))
+    x = draw(3, 1, 4, 2, 2)
+    tokens = np.concatenate([x[0, 2, 0], x[0, 3, 0], x[0, 2, 1], x[0, 3, 1]])
+    np.testing.assert_allclose(merging(x)[0, 1, 0], tokens @ merging.reduction.kernel[...], atol=1e-6)
+    with pytest.raises(ValueError, match="even sides"):
+        merging(x[:, :3])
+
+
+def test_a_feed_forward_of_images_has_a_convolution_of_its_hidden_channels():
+    mlp, x = MLP(3, 5, depthwise=3, rngs=nnx.Rngs(0)), draw(4, 2, 4, 4, 3)
+    np.testing.assert_allclose(mlp(x), mlp.fc2(mlp.activation(mlp.conv(mlp.fc1(x)))), atol=1e-6)
+    alone = mlp.conv(jnp.zeros((1, 4, 4, 5)).at[0, 1, 1, 2].set(1.0)) - mlp.conv.bias[...]
+    assert not alone[..., :2].any() and not alone[..., 3:].any() and alone[0, :3, :3, 2].all()
