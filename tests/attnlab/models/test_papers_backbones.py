@@ -11,12 +11,12 @@ from flax import nnx
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.linear.agent_attention import AgentAttention
 from attnlab.attention.local.window_attention import WindowAttention
-from attnlab.contract import UnsupportedArgument
+from attnlab.contract import Given, UnsupportedArgument
 from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, AgentPVT, AgentSwin, agent_transformer
 from attnlab.models.biformer import BIFORMERS
 from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.deit import DeiT
-from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT
+from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, NormedInlineAttention
 from attnlab.models.pvt import PyramidVisionTransformer
 from attnlab.models.staged import build_named
 from attnlab.models.swin import SwinTransformer
@@ -104,6 +104,13 @@ def test_deit_takes_agents_in_the_first_blocks():
     assert [type(block.mixer) for block in model.blocks] == [AgentAttention, AgentAttention, SoftmaxAttention]
     with pytest.raises(UnsupportedArgument, match=r"WindowAttention takes image.*behind a prefix of 1"):
         DeiT(**sizes, mixers="window_attention", rngs=nnx.Rngs(0))
+
+
+def test_the_kernels_of_inline_in_cswin_follow_from_the_mean_in_front_of_the_norm():
+    mixer = NormedInlineAttention(8, num_heads=2, grid=(3, 4), rngs=nnx.Rngs(0))
+    x = 3 + jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    np.testing.assert_allclose(mixer(x), mixer.attend(mixer.norm(x), x.mean((1, 2)), Given()), atol=1e-5)
+    assert not np.allclose(mixer(x), mixer.attend(mixer.norm(x), mixer.norm(x).mean((1, 2)), Given()), atol=1e-3)
 
 
 def small_pvt(**options):
