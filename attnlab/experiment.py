@@ -27,6 +27,7 @@ from flax import nnx
 import attnlab.data
 from attnlab import registry
 from attnlab.models.language_model import LanguageModel
+from attnlab.models.options import options_of
 from attnlab.models.pyramid_vit import PyramidViT
 from attnlab.models.vit import ViT
 from attnlab.suggest import suggestion
@@ -66,131 +67,83 @@ Options = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """A `ViT`; the attributes are its arguments.
+class ModelConfig:
+    """Base of the configurations of models, which `config_class` makes: a model's class, with options as attributes."""
 
-    Attributes:
-      patch_size: side of a patch in pixels.
-      features: channels of the tokens.
-      depth: number of blocks.
-      num_heads: heads of each mixer.
-      mixer: name of a registered token mixer, or several names, repeated over the depth.
-      mixer_options: constructor options by mixer name, used where the model has that mixer.
-      mlp: feed-forward, "gelu" or "swiglu".
-      mlp_ratio: hidden channels of the feed-forward over features.
-      position: "learned", "sincos" or "none".
-      pooling: "mean", "cls", or the name of a registered pooling.
-      pooling_options: constructor options of a registered pooling.
-      dropout: rate after the embedding and inside the feed-forward.
-      drop_path: stochastic depth rate of the last block.
-      remat: recompute blocks in the backward pass, to save memory.
+    cls: ClassVar[type[nnx.Module]]
+
+    @property
+    def kind(self) -> str:
+        """The kind of data that the model takes, as `DatasetInfo` has it."""
+        return self.cls.inputs.kind
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The names of the mixers, each once; none of a model that has no option `mixer`."""
+        mixer = getattr(self, "mixer", ())
+        names = (mixer,) if isinstance(mixer, str) else mixer
+        return tuple(dict.fromkeys(name for part in names for name in ((part,) if isinstance(part, str) else part)))
+
+    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Module:
+        """The model for a dataset, computing in `dtype`; of the mixers' options it is given those that it has a use for.
+
+        Raises:
+          ValueError: if the data is not of the model's kind, or the options do not fit it.
+        """
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if options := arguments.get("mixer_options"):
+            used = {mixer: dict(given) for mixer, given in options.items() if mixer in self.mixers}
+            arguments["mixer_options"] = used
+        return self.cls(**self.cls.inputs.sizes_of(info), **arguments, dtype=dtype, rngs=rngs)
+
+
+@functools.cache
+def config_class(cls: type[nnx.Module]) -> type[ModelConfig]:
+    """The configuration of a model's class: its options, with their defaults and descriptions, see `attnlab.models`."""
+    fields, lines = [], [f"A `{cls.__name__}`; the attributes are its arguments.", "", "Attributes:"]
+    for option in options_of(cls):
+        if option.type is Mapping:
+            fields.append((option.name, Options, dataclasses.field(default_factory=dict)))
+        else:
+            default = tuple(option.default) if isinstance(option.default, list) else option.default
+            fields.append((option.name, option.type, dataclasses.field(default=default)))
+        lines.append(f"  {option.name}: {option.words}")
+    namespace = {"__doc__": "\n".join(lines), "__module__": __name__, "cls": cls}
+    return dataclasses.make_dataclass(
+        f"{cls.__name__}Config", fields, bases=(ModelConfig,), namespace=namespace, frozen=True, kw_only=True
+    )
+
+
+ViTConfig = config_class(ViT)
+PyramidViTConfig = config_class(PyramidViT)
+LanguageModelConfig = config_class(LanguageModel)
+
+
+def model_config(name: str, **options: Any) -> ModelConfig:
+    """The configuration of a registered backbone, such as `model_config("agent_attention.swin", depths=(1, 1, 1, 1))`.
+
+    Raises:
+      KeyError: for an unknown name, with the nearest ones.
+      ValueError: if it is no backbone that says what it takes, or has no such option.
     """
-
-    kind: ClassVar[str] = "image"
-
-    patch_size: int = 16
-    features: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mixer: str | tuple[str, ...] = "softmax_attention"
-    mixer_options: Options = dataclasses.field(default_factory=dict)
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_ratio: float = 4.0
-    position: Literal["learned", "sincos", "none"] = "learned"
-    pooling: str = "mean"
-    pooling_options: Options = dataclasses.field(default_factory=dict)
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-
-    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> ViT:
-        """The model for images of a dataset, computing in `dtype`."""
-        height, width, channels = info.image_shape
-        return ViT((height, width), info.num_classes, channels=channels, **_fields(self), dtype=dtype, rngs=rngs)
+    variant = registry.get(name)
+    if variant.kind is not registry.Kind.BACKBONE or not hasattr(variant.target, "inputs"):
+        raise ValueError(f"{name} is a {variant.kind} that does not say what data it takes; name a backbone")
+    made = config_class(variant.cls)
+    known = [field.name for field in dataclasses.fields(made)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: {suggestion(option, known)}")
+    return made(**options)
 
 
-@dataclasses.dataclass(frozen=True)
-class PyramidViTConfig:
-    """A `PyramidViT`; the attributes are its arguments, the tuples have one entry for each stage.
-
-    Attributes:
-      patch_size: stride of the first stage; the others halve the grid.
-      features: channels of each stage.
-      depths: blocks of each stage.
-      num_heads: heads of each stage.
-      mixer: name of a registered token mixer, or one for each stage.
-      mixer_options: constructor options by mixer name, used where the model has that mixer.
-      mlp: feed-forward, "gelu" or "swiglu".
-      mlp_ratio: hidden channels of the feed-forward over those of the stage.
-      dropout: rate inside the feed-forward.
-      drop_path: stochastic depth rate of the last block.
-      remat: recompute blocks in the backward pass, to save memory.
-    """
-
-    kind: ClassVar[str] = "image"
-
-    patch_size: int = 4
-    features: tuple[int, ...] = (64, 128, 256, 512)
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    num_heads: tuple[int, ...] = (2, 4, 8, 16)
-    mixer: str | tuple[str, ...] = "softmax_attention"
-    mixer_options: Options = dataclasses.field(default_factory=dict)
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-
-    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> PyramidViT:
-        """The model for images of a dataset, computing in `dtype`."""
-        height, width, channels = info.image_shape
-        return PyramidViT((height, width), info.num_classes, channels=channels, **_fields(self), dtype=dtype, rngs=rngs)
+def _model_configs() -> dict[str, type[ModelConfig]]:
+    registered = (v.target for v in registry.variants(kind=registry.Kind.BACKBONE) if hasattr(v.target, "inputs"))
+    return {made.__name__: made for made in map(config_class, (ViT, PyramidViT, LanguageModel, *registered))}
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
-    """A `LanguageModel`; the attributes are its arguments.
-
-    Attributes:
-      features: channels.
-      depth: number of blocks.
-      num_heads: heads of each mixer.
-      mixer: name of a registered mixer with a causal form, or several names, repeated over the depth.
-      mixer_options: constructor options by mixer name, used where the model has that mixer.
-      mlp: feed-forward, "swiglu", "gelu" or "sglu".
-      mlp_ratio: hidden channels of the feed-forward over features.
-      norm: "rms", "layer" or "srms".
-      position: "rotary" (in those mixers that have it), "learned" or "none".
-      max_length: rows of a learned table; None without one.
-      tie_embeddings: whether logits use the embedding's weights.
-      dropout: rate after the embedding and inside the feed-forward.
-      drop_path: stochastic depth rate of the last block.
-      remat: recompute blocks in the backward pass, to save memory.
-    """
-
-    kind: ClassVar[str] = "text"
-
-    features: int = 512
-    depth: int = 8
-    num_heads: int = 8
-    mixer: str | tuple[str, ...] = "softmax_attention"
-    mixer_options: Options = dataclasses.field(default_factory=dict)
-    mlp: Literal["swiglu", "gelu", "sglu"] = "swiglu"
-    mlp_ratio: float = 8 / 3
-    norm: Literal["rms", "layer", "srms"] = "rms"
-    position: Literal["rotary", "learned", "none"] = "rotary"
-    max_length: int | None = None
-    tie_embeddings: bool = True
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-
-    def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> LanguageModel:
-        """The model for the vocabulary of a dataset, computing in `dtype`."""
-        return LanguageModel(info.vocab_size, **_fields(self), dtype=dtype, rngs=rngs)
-
-
-ModelConfig = ViTConfig | PyramidViTConfig | LanguageModelConfig
+TASKS = {"image": ClassificationTask, "text": LanguageTask}
+"""What a model is trained for, by the kind of data that it takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,16 +164,19 @@ class Experiment:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """The mixers of the model, each once."""
-        return tuple(dict.fromkeys((self.model.mixer,) if isinstance(self.model.mixer, str) else self.model.mixer))
+        """The mixers of the model, each once; none where it has no such option."""
+        return self.model.mixers
 
     def with_mixer(self, mixer: str) -> "Experiment":
         """The same with another mixer in every layer.
 
         Raises:
           KeyError: for an unknown name, with the nearest ones.
+          ValueError: if the model has no option `mixer`.
         """
         registry.get(mixer)
+        if not hasattr(self.model, "mixer"):
+            raise ValueError(f"{type(self.model).__name__} has no option mixer")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, mixer=mixer))
 
     def check(self) -> None:
@@ -234,12 +190,12 @@ class Experiment:
             variant = registry.get(mixer)
             if variant.kind is not registry.Kind.MIXER:
                 raise ValueError(f"model.mixer: {mixer} is a {variant.kind}, not a {registry.Kind.MIXER}")
-        for mixer in self.model.mixer_options:
+        for mixer in getattr(self.model, "mixer_options", ()):
             registry.get(mixer)
         pooling = getattr(self.model, "pooling", "mean")
         if pooling not in ("mean", "cls"):
             registry.get(pooling)
-        wanted = ClassificationTask if self.model.kind == "image" else LanguageTask
+        wanted = TASKS[self.model.kind]
         if not isinstance(self.task, wanted):
             raise ValueError(f"task: {type(self.model).__name__} is trained for {wanted.__name__}, not {self.task}")
 
@@ -370,17 +326,10 @@ def load_trained(directory: str | Path, *, step: int | Literal["newest", "best"]
     return load_model(functools.partial(experiment.model.build, info), directory, step=step)
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    """Arguments for a model: the fields, and of the mixers' options those that it has a use for."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    used = (config.mixer,) if isinstance(config.mixer, str) else config.mixer
-    options = {mixer: dict(options) for mixer, options in config.mixer_options.items() if mixer in used}
-    return fields | {"mixer_options": options}
-
-
 def _decode(annotation: Any, raw: Any, where: str) -> Any:
     """`raw` as the annotation has it: dataclasses by their `type`, lists as tuples; else as it is."""
-    classes = {cls.__name__: cls for cls in _alternatives(annotation) if dataclasses.is_dataclass(cls)}
+    alternatives = _model_configs().values() if annotation is ModelConfig else _alternatives(annotation)
+    classes = {cls.__name__: cls for cls in alternatives if dataclasses.is_dataclass(cls)}
     if classes and raw is not None:
         if not isinstance(raw, Mapping) or raw.get("type") not in classes:
             kind = raw.get("type") if isinstance(raw, Mapping) else raw

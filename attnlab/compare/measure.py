@@ -16,7 +16,7 @@ from attnlab.compare.plots import AttentionExample
 from attnlab.compare.results import Timing
 from attnlab.contract import Layout, Site
 from attnlab.data import Dataset
-from attnlab.experiment import Experiment, PyramidViTConfig
+from attnlab.experiment import Experiment
 from attnlab.models.block import site_seen_by
 
 MEMORY_LIMIT = 2**30  # bytes of temporaries from which a length is left out
@@ -38,7 +38,7 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
     """
     config = experiment.model
     features, heads = config.features, config.num_heads
-    if isinstance(config, PyramidViTConfig):
+    if not isinstance(features, int):
         features, heads = features[0], heads[0]
     is_text = config.kind == "text"
     model = Site(features, heads, layout=Layout.SEQUENCE if is_text else Layout.IMAGE, causal=is_text)

@@ -4,7 +4,7 @@ Embedding, `depth` pre-norm blocks (RMSNorm, SwiGLU), a norm and a linear map to
 decode states: constant in memory where all mixers are linear, a cache of keys and values where they are not.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,11 +82,11 @@ class LanguageModel(Editable):
         num_heads: int = 8,
         mixer: MixerNames = "softmax_attention",
         mixer_options: MixerOptions | None = None,
-        mlp: str = "swiglu",
+        mlp: Literal["swiglu", "gelu", "sglu"] = "swiglu",
         mlp_ratio: float = 8 / 3,
         mlp_bias: bool | None = None,
-        norm: str = "rms",
-        position: str = "rotary",
+        norm: Literal["rms", "layer", "srms"] = "rms",
+        position: Literal["rotary", "learned", "none"] = "rotary",
         max_length: int | None = None,
         rotary_base: float = 10000.0,
         embed_scale: float | None = None,

@@ -75,6 +75,25 @@ def test_parts_must_fit_together():
         dataclasses.replace(config, model=model).check()
 
 
+def test_a_registered_backbone_is_a_model_of_experiments(tmp_path):
+    sizes = {"features": 8, "num_heads": (2, 2), "depths": (1, 1), "num_agents": (4, 1), "replaced": (None, 0)}
+    model = experiment.model_config("agent_attention.swin", **sizes, agent_window=4, patch_size=2)
+    assert model.drop_path == 0.1 and model.mixers == ()
+    config = dataclasses.replace(configs.load("cifar10_vit"), model=model)
+    config.check()
+    experiment.save(config, info_for(config), tmp_path)
+    again, info = experiment.load(tmp_path)
+    assert again == config and type(again.model).__name__ == "AgentSwinConfig"
+    built = nnx.eval_shape(lambda: again.model.build(info, rngs=nnx.Rngs(0)))
+    assert built.image_shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="AgentSwinConfig has no option mixer"):
+        config.with_mixer("hedgehog")
+    with pytest.raises(ValueError, match=r"agent_attention\.swin has no option 'depth': did you mean depths"):
+        experiment.model_config("agent_attention.swin", depth=3)
+    with pytest.raises(ValueError, match="hedgehog is a mixer that does not say what data it takes"):
+        experiment.model_config("hedgehog")
+
+
 def test_options_reach_their_mixer_and_no_other():
     config = configs.load("stdlib_language_model")
     model = dataclasses.replace(config.model, mixer_options={"softmax_attention": {"qk_norm": True}})
