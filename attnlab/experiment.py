@@ -85,7 +85,7 @@ class ModelConfig:
         return tuple(dict.fromkeys(name for part in names for name in ((part,) if isinstance(part, str) else part)))
 
     def build(self, info: attnlab.data.DatasetInfo, *, dtype: Any = None, rngs: nnx.Rngs) -> nnx.Module:
-        """The model for a dataset, computing in `dtype`; of the mixers' options it is given those that it has a use for.
+        """The model for a dataset, computing in `dtype`; of the mixers' options it is given those of its mixers.
 
         Raises:
           ValueError: if the data is not of the model's kind, or the options do not fit it.

@@ -1,4 +1,4 @@
-"""The options of a model, read from its constructor: names, types and defaults from the signature, words from the docstring.
+"""The options of a model, read from its constructor: the signature's names, types and defaults, the docstring's words.
 
 What a constructor passes on as `**family` belongs to it too: the options of the class above follow its own. Sizes that
 follow from the data (`inputs.sizes`), dtypes and random streams are no options, nor is what cannot be written down,

@@ -119,10 +119,11 @@ def small_pvt(**options):
 
 
 def test_pvt_takes_other_image_sizes_where_its_mixers_do():
-    model, wide = small_pvt(), jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    sizes, wide = FAMILIES[PyramidVisionTransformer], jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    model = nnx.eval_shape(lambda: PyramidVisionTransformer(**sizes, rngs=nnx.Rngs(0)))
     assert nnx.eval_shape(lambda m, x: m(x), model, wide).shape == (1, 3)
     with pytest.raises(ValueError, match="images must be"):
-        model(jnp.ones((1, 34, 32, 3)))
+        nnx.eval_shape(lambda m: m(jnp.ones((1, 34, 32, 3))), model)
     agents = AgentPVT(
         features=(8,) * 4, num_heads=(2,) * 4, depths=(1,) * 4, num_agents=(4,) * 4, image_size=64, rngs=nnx.Rngs(0)
     )
