@@ -77,7 +77,7 @@ def test_parts_must_fit_together():
 
 def test_a_registered_backbone_is_a_model_of_experiments(tmp_path):
     sizes = {"features": 8, "num_heads": (2, 2), "depths": (1, 1), "num_agents": (4, 1), "replaced": (None, 0)}
-    model = experiment.model_config("agent_attention.swin", **sizes, agent_window=4, patch_size=2)
+    model = experiment.model_config("agent_attention.swin", **sizes, agent_window=4, window=4, patch_size=2)
     assert model.drop_path == 0.1 and model.mixers == ()
     config = dataclasses.replace(configs.load("cifar10_vit"), model=model)
     config.check()

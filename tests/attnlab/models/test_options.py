@@ -22,7 +22,7 @@ def test_options_of_a_family_follow_those_of_the_model():
 
 def test_words_of_several_lines_are_one():
     words = {option.name: option.words for option in options_of(AgentSwin)}["agent_window"]
-    assert words.startswith("tokens on a side of the windows of agent attention, clipped to the stage's grid (56")
+    assert words.startswith("tokens on a side of the windows of agent attention, clipped to the stage's grid (56 at")
     assert "\n" not in words and words.endswith("shifted by half a window.")
 
 
