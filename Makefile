@@ -7,10 +7,12 @@ READY := $(VENV)/.ready
 # than glibc 2.35 and newer do not know the name.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help setup demo test test-slow lint format table clean
+.PHONY: help setup demo test test-slow test-goldens test-changed lint format table clean
+
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal
 
 help: ## print the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("attnlab needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12 ...")'
@@ -23,11 +25,17 @@ setup: $(READY) ## install everything into .venv
 demo: $(READY) ## train and compare attention variants on real data (7 to 14 minutes on 2 cores)
 	$(BIN)/python -m experiments.demo
 
-test: $(READY) lint ## lint, and run the tests that need no accelerator
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+test: $(READY) lint ## lint, and run the tests that need no accelerator; a mechanism alone: .venv/bin/python -m pytest -k SLUG
+	$(PYTEST) -m 'not slow and not goldens'
 
-test-slow: $(READY) ## the tests that take minutes
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal -m slow
+test-slow: $(READY) ## the tests that take minutes, and mixers in the patterns and layouts that `test` does not draw
+	$(PYTEST) -m slow
+
+test-goldens: $(READY) ## all golden cases beside this checkout, not one per class alone
+	$(PYTEST) -m 'not slow' tests/golden
+
+test-changed: $(READY) ## the tests that depend on the files changed since main; since another commit: make test-changed SINCE=HEAD~3
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.changed $(SINCE)
 
 lint: $(READY) ## ruff, and mypy over the public API
 	$(BIN)/ruff check .

@@ -26,3 +26,11 @@ if version("jaxlib").startswith("0.10."):
 
     jnp.zeros(()).block_until_ready()
     os.environ["XLA_FLAGS"] = flags
+
+# What is above must stand before anything imports JAX.
+from tests.costs import (  # noqa: E402, F401
+    pytest_runtest_logfinish,
+    pytest_runtest_logstart,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
