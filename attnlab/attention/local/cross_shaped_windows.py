@@ -131,8 +131,8 @@ class CrossShapedWindowAttention(TokenMixer):
     layouts = frozenset({Layout.IMAGE})
     layout = Layout.IMAGE
     points = frozenset({"qkv", "heads"})
-    # Each direction has heads of its own, so that neighbouring heads do different things.
-    collectives = frozenset({"all-gather", "collective-permute"})
+    # Each direction has half of the heads, so that a device's heads go to the one that has the other half of its own.
+    collectives = frozenset({"all-to-all", "collective-permute"})
 
     def __init__(
         self,

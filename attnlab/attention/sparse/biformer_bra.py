@@ -35,7 +35,7 @@ from attnlab.nn.dense_mixer import Heads
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.grids import Lengths, crop, pad_to_multiple, to_tokens, window_merge, window_partition
 from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
-from attnlab.nn.linear import Linear, uniform_init
+from attnlab.nn.linear import uniform_init
 from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
@@ -298,8 +298,8 @@ class BiLevelRoutingAttention(_RoutedAttention):
         self.scale = qk_dim**-0.5 if qk_scale is None else qk_scale
         self.kv_downsample_mode, self.kv_per_win, self.kv_ratio = kv_downsample_mode, kv_per_win, kv_downsample_ratio
         self.diff_routing, self.soft_routing, self.auto_pad = diff_routing, soft_routing, auto_pad
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.router = Linear(qk_dim, qk_dim, **options) if param_routing else nnx.data(None)
+        options = {"param_dtype": param_dtype, "rngs": rngs}
+        self.router = FromHeads(num_heads, qk_dim // num_heads, qk_dim, **options) if param_routing else nnx.data(None)
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
@@ -345,8 +345,7 @@ class BiLevelRoutingAttention(_RoutedAttention):
         means = [_means(_regions(a, region)) for a in (q, k)]
         if not self.diff_routing:
             means = [jax.lax.stop_gradient(a) for a in means]
-        if self.router is not None:
-            means = [self.router(a) for a in means]
+        means = [merge_heads(a) if self.router is None else self.router(a) for a in means]
         return route(*means, self.topk, self.scale)
 
     def _pool(self, x: jax.Array, region: tuple[int, int]) -> jax.Array:
@@ -379,8 +378,8 @@ class BiLevelRoutingAttention(_RoutedAttention):
 
 
 def _means(regions: jax.Array) -> jax.Array:
-    """(B, P, n, H, D) to (B, P, C), in float32 (or wider): scores that are close must not be rounded together."""
-    return merge_heads(regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2))
+    """(B, P, n, H, D) to (B, P, H, D), in float32 (or wider): scores that are close must not be rounded together."""
+    return regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2)
 
 
 @register(
