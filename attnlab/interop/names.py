@@ -254,6 +254,15 @@ def _(layer: CausalConv | DepthwiseConv) -> dict[str, Leaf]:
 
 @leaves.register(LayerNorm)
 @leaves.register(RMSNorm)
+def _(layer: LayerNorm | RMSNorm) -> dict[str, Leaf]:
+    # A norm over all heads together has an axis for them here.
+    return _leaves(
+        layer,
+        weight=("scale", lambda weight: weight.reshape(layer.scale.shape), jnp.ravel),
+        bias=("bias", lambda bias: bias.reshape(layer.bias.shape), jnp.ravel),
+    )
+
+
 @leaves.register(nnx.LayerNorm)
 @leaves.register(nnx.RMSNorm)
 @leaves.register(nnx.GroupNorm)

@@ -13,30 +13,36 @@ def _wide(x: ArrayLike) -> jax.Array:
 
 
 def layer_norm(
-    x: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None, *, eps: float = 1e-6
+    x: ArrayLike, scale: ArrayLike | None = None, bias: ArrayLike | None = None, *, eps: float = 1e-6, axes: int = 1
 ) -> jax.Array:
-    """(x - mean) / √(variance + eps) · scale + bias over the last axis."""
-    wide = _wide(x)
-    centred = wide - wide.mean(-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    """(x - mean) / √(variance + eps) · scale + bias over the last axis, or over the last `axes` of them together."""
+    wide, last = _wide(x), tuple(range(-axes, 0))
+    centred = wide - wide.mean(last, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.square(centred).mean(last, keepdims=True) + eps)
     y = y if scale is None else y * _wide(scale)
     y = y if bias is None else y + _wide(bias)
     return y.astype(jnp.result_type(x))
 
 
-def rms_norm(x: ArrayLike, scale: ArrayLike | None = None, *, eps: float = 1e-6) -> jax.Array:
-    """x / √(mean(x²) + eps) · scale over the last axis; without `scale`, the SRMSNorm of TransNormerLLM."""
+def rms_norm(x: ArrayLike, scale: ArrayLike | None = None, *, eps: float = 1e-6, axes: int = 1) -> jax.Array:
+    """x / √(mean(x²) + eps) · scale over the last axis, or over the last `axes` of them together.
+
+    Without `scale` it is the SRMSNorm of TransNormerLLM.
+    """
     wide = _wide(x)
-    y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    y = wide * jax.lax.rsqrt(jnp.square(wide).mean(tuple(range(-axes, 0)), keepdims=True) + eps)
     return (y if scale is None else y * _wide(scale)).astype(jnp.result_type(x))
 
 
 class LayerNorm(nnx.Module):
-    """`layer_norm` over the last axis, with learned `scale` and `bias` unless switched off."""
+    """`layer_norm` with learned `scale` and `bias` unless switched off.
+
+    Over the last axis of C channels; or, with `features=(H, E)`, over the channels of all heads together.
+    """
 
     def __init__(
         self,
-        features: int,
+        features: int | tuple[int, int],
         *,
         eps: float = 1e-6,
         use_scale: bool = True,
@@ -44,35 +50,40 @@ class LayerNorm(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.eps = eps
-        axes = ("embed",)
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), logical_axes=axes) if use_scale else nnx.data(None)
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), logical_axes=axes) if use_bias else nnx.data(None)
+        shape, names = _parameter(features)
+        self.eps, self.axes = eps, len(shape)
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype), logical_axes=names) if use_scale else nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros(shape, param_dtype), logical_axes=names) if use_bias else nnx.data(None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        return layer_norm(x, scale, bias, eps=self.eps)
+        return layer_norm(x, scale, bias, eps=self.eps, axes=self.axes)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` over the last axis, with a learned `scale` unless switched off."""
+    """`rms_norm` with a learned `scale` unless switched off; `features` as `LayerNorm`."""
 
     def __init__(
         self,
-        features: int,
+        features: int | tuple[int, int],
         *,
         eps: float = 1e-6,
         use_scale: bool = True,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.eps = eps
-        ones = jnp.ones((features,), param_dtype)
-        self.scale = nnx.Param(ones, logical_axes=("embed",)) if use_scale else nnx.data(None)
+        shape, names = _parameter(features)
+        self.eps, self.axes = eps, len(shape)
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype), logical_axes=names) if use_scale else nnx.data(None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
-        return rms_norm(x, None if self.scale is None else self.scale[...], eps=self.eps)
+        return rms_norm(x, None if self.scale is None else self.scale[...], eps=self.eps, axes=self.axes)
+
+
+def _parameter(features: int | tuple[int, int]) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
+    """Shape and logical axes of what a norm learns."""
+    return ((features,), ("embed",)) if isinstance(features, int) else (tuple(features), ("heads", None))
 
 
 class BatchNorm(nnx.BatchNorm):

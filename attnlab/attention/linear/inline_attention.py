@@ -192,6 +192,9 @@ class InlineAttention(GridMixer):
       UnsupportedArgument: for windows with a prefix.
     """
 
+    # Kernels come from the mean of the tokens, whose channels are shared out among the heads: its gradient is gathered.
+    collectives = frozenset({"all-gather"})
+
     def __init__(
         self,
         features: int,

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Constant, Pattern
-from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
+from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import RMSNorm
 from attnlab.nn.positions import alibi_slopes
@@ -114,7 +114,7 @@ class LightningAttention(LinearMixer):
         self.query, self.key, self.value, self.gate = (
             ToHeads(features, num_heads, head_dim, **common) for _ in range(4)
         )
-        self.norm = RMSNorm(num_heads * head_dim, eps=eps, param_dtype=param_dtype, rngs=rngs)
+        self.norm = RMSNorm((num_heads, head_dim), eps=eps, param_dtype=param_dtype, rngs=rngs)
         self.out = FromHeads(num_heads, head_dim, features, **common)
 
     def project(self, x: jax.Array, source: jax.Array, at: Places, carry: Any) -> tuple[Recurrence, Any]:
@@ -122,5 +122,4 @@ class LightningAttention(LinearMixer):
         return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = split_heads(self.norm(merge_heads(y)), self.num_heads)
-        return self.out(y * jax.nn.sigmoid(self.gate(x)))
+        return self.out(self.norm(y) * jax.nn.sigmoid(self.gate(x)))

@@ -24,7 +24,7 @@ from flax import nnx
 
 from attnlab.attention.linear.lightning_attention_2 import layer_slopes
 from attnlab.contract import Constant, Pattern
-from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
+from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear import Linear
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import LayerNorm, rms_norm
@@ -121,7 +121,7 @@ class NormLinearAttention(_TnlMixer):
         return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(self.gate(x) * split_heads(rms_norm(merge_heads(y)), self.num_heads))
+        return self.out(self.gate(x) * rms_norm(y, axes=2))
 
 
 @register(
@@ -166,7 +166,7 @@ class TnlAttention(_TnlMixer):
         head_dim = self._set_sizes(features, num_heads, features, causal, layer, num_layers, dtype)
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query, self.key, self.value = (ToHeads(features, num_heads, head_dim, **common) for _ in range(3))
-        self.norm = LayerNorm(features, eps=eps, param_dtype=param_dtype, rngs=rngs)
+        self.norm = LayerNorm((num_heads, head_dim), eps=eps, param_dtype=param_dtype, rngs=rngs)
         self.gate_down = Linear(features, head_dim, axes=("embed", None), **common)
         self.gate_up = ToHeads(head_dim, num_heads, head_dim, **common)
         self.out = FromHeads(num_heads, head_dim, features, **common)
@@ -176,5 +176,4 @@ class TnlAttention(_TnlMixer):
         return Recurrence(q, k, v, log_decay=-self.slopes[...]), carry
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        y = split_heads(self.norm(merge_heads(y)), self.num_heads)
-        return self.out(y * jax.nn.sigmoid(self.gate_up(self.gate_down(x))))
+        return self.out(self.norm(y) * jax.nn.sigmoid(self.gate_up(self.gate_down(x))))
