@@ -14,9 +14,9 @@ RUNS += [(case, "bfloat16") for case in SMALL + ACCURACY if case.name in HALF]
 
 
 QUICK = {
-    *(f"{case.name}-float32" for case in SMALL),
-    *(f"accuracy_{decay}_4097-float32" for decay in ("head", "token")),
-    *(f"{name}-bfloat16" for name in ("wide_150", "grouped_token")),
+    *(f"{name}-float32" for name in ("one_token_state", "size_one", "head_97", "grouped_token", "strong_token")),
+    *(f"{name}-float32" for name in ("repeated_keys", "packed_head", "accuracy_token_4097")),
+    "wide_150-bfloat16",
 }
 
 
@@ -28,7 +28,7 @@ def test_relative_rms_error(case, dtype, errors):
     assert max(found.gradients.values()) <= 2 * BOUND[dtype], found.gradients
 
 
-@pytest.mark.parametrize("case", REFLECTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(REFLECTIONS, ("reflections",), lambda case: case.name))
 def test_reflections_add_up_their_roundings(case, errors):
     """Nothing contracts: with one key, (1 - β k·k)ᴺ has the rounding of one k·k, N times over."""
     found = errors(case, jnp.float32, implementation="xla")

@@ -55,6 +55,7 @@ def test_orthogonal_keys_and_strength_one_are_linear_attention():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),

@@ -11,10 +11,10 @@ BOUND = {"float32": 1e-6, "bfloat16": 4e-3}
 
 RUNS = [(case, dtype) for case in SMALL + ACCURACY for dtype in BOUND]
 QUICK = {
-    *(f"{case.name}-float32" for case in SMALL),
-    *(f"{name}-bfloat16" for name in ("token_300", "channel_150", "normalized_token", "full_packed_cross")),
-    *(f"accuracy_{decay}_4097-float32" for decay in ("none", "head", "token", "channel")),
-    "accuracy_minus_20_token_1000-float32",
+    *(f"{name}-float32" for name in ("one_token_channel", "head_97", "channel_150", "grouped_token", "strong_channel")),
+    *(f"{name}-float32" for name in ("normalized_token", "packed_head", "packed_normalized", "full_packed_cross")),
+    *(f"{name}-bfloat16" for name in ("token_300", "grouped_channel", "full_cross")),
+    "accuracy_token_4097-float32",
 }
 
 

@@ -98,6 +98,7 @@ def test_the_state_is_a_pytree():
     assert state.kv.shape == (2, 3, 4, 5) and state.k.shape == (2, 3, 4)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),
