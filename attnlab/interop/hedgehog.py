@@ -45,7 +45,7 @@ def _fla(module: FeatureMaps, inputs: Inputs, given: Given) -> dict[str, jax.Arr
 def _distillation(loss: Any, inputs: Inputs, given: Given) -> dict[str, jax.Array]:
     layers = range(given["layers"])
     parts = ([inputs[f"{kind}{layer}"] for layer in layers] for kind in ("attn_pred", "attn_true", "y_pred", "y_true"))
-    return {"loss": loss(*parts)[None]}
+    return {"loss": loss(*parts).mean()[None]}
 
 
 def _lolcats_maps(tied: bool) -> Official:
