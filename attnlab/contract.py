@@ -497,15 +497,15 @@ class TokenMixer(SiteModule):
           ValueError: if the mixer was built for a context and there is none.
           UnsupportedArgument: if it has no causal form to decode by.
         """
+        if self.layout is not Layout.SEQUENCE or not (cross or self.context_features is not None or self.causal):
+            raise UnsupportedArgument(
+                f"{type(self).__name__} decodes causal self-attention of a sequence, or a sequence's attention to a "
+                f"context; {self._pattern_words()}, its layout is {self.layout}"
+            )
         if not cross and self.context_features is not None:
             raise ValueError(
                 f"{type(self).__name__} was built for a context of {self.context_features} channels: "
                 f"give init_state the context"
-            )
-        if self.layout is not Layout.SEQUENCE or not (cross or self.causal):
-            raise UnsupportedArgument(
-                f"{type(self).__name__} decodes causal self-attention of a sequence, or a sequence's attention to a "
-                f"context; {self._pattern_words()}, its layout is {self.layout}"
             )
 
     def _pattern_words(self) -> str:
