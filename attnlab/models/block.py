@@ -5,7 +5,6 @@ x = x + mixer(norm(x));   x = x + mlp(norm(x))
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import registry
-from attnlab.contract import Layout, Site, SiteModule, TokenMixer, UnsupportedArgument, View
+from attnlab.contract import (
+    Layout,
+    Site,
+    SiteModule,
+    TokenMixer,
+    UnsupportedArgument,
+    View,
+    constructor_parameters,
+)
 from attnlab.nn.chain import call
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
@@ -59,9 +66,7 @@ def site_seen_by(mixer: type[SiteModule], site: Site) -> Site:
       UnsupportedArgument: if it takes tokens in neither layout.
     """
     layouts = getattr(mixer, "layouts", frozenset())
-    if site.layout in layouts and (
-        not site.prefix or {"prefix", "class_token"} & set(inspect.signature(mixer.__init__).parameters)
-    ):
+    if site.layout in layouts and (not site.prefix or "prefix" in constructor_parameters(mixer)):
         return site
     if Layout.SEQUENCE not in layouts:
         takes = ", ".join(sorted(layouts)) or "no tokens at all"

@@ -7,14 +7,16 @@ such as a function.
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-NOT_OPTIONS = ("self", "dtype", "param_dtype", "rngs")
-_ENTRY = re.compile(r"^  (?P<names>\w+(?:, \w+)*): (?P<words>.*(?:\n   .*)*)", re.MULTILINE)
+import docstring_parser
+
+from attnlab.contract import constructor_parameters
+
+NOT_OPTIONS = ("dtype", "param_dtype", "rngs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +42,20 @@ def options_of(cls: type) -> tuple[Option, ...]:
     Raises:
       TypeError: for an option that the docstring does not describe.
     """
-    found: dict[str, Option] = {}
-    sized = cls.inputs.sizes
-    for owner in cls.__mro__:
-        init = vars(owner).get("__init__")
-        if init is None:
+    words = {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for owner in reversed(cls.__mro__)
+        for parameter in docstring_parser.parse(inspect.cleandoc(owner.__doc__ or "")).params
+    }
+    found = []
+    for name, parameter in constructor_parameters(cls).items():
+        setting = setting_type(parameter.annotation)
+        if name in (*NOT_OPTIONS, *cls.inputs.sizes) or setting is None or parameter.default is parameter.empty:
             continue
-        parameters, hints, words = inspect.signature(init).parameters, typing.get_type_hints(init), described(owner)
-        for name, parameter in parameters.items():
-            if name in (*NOT_OPTIONS, *sized, *found) or parameter.kind is parameter.VAR_KEYWORD:
-                continue
-            setting = setting_type(hints.get(name, Any))
-            if setting is None or parameter.default is parameter.empty:
-                continue
-            if name not in words:
-                raise TypeError(f"the docstring of {owner.__name__} does not describe its argument {name}")
-            found[name] = Option(name, setting, parameter.default, words[name])
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    return tuple(found.values())
-
-
-def described(cls: type) -> dict[str, str]:
-    """The arguments that a class's docstring describes below `Args:`, each with its words on one line."""
-    parts = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].split("\n\n")
-    entries = ((match["names"], " ".join(match["words"].split())) for match in _ENTRY.finditer(parts[0]))
-    return {name: words for names, words in entries for name in names.split(", ")}
+        if name not in words:
+            raise TypeError(f"the docstring of {cls.__name__} does not describe its argument {name}")
+        found.append(Option(name, setting, parameter.default, words[name]))
+    return tuple(found)
 
 
 def setting_type(annotation: Any) -> Any:

@@ -9,7 +9,6 @@ block has is a choice of `places`, and a paper's models are a family with a list
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab import registry
-from attnlab.contract import Layout, Site, TokenMixer
+from attnlab.contract import Layout, Site, TokenMixer, constructor_parameters
 from attnlab.models.block import Block, Blocks, site_seen_by
 from attnlab.models.inputs import Images
 from attnlab.nn.chain import call
@@ -228,7 +227,7 @@ class Choice:
 
     def __call__(self, site: Site, index: int = 0, *, rngs: nnx.Rngs, **shared: Any) -> nnx.Module:
         cls = registry.get(self.mixer).cls if isinstance(self.mixer, str) else self.mixer
-        known = inspect.signature(cls.__init__).parameters
+        known = constructor_parameters(cls)
         fitting = {name: value for name, value in shared.items() if name in known}
         return cls.for_site(site_seen_by(cls, site), rngs=rngs, **(fitting | dict(self.options_at(site, index))))
 

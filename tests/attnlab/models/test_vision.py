@@ -57,6 +57,13 @@ def test_poolings(pooling):
     assert [part.shape for part in shapes] == [(2, 10), (2, 16 + (pooling == "cls"), 16)]
 
 
+def test_mixers_of_images_that_know_of_a_prefix_stand_behind_a_class_token():
+    model = vit(pooling="cls", position="sincos", mixer=("agent_attention", "hedgehog"))
+    assert [block.mixer.prefix for block in model.blocks] == [1, 0]
+    tokens, (grid,) = nnx.jit(lambda model: (model.tokens(images()), model.stages(images())))(model)
+    assert tokens.shape == (2, 17, 16) and grid.shape == (2, 4, 4, 16)
+
+
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
 def test_positions_tell_patches_apart(position):
     """Without positions, softmax attention with mean pooling sees a bag of patches."""
