@@ -23,6 +23,7 @@ import attnlab
 from attnlab.training.sharding import MeshConfig, mesh_from, shardings, with_shardings
 from tests.conformance.subjects import Subject, named, subjects_of
 
+HEADS = 4  # enough that a mixer with half as many has one for each device
 COLLECTIVE = re.compile(
     r"= .*? (all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
 )
@@ -63,7 +64,7 @@ def _child() -> concurrent.futures.ProcessPoolExecutor:
 
 def _measure(subject: Subject) -> Traffic:
     mesh = mesh_from(MeshConfig(data=1, tensor=2))
-    graph, state = nnx.split(subject.abstract())
+    graph, state = nnx.split(subject.abstract(num_heads=HEADS))
     where = shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = tuple(

@@ -1,0 +1,20 @@
+"""Tensor parallelism: heads are cut along whole heads, so that devices only sum what their heads give."""
+
+import attnlab
+from tests.conformance.subjects import Subject, at_home, those
+from tests.conformance.two_devices import traffic
+
+
+@those(often=at_home)
+def test_devices_only_sum(subject: Subject):
+    """The call needs no collective but all-reduce, and those that a mechanism that itself mixes heads declares.
+
+    Its gradient may also gather: what every device holds whole and its heads use in parts, as a norm over all heads or
+    the tokens' own channels, has a gradient in parts.
+    """
+    declared = attnlab.get(subject.name).cls.collectives
+    found = traffic(subject)
+    assert found.cut, "no parameter is cut over the devices"
+    assert "all-reduce" in found.call | declared, "devices sum nothing: heads are not cut over them"
+    assert found.call - {"all-reduce"} == declared, f"the call needs {sorted(found.call)}"
+    assert found.gradient - {"all-reduce", "all-gather"} <= declared, f"the gradient needs {sorted(found.gradient)}"
