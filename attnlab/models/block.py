@@ -166,14 +166,14 @@ class Block(Layer):
         edits: Edits | None = None,
     ) -> tuple[jax.Array, Any]:
         """Decodes a run of tokens `(B, N, C)`."""
-        given = self._given(positions, edits)
+        given = {"positions": self._positions(positions), "edits": edits}
         return self._through(x, lambda tokens: self.mixer.prefill(tokens, state, mask=mask, **given), edits, True)
 
     def step(
         self, x_t: jax.Array, state: Any, *, positions: jax.Array | None = None, edits: Edits | None = None
     ) -> tuple[jax.Array, Any]:
         """Decodes one token `(B, C)`, at `positions` `(B,)`."""
-        given = self._given(positions, edits)
+        given = {"positions": self._positions(positions), "edits": edits}
 
         def mix(tokens: jax.Array) -> tuple[jax.Array, Any]:
             y, new = self.mixer.step(tokens[:, 0], state, **given)
@@ -228,9 +228,8 @@ class Block(Layer):
         y = y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
         return x + y if pre else normed(x + y)
 
-    def _given(self, positions: jax.Array | None, edits: Edits | None) -> dict[str, Any]:
-        given = {"edits": edits, "positions": positions if "positions" in self.mixer.accepts else None}
-        return {name: value for name, value in given.items() if value is not None}
+    def _positions(self, positions: jax.Array | None) -> jax.Array | None:
+        return positions if "positions" in self.mixer.accepts else None
 
 
 def block_for(
