@@ -78,8 +78,8 @@ def test_blocks_have_the_gradients_of_the_whole(bias_shape, block_size):
         options = {"mask": mask, "causal": True, "softcap": 3.0, "block_size": block_size}
         return (ct * softmax_attention(q, k, v, bias=bias, scale=scale, **options)).sum()
 
-    whole = jax.grad(loss, range(5))(q, k, v, bias, jnp.float32(0.5), None)
-    blocks = jax.jit(jax.grad(loss, range(5)), static_argnums=5)(q, k, v, bias, jnp.float32(0.5), block_size)
+    gradient = jax.jit(jax.grad(loss, range(5)), static_argnums=5)
+    whole, blocks = (gradient(q, k, v, bias, jnp.float32(0.5), size) for size in (None, block_size))
     for mine, expected in zip(blocks, whole, strict=True):
         # Absolute: a bias that is the same for all keys has no gradient.
         np.testing.assert_allclose(mine, expected, rtol=0, atol=4e-6)

@@ -77,6 +77,7 @@ def test_batch_that_cannot_be_cut_is_refused():
         check_batch_size("a micro-batch", 6, MESH)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does_and_checkpoints_move_between_them(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.attnlab.training.toy", str(tmp_path), "devices"]
