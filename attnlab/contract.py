@@ -382,7 +382,7 @@ class TokenMixer(SiteModule):
         context_mask: ArrayLike | None = None,
         dtype: Any = None,
     ) -> Any:
-        """Decode state before the first token.
+        """Decode state before the first token: a tree of arrays with `length` `(B,)`, the tokens that are in it.
 
         Args:
           batch_size: number of sequences.

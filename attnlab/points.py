@@ -11,10 +11,12 @@ In the order of the pass:
     mixed      (B, N, C)     what the mixer returns
     middle     (B, N, C)     the stream between mixer and feed-forward
     mlp        (B, N, C)     what the feed-forward returns
+    tokens     Tokens        what the next block is handed, with positions and masks; there may be fewer of them
     logits     (B, N, V)     of a language model, (B, V) of a classifier: once, after the last block
 
-Tokens of images have two axes in place of N where the model hands them over so. In a step N is 1. All blocks have the
-same tokens: an edit may silence some, but not drop them.
+Tokens of images have two axes in place of N where the model hands them over so. In a step N is 1. What `tokens` leaves
+out (`value.take(index)`) no later block sees, in later passes neither: the cache of each layer holds its own tokens,
+and order is counted among those. Logits are those of the tokens that are left.
 
 An intervention has a method for each point where it acts, named as the point:
 
@@ -51,8 +53,9 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import record
 from attnlab.suggest import suggestion
+from attnlab.tokens import Tokens
 
-LAYER_POINTS = ("stream", "normed", "qkv", "scores", "attention", "heads", "mixed", "middle", "mlp")
+LAYER_POINTS = ("stream", "normed", "qkv", "scores", "attention", "heads", "mixed", "middle", "mlp", "tokens")
 MODEL_POINTS = ("logits",)
 POINTS = LAYER_POINTS + MODEL_POINTS
 ROW_POINTS = ("scores", "attention")
@@ -74,8 +77,8 @@ class At:
     Attributes:
       layer: index of the block, int32; at `logits` the number of blocks.
       phase: `"call"`, `"prefill"` or `"step"`.
-      order: places of this pass's tokens in their sequences, `(B, N)` int32 from 0, -1 at padding; None in a call,
-        where tokens stand in order.
+      order: places of this pass's tokens among those that came to this layer, `(B, N)` int32 from 0, -1 at padding;
+        None in a call, where tokens stand in order, and at `logits` where some were left out.
       q_idx: order of the queries, `(B|1, N)`; this and what follows at `scores` and `attention` only.
       k_idx: order of the keys, `(B|1, M)`.
       allowed: which key each query may see, broadcastable to `(B, H, N, M)`; None where all may.
@@ -274,8 +277,7 @@ class Edits:
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise TypeError(f"{name} must return a pair (value, memory), got {type(pair).__name__}")
             new, memory = pair
-            if _form(new) != _form(shown):
-                raise ValueError(f"{name} must keep the shape of its value: got {_words(new)} for {_words(shown)}")
+            _check_form(name, new, shown, fewer=point == "tokens" and self.phase != "step")
             if self.phase != "call" and _form(memory, dtypes=True) != _form(old, dtypes=True):
                 raise ValueError(
                     f"{name} must keep the structure of its memory in decoding, that of init_memory: "
@@ -286,6 +288,15 @@ class Edits:
             value = attachment.choose(point, value, new, self.layer)
             self.memories[index] = memory
         return value
+
+
+def _check_form(name: str, new: Any, old: Any, *, fewer: bool) -> None:
+    """Raises `ValueError` unless a value keeps its form; where it may have `fewer` tokens, but for their number."""
+    tokens = new.x.shape[1] if fewer and isinstance(new, Tokens) else 0
+    if tokens and tokens <= old.x.shape[1]:
+        old = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0], tokens, *a.shape[2:]), a.dtype), old)
+    if _form(new) != _form(old):
+        raise ValueError(f"{name} must keep the shape of its value: got {_words(new)} for {_words(old)}")
 
 
 def _form(tree: Any, *, dtypes: bool = False) -> Any:
@@ -325,6 +336,10 @@ class Pass:
     def of(self, start: int, stop: int) -> tuple[Edits | None, ...] | None:
         """Those of the blocks from `start` to below `stop`, for a model that has them in several runs."""
         return None if self.blocks is None else self.blocks[start:stop]
+
+    def acts(self, *points: str) -> bool:
+        """Whether any block is edited at one of the points."""
+        return self.blocks is not None and any(acts(edits, *points) for edits in self.blocks)
 
     @property
     def memories(self) -> tuple[Any, ...]:
@@ -439,7 +454,8 @@ def attach(
     chosen, mask = _chosen_layers(layers, len(blocks))
     _check_heads(heads, len(blocks))
     for intervention in interventions:
-        _check_points(intervention, model, blocks, range(len(blocks)) if chosen is None else chosen, heads)
+        where = range(len(blocks)) if chosen is None else chosen
+        _check_points(intervention, model, blocks, where, heads, mask is not None)
     edited = nnx.clone(model)
     more = [Attachment(nnx.clone(intervention), chosen, mask, heads) for intervention in interventions]
     edited.interventions = nnx.List([*edited.interventions, *more])
@@ -483,11 +499,18 @@ def _check_heads(heads: ArrayLike | None, count: int) -> None:
 
 
 def _check_points(
-    intervention: Intervention, model: Editable, blocks: Sequence[Layer], chosen: Iterable[int], heads: Any
+    intervention: Intervention,
+    model: Editable,
+    blocks: Sequence[Layer],
+    chosen: Iterable[int],
+    heads: Any,
+    masked: bool,
 ) -> None:
     name, points = type(intervention).__name__, points_of(intervention)
     if not points:
         raise ValueError(f"{name} acts at no point: it has none of the methods {', '.join(POINTS)}")
+    if masked and "tokens" in points:
+        raise ValueError(f"{name} acts at tokens, whose number cannot follow a mask: give layers as indices")
     if heads is not None and points.isdisjoint(HEAD_AXIS):
         raise ValueError(f"heads are given, but {name} acts at {_listed(points)}, where there are none")
     if missing := points.intersection(MODEL_POINTS) - model.model_points:

@@ -24,9 +24,11 @@ from attnlab.contract import (
     constructor_parameters,
 )
 from attnlab.nn.chain import call
+from attnlab.nn.masking import segment_positions
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
-from attnlab.points import Edits, Layer, visit
+from attnlab.points import Edits, Layer, acts, visit
+from attnlab.tokens import Tokens
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -135,6 +137,10 @@ class Block(Layer):
     @property
     def points(self) -> frozenset[str]:
         own = {"stream", "normed", "mixed", "middle"} | (set() if self.mlp is None else {"mlp"})
+        # What needs the grid of its tokens can hand over no fewer.
+        of_sequences = getattr(self.mixer, "layout", None) is Layout.SEQUENCE and getattr(self.mixer, "prefix", 0) == 0
+        if of_sequences and self.before is None and self.before2 is None:
+            own.add("tokens")
         return getattr(self.mixer, "points", frozenset()) | own
 
     def __call__(
@@ -313,6 +319,54 @@ def blocks_for(
     return blocks
 
 
+def order_after(state: Any, tokens: int, mask: jax.Array | View | None = None) -> jax.Array:
+    """Places `(B, N)` of the next N tokens among all that a mixer's decode state has seen; -1 at padding."""
+    mask = mask.mask if isinstance(mask, View) else mask
+    real = jnp.ones((*state.length.shape, tokens), bool) if mask is None else jnp.asarray(mask)
+    return jnp.where(real, state.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def hand_over(
+    block: Block, edits: Edits | None, x: jax.Array, given: dict[str, Any]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Visits the point `tokens` behind a block.
+
+    Args:
+      block: it.
+      edits: of the block.
+      x: what it returned, `(B, *S, C)`.
+      given: what was handed to its mixer: `mask`, `positions`, `segment_ids`, and anything else.
+
+    Returns:
+      What the next block is given: the same, or with fewer tokens `(B, N, C)` and arguments for these.
+
+    Raises:
+      ValueError: if tokens are edited under a mask of pairs of tokens.
+    """
+    if "tokens" not in block.points:
+        return x, given
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    mask, view = given.get("mask"), None
+    if isinstance(mask, View):
+        mask, view = mask.mask, mask
+    ids, positions = given.get("segment_ids"), given.get("positions")
+    if not acts(edits, "tokens"):
+        mask = None if mask is None or jnp.ndim(mask) == 4 else mask
+        visit(block, edits, "tokens", Tokens(flat, positions, mask, ids, None if view is None else view.q_labels))
+        return x, given
+    if mask is not None and jnp.ndim(mask) == 4:
+        raise ValueError("tokens are edited: the mask must be one of tokens, (B, N), not of pairs of them")
+    if positions is None:
+        positions = jnp.arange(flat.shape[1]) if ids is None else segment_positions(ids)
+    positions = jnp.broadcast_to(positions, flat.shape[:2])
+    labels = None if view is None else view.q_labels
+    value = visit(block, edits, "tokens", Tokens(flat, positions, mask, ids, labels, edits.order))
+    x = value.x.reshape(x.shape) if value.x.shape == flat.shape else value.x
+    mask = value.mask if view is None else dataclasses.replace(view, mask=value.mask, q_labels=value.labels)
+    new = {"mask": mask, "positions": value.positions, "segment_ids": value.segment_ids}
+    return x, given | {name: array for name, array in new.items() if array is not None}
+
+
 class Blocks(nnx.Module):
     """A run of given blocks.
 
@@ -329,9 +383,9 @@ class Blocks(nnx.Module):
         for block, edit in zip(self.blocks, self._each(edits), strict=True):
             # What is recorded or remembered inside a rematerialised block cannot leave it.
             if self.remat and edit is None and not hasattr(self, "__captures__"):
-                x = nnx.remat(lambda block, x: block(x, **arguments))(block, x)
+                x = nnx.remat(lambda block, x, arguments=arguments: block(x, **arguments))(block, x)
             else:
-                x = block(x, edits=edit, **arguments)
+                x, arguments = hand_over(block, edit, block(x, edits=edit, **arguments), arguments)
         return x
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> tuple[Any, ...]:
@@ -348,9 +402,13 @@ class Blocks(nnx.Module):
         edits: Sequence[Edits | None] | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Decodes a run of tokens `(B, N, C)`."""
-        new = []
+        new: list[Any] = []
+        given = {"mask": mask, "positions": positions}
         for block, old, edit in zip(self.blocks, state, self._each(edits), strict=True):
-            x, after = block.prefill(x, old, mask=mask, positions=positions, edits=edit)
+            if edit is not None:
+                edit.order = order_after(old, x.shape[1], given["mask"])
+            x, after = block.prefill(x, old, **given, edits=edit)
+            x, given = hand_over(block, edit, x, given)
             new.append(after)
         return x, tuple(new)
 
@@ -365,7 +423,11 @@ class Blocks(nnx.Module):
         """Decodes one token `(B, C)`."""
         new = []
         for block, old, edit in zip(self.blocks, state, self._each(edits), strict=True):
+            if edit is not None:
+                edit.order = order_after(old, 1)
             x_t, after = block.step(x_t, old, positions=positions, edits=edit)
+            at = None if positions is None else jnp.asarray(positions)[:, None]
+            x_t = hand_over(block, edit, x_t[:, None], {"positions": at})[0][:, 0]
             new.append(after)
         return x_t, tuple(new)
 

@@ -210,10 +210,14 @@ class LanguageModel(Editable):
         before = jnp.maximum(seen - 1, 0)
         at = state.position[:, None] + before if positions is None else jnp.asarray(positions)
         edits = self.edits("prefill", state.memories, jnp.where(real, state.length[:, None] + before, -1))
+        if edits.acts("tokens"):
+            positions = at  # which do not follow from how many tokens a layer has seen
         x = self._embed(tokens, at)
         x, mixers = self.blocks.prefill(x, state.mixers, mask=mask, positions=positions, edits=edits.blocks)
         last = jnp.max(jnp.where(real, at, -1), axis=1).astype(jnp.int32)
         position = jnp.maximum(state.position, last + 1)
+        if edits.model is not None and x.shape[1] != tokens.shape[1]:
+            edits.model.order = None
         logits = self._logits(x, edits.model)
         return logits, LanguageState(mixers, state.length + seen[:, -1], position, edits.memories)
 
@@ -221,7 +225,8 @@ class LanguageModel(Editable):
         """Logits `(B, vocab_size)` after one more token `(B,)`, and the new state."""
         edits = self.edits("step", state.memories, state.length[:, None])
         x = self._embed(jnp.asarray(token), state.position)
-        x, mixers = self.blocks.step(x, state.mixers, edits=edits.blocks)
+        positions = state.position if edits.acts("tokens") else None
+        x, mixers = self.blocks.step(x, state.mixers, positions=positions, edits=edits.blocks)
         logits = self._logits(x[:, None], edits.model)[:, 0]
         return logits, LanguageState(mixers, state.length + 1, state.position + 1, edits.memories)
 

@@ -9,6 +9,8 @@ block has is a choice of `places`, and a paper's models are a family with a list
 """
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -154,9 +156,13 @@ class StagedBackbone(Editable):
         """The map `(B, Hh, Ww, C)` that each stage leaves, for dense prediction; without the tokens of a prefix.
 
         Raises:
-          ValueError: for images of another shape than the model was built for.
+          ValueError: for images of another shape than the model was built for, or under an intervention that leaves
+            tokens out, without which there is no map.
         """
-        return self._through(images, self.edits(), deterministic)[0]
+        maps = self._through(images, self.edits(), deterministic)[0]
+        if any(x.ndim != 4 for x in maps):
+            raise ValueError("an intervention leaves tokens out: there is no map of what is left")
+        return maps
 
     def tokens(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """The last stage's tokens `(B, prefix + N, C)`, normed unless the norm stands behind the pooling."""
@@ -181,12 +187,15 @@ class StagedBackbone(Editable):
             wanted = ", ".join(name if size is None else str(size) for name, size in sizes)
             raise ValueError(f"images must be (B, {wanted}), got {x.shape}")
         x, maps, first = call(self.stem, x, deterministic), [], 0
-        for stage in self.stage:
+        for index, stage in enumerate(self.stage):
+            if index and x.ndim != 4:
+                raise ValueError(f"tokens were left out in stage {index - 1}: only the last stage can do without some")
             x = stage.enter(x, deterministic=deterministic)
             grid, last = x.shape[:-1], first + len(stage.blocks)
             x = stage(x, edits=edits.of(first, last), deterministic=deterministic)
             count, first = 0 if stage.prefix is None else stage.prefix.count, last
-            maps.append(x[:, count:].reshape(*grid, -1) if count else x)
+            whole = x.ndim == 4 or x.shape[1] == count + math.prod(grid[1:])
+            maps.append(x[:, count:].reshape(*grid, -1) if count and whole else x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return tuple(maps), call(self.norm, x, deterministic) if self.norm is not None and self.norm_first else x
 

@@ -25,12 +25,14 @@ class LinearState(NamedTuple):
 
     Attributes:
       memory: state of the op, float32: `(B, H, D, E)`, and the sums of keys where the op normalises.
-      position: `(B,)` int32, the position after the last token's.
+      length: `(B,)` int32, tokens seen so far.
+      next_at: `(B,)` int32, the position after the last token's.
       carry: what the mixer's `project` carries along.
     """
 
     memory: Any
-    position: jax.Array
+    length: jax.Array
+    next_at: jax.Array
     carry: Any = ()
 
 
@@ -39,13 +41,15 @@ class ContextState(NamedTuple):
 
     Attributes:
       memory: as in `LinearState`: of the whole context, or causal of the part that was seen.
-      position: `(B,)` int32, queries seen so far.
+      length: `(B,)` int32, queries seen so far.
+      next_at: `(B,)` int32, the position after the last query's.
       coming: keys and values of the context that causal cross-attention has yet to add; None otherwise.
       carry: what `project` carries along from query to query.
     """
 
     memory: Any
-    position: jax.Array
+    length: jax.Array
+    next_at: jax.Array
     coming: Any = None
     carry: Any = ()
 
@@ -139,12 +143,13 @@ class LinearMixer(TokenMixer):
     ) -> LinearState | ContextState:
         """An empty memory, or that of the context; its size does not depend on `max_length`, and it is float32."""
         self.check_decodes(context is not None)
-        nothing = jnp.zeros((batch_size,), jnp.int32)
+        # Each an array of its own, so that all can be donated.
+        length, next_at = jnp.zeros((batch_size,), jnp.int32), jnp.zeros((batch_size,), jnp.int32)
         empty = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
         if context is None:
             if context_mask is not None:
                 raise ValueError("context_mask is given without a context")
-            return LinearState(empty, nothing, self.carry(batch_size))
+            return LinearState(empty, length, next_at, self.carry(batch_size))
         source = jnp.asarray(context, self.dtype)
         x = jnp.zeros((batch_size, source.shape[1], self.features), source.dtype)
         exists = None if context_mask is None else jnp.asarray(context_mask)
@@ -152,11 +157,11 @@ class LinearMixer(TokenMixer):
         parts = self._without_padding(parts, exists)
         carry = self.carry(batch_size)  # of the queries, of which there were none
         if self.causal:
-            return ContextState(empty, nothing, parts._replace(q=cast(jax.Array, None)), carry)
+            return ContextState(empty, length, next_at, parts._replace(q=cast(jax.Array, None)), carry)
         _, memory = linear_attention(
             *parts[:3], causal=False, normalize=self.normalize, scale=self.scale, return_state=True
         )
-        return ContextState(memory, nothing, carry=carry)
+        return ContextState(memory, length, next_at, carry=carry)
 
     def prefill(
         self,
@@ -176,7 +181,7 @@ class LinearMixer(TokenMixer):
         if mask is not None and jnp.shape(mask) != x.shape[:2]:
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
         seen = jnp.cumsum(jnp.ones(x.shape[:2], bool) if mask is None else mask, axis=1, dtype=jnp.int32)
-        at = state.position[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
+        at = state.next_at[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
         if isinstance(state, ContextState):
             return self._read(x, state, at, seen, mask, edits)
         real = None if mask is None else jnp.asarray(mask)
@@ -185,7 +190,7 @@ class LinearMixer(TokenMixer):
         record(self, "attention", lambda: self._map(parts, None))
         y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
         y = visit(self, edits, "heads", y)
-        return self.merge(y, x), LinearState(memory, state.position + seen[:, -1], carry)
+        return self.merge(y, x), LinearState(memory, *_advanced(state, at, seen, mask), carry)
 
     def step(
         self,
@@ -203,12 +208,12 @@ class LinearMixer(TokenMixer):
             return y[:, 0], state
         self.check_decodes(False)
         self.check_call(x, positions=positions, decoding=True)
-        at = (state.position if positions is None else jnp.asarray(positions))[:, None]
+        at = (state.next_at if positions is None else jnp.asarray(positions))[:, None]
         parts, carry = self.project(x, x, Places(at, at), state.carry)
         parts = visit(self, edits, "qkv", parts)
         y, memory = self._recur_step(parts, state.memory)
         y = visit(self, edits, "heads", y[:, None])
-        return self.merge(y, x)[:, 0], LinearState(memory, state.position + 1, carry)
+        return self.merge(y, x)[:, 0], LinearState(memory, *_advanced(state, at, jnp.ones_like(at), None), carry)
 
     def _read(
         self, x: jax.Array, state: ContextState, at: jax.Array, seen: jax.Array, mask: Any, edits: Edits | None
@@ -217,18 +222,18 @@ class LinearMixer(TokenMixer):
         none = jnp.zeros((*x.shape[:2], self._source_features), x.dtype)
         real = None if mask is None else jnp.asarray(mask)
         parts, carry = self.project(x, none, Places(at, at, real, real_queries=real), state.carry)
-        count = state.position + seen[:, -1]
+        counts = _advanced(state, at, seen, mask)
         if self.causal:
-            index = state.position[:, None] + seen - 1
+            index = state.length[:, None] + seen - 1
             taken = jax.tree.map(lambda a: _take_tokens(a, index), state.coming)
             parts = taken._replace(q=parts.q)
             inside = index < state.coming.k.shape[1]
             parts = self._without_padding(parts, inside if mask is None else inside & mask)
             y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
-            state = ContextState(memory, count, state.coming, carry)
+            state = ContextState(memory, *counts, state.coming, carry)
         else:
             y = _read_memory(parts.q, state.memory, self.scale)
-            state = ContextState(state.memory, count, carry=carry)
+            state = ContextState(state.memory, *counts, carry=carry)
         return self.merge(visit(self, edits, "heads", y), x), state
 
     def _recur(self, parts: Recurrence, segment_ids: Any, **state: Any) -> Any:
@@ -302,6 +307,15 @@ class LinearMixer(TokenMixer):
     @property
     def _source_features(self) -> int:
         return self.features if self.context_features is None else self.context_features
+
+
+def _advanced(
+    state: LinearState | ContextState, at: jax.Array, seen: jax.Array, mask: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`length` and `next_at` of a state after tokens at positions `at`, of which `seen` counts those that are real."""
+    at = jnp.broadcast_to(at, seen.shape)
+    last = jnp.max(at if mask is None else jnp.where(mask, at, -1), axis=1).astype(jnp.int32)
+    return state.length + seen[:, -1], jnp.maximum(state.next_at, last + 1)
 
 
 def linear_attention_map(

@@ -379,3 +379,72 @@ def test_generate_runs_under_interventions(model):
 
     out = generate(attach(model, Always()), tokens(), max_new_tokens=4, temperature=0)
     np.testing.assert_array_equal(out.tokens, [[6, 7, 8, 9]] * 2)
+
+
+class Kept(Intervention):
+    """After the blocks where it is attached: the `count` tokens with the largest norm, and the last one."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def tokens(self, value, at, memory):
+        if at.phase == "step":
+            return value, memory
+        scores = jnp.linalg.norm(value.x, axis=-1).at[:, -1].set(jnp.inf)
+        return value.take_highest(scores, self.count), memory
+
+
+@pytest.mark.parametrize("mixer", ["softmax_attention", "tnl"])
+def test_tokens_are_left_out_of_later_blocks(mixer):
+    """Equal to running the later block by hand on what is left; prefill with steps goes on from there."""
+    model, ids = language_model(mixer), tokens()
+    edited = attach(model, Kept(4), layers=[0])
+    x, first, second = model._embed(ids, jnp.arange(LENGTH)[None]), *model.blocks.blocks
+    x = first(x)
+    scores = jnp.linalg.norm(x, axis=-1).at[:, -1].set(jnp.inf)
+    index = jnp.sort(jnp.argsort(-scores, axis=1)[:, :4], axis=1)
+    left = jnp.take_along_axis(x, index[..., None], 1)
+    at = {"positions": index} if "positions" in second.mixer.accepts else {}
+    want = model._logits(second(left, **at), None)
+    np.testing.assert_allclose(edited(ids), want, atol=1e-5)
+    logits, state = edited.prefill(ids, edited.init_state(2, LENGTH + 2))
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+    assert [mixer.length.tolist() for mixer in state.mixers] == [[6, 6], [4, 4]]
+    more = jnp.array([3, 5])
+    step, state = edited.step(more, state)
+    whole = first(model._embed(jnp.concatenate([ids, more[:, None]], 1), jnp.arange(LENGTH + 1)[None]))
+    left = jnp.concatenate([left, whole[:, -1:]], 1)
+    at = {"positions": jnp.pad(index, ((0, 0), (0, 1)), constant_values=LENGTH)} if at else {}
+    np.testing.assert_allclose(step, model._logits(second(left, **at), None)[:, -1], atol=1e-5)
+
+
+def test_tokens_of_images_are_left_out():
+    vit = ViT((8, 8), 3, patch_size=2, features=8, depth=2, num_heads=2, pooling="cls", rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+
+    class First(Intervention):
+        def tokens(self, value, at, memory):
+            return value.take(jnp.broadcast_to(jnp.arange(5), (2, 5))), memory
+
+    edited = attach(vit, First(), layers=[0])
+    x = vit.stage[0].prefix(vit.stem(images))
+    x = vit.blocks[1](vit.blocks[0](x + vit.stage[0].position(x))[:, :5])
+    np.testing.assert_allclose(edited(images), vit.head(vit.norm(x)[:, 0]), atol=1e-5)
+    assert edited.tokens(images).shape == (2, 5, 8)
+    with pytest.raises(ValueError, match="there is no map"):
+        edited.stages(images)
+
+
+def test_what_tokens_cannot_do_is_refused():
+    model = language_model()
+    with pytest.raises(ValueError, match="give layers as indices"):
+        attach(model, Kept(2), layers=np.array([True, False]))
+    with pytest.raises(ValueError, match="not of pairs"):
+        attach(model, Kept(2))(tokens(), mask=jnp.ones((1, 1, LENGTH, LENGTH), bool))
+
+    class Grown(Intervention):
+        def tokens(self, value, at, memory):
+            return value.take(jnp.zeros((2, LENGTH + 1), int)), memory
+
+    with pytest.raises(ValueError, match=r"Grown\.tokens must keep the shape"):
+        attach(model, Grown())(tokens())
