@@ -9,7 +9,6 @@ block has is a choice of `places`, and a paper's models are a family with a list
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
