@@ -91,7 +91,7 @@ class Official:
         it has no effect here; or `Only(values)`; or a function of all official arguments that are given, or have a
         default here, which returns our arguments. An argument that is not named is refused. None instead of it: `cls`
         takes the official arguments themselves, and refuses others.
-      names: where parameters stand, as `attnlab.interop.names` describes.
+      names: where parameters stand, as `attnlab.interop.names` describes; or a function of the module that says so.
       call: `call(module, inputs, given)` returns the outputs by name, or one array, which is called `y`. `given` holds
         the official arguments.
       defaults: official arguments to add where they are not given: those whose default is another here.
@@ -103,7 +103,7 @@ class Official:
     symbol: str
     cls: Callable[..., Any]
     config: Mapping[str, Option] | None = dataclasses.field(default_factory=dict)
-    names: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+    names: Mapping[Any, Any] | Callable[[Any], Mapping[Any, Any]] = dataclasses.field(default_factory=dict)
     call: Call = plain
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -148,7 +148,7 @@ class Official:
         Raises:
           StateDictError: if the module lacks what the description names.
         """
-        return resolve(module, self.names, self.ignore)
+        return resolve(module, self.names(module) if callable(self.names) else self.names, self.ignore)
 
     def load(self, module: Any, arrays: Mapping[str, ArrayLike]) -> None:
         """Gives a module the values of an official state dict, cast to the dtypes of its parameters.

@@ -23,6 +23,7 @@ from attnlab.contract import Layout, Site, TokenMixer, constructor_parameters
 from attnlab.models.block import Block, Blocks, site_seen_by
 from attnlab.models.inputs import Images
 from attnlab.nn.chain import call
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
@@ -309,6 +310,8 @@ def transformer_block(
     norm_eps: float = 1e-6,
     dropout: float = 0.0,
     shared: Mapping[str, Any] | None = None,
+    position_side: int = 0,
+    position_activation: Callable[[jax.Array], jax.Array] | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -319,10 +322,12 @@ def transformer_block(
 
     Args:
       place: where it stands.
-      mlp_ratio: hidden channels over channels, rounded down.
+      mlp_ratio: hidden channels over channels, rounded down; 0 for no feed-forward.
       norm_eps: of both norms.
       dropout: rate inside the feed-forward.
       shared: options for the mixer, which takes those that it has.
+      position_side: of the kernel of a depthwise convolution that is added in front of either branch; 0 for none.
+      position_activation: of these convolutions; none when None.
       dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
@@ -330,11 +335,17 @@ def transformer_block(
     features, norm = place.site.features, {"eps": norm_eps, "param_dtype": param_dtype, "rngs": rngs}
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     mixer = place.mixer(place.site, place.index, **common, **(shared or {}))
+    before = before2 = None
+    if position_side:
+        side = (position_side, position_side)
+        before, before2 = (DepthwiseConv(features, side, activation=position_activation, **common) for _ in range(2))
     return Block(
         mixer=mixer,
-        mlp=MLP(features, int(features * mlp_ratio), dropout=dropout, **common),
+        mlp=MLP(features, int(features * mlp_ratio), dropout=dropout, **common) if mlp_ratio else None,
         norm1=None if getattr(mixer, "norms_its_input", False) else LayerNorm(features, **norm),
-        norm2=LayerNorm(features, **norm),
+        norm2=LayerNorm(features, **norm) if mlp_ratio else None,
+        before=before,
+        before2=before2,
         drop_path=place.drop_path,
         rngs=rngs,
     )

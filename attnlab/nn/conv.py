@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.chain import call
-from attnlab.nn.grids import lengths
+from attnlab.nn.grids import lengths, pad_to_multiple
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import LayerNorm
 
@@ -28,6 +28,7 @@ class ConvNorm(nnx.Module):
       kernel_size: sides of the kernel, one number for a square.
       stride: of the convolution.
       padding: as `Conv`; half the kernel on each side when None.
+      filled: whether zeros at the end of each axis make it a multiple of the stride first.
       norm: builds the norm; none when None.
       norm_first: whether the norm stands in front of the convolution.
       activation: of the result; none when None.
@@ -46,6 +47,7 @@ class ConvNorm(nnx.Module):
         *,
         stride: int | Sequence[int] = 1,
         padding: Any = None,
+        filled: bool = False,
         norm: Norm | None = LayerNorm,
         norm_first: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
@@ -57,6 +59,7 @@ class ConvNorm(nnx.Module):
     ):
         kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.norm_first, self.activation = norm_first, activation
+        self.fill = lengths(stride, len(kernel_size), "stride") if filled else None
         self.conv = Conv(
             in_features,
             features,
@@ -76,9 +79,11 @@ class ConvNorm(nnx.Module):
     def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """`(B, *S, in_features)` to `(B, *S', features)`."""
         x = jnp.asarray(x)
-        parts = (self.norm, self.conv) if self.norm_first else (self.conv, self.norm)
-        for part in parts:
-            x = x if part is None else call(part, x, deterministic)
+        if self.norm is not None and self.norm_first:
+            x = call(self.norm, x, deterministic)
+        x = self.conv(x if self.fill is None else pad_to_multiple(x, self.fill)[0])
+        if self.norm is not None and not self.norm_first:
+            x = call(self.norm, x, deterministic)
         return x if self.activation is None else self.activation(x)
 
 

@@ -68,6 +68,7 @@ class DepthwiseConv(nnx.Module):
       axes: logical names of the channels' axes; `("embed",)` for one axis, else heads and no name for their size.
       kernel_init: of the kernel `(*K, *C)`; uniform in ±1/√ΠK unless given.
       bias_init: of the bias; the same.
+      activation: of the result; none when None.
       dtype: of the computation and the result; that of the input when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
@@ -85,10 +86,12 @@ class DepthwiseConv(nnx.Module):
         axes: Axes | None = None,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.activation = activation
         channels = (channels,) if isinstance(channels, int) else tuple(channels)
         self.kernel_size, self.channels, self.dtype = tuple(kernel_size), channels, dtype
         if any(side % 2 == 0 for side in self.kernel_size):
@@ -108,7 +111,8 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: ArrayLike) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = compute_in_input_dtype((x, self.kernel[...], bias), dtype=self.dtype)
-        return depthwise_conv(x, kernel, bias, channel_axes=len(self.channels))
+        y = depthwise_conv(x, kernel, bias, channel_axes=len(self.channels))
+        return y if self.activation is None else self.activation(y)
 
 
 def on_tokens(convolution: Callable[[jax.Array], jax.Array], x: jax.Array, grid: Sequence[int]) -> jax.Array:

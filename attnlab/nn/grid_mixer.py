@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnlab.contract import Given, Layout, TokenMixer, UnsupportedArgument, View, record
 from attnlab.nn.dense_mixer import Core, Heads
-from attnlab.nn.grids import to_tokens
+from attnlab.nn.grids import crop, pad_to_multiple, to_tokens
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.points import visit
@@ -28,6 +29,8 @@ class GridMixer(TokenMixer):
       grid: rows and columns of the image; needed without a window.
       window: rows and columns of the windows that are attended separately, one number for both; the grid when None.
       shift: by how much the windows are shifted, cyclically.
+      padded: whether images that the windows do not tile are padded with zeros at the end of their axes. These tokens
+        are attended to like others (with the biases as keys and values), and the points `qkv` and `heads` have them.
       prefix: tokens in front of the image's, which have no place on its grid: the mixer takes sequences
         `(B, prefix + N, C)` then.
       qkv_bias: whether queries, keys and values have a bias.
@@ -54,6 +57,7 @@ class GridMixer(TokenMixer):
         grid: tuple[int, int] | None = None,
         window: int | tuple[int, int] | None = None,
         shift: int | tuple[int, int] = 0,
+        padded: bool = False,
         prefix: int = 0,
         qkv_bias: bool = True,
         projection_dropout: float = 0.0,
@@ -68,12 +72,13 @@ class GridMixer(TokenMixer):
             raise ValueError(f"{name} needs the grid (rows, columns) of its tokens")
         if prefix and window is not None:
             raise UnsupportedArgument(f"{name} has no windows with tokens in front, got {prefix=} and {window=}")
-        if window is None and shift != 0:
-            raise ValueError(f"{name} shifts windows only, got {shift=} without a window")
+        if window is None and (shift != 0 or padded):
+            raise ValueError(f"{name} shifts and pads windows only, got {shift=} and {padded=} without a window")
         self.features, self.num_heads, self.prefix, self.dtype = features, num_heads, prefix, dtype
         self.layout = Layout.SEQUENCE if prefix else Layout.IMAGE
         self.windows = ShiftedWindows(grid if window is None else window, shift)
-        if grid is not None:
+        self.padded = padded
+        if grid is not None and not padded:
             self.windows.check(grid)
         # In windows the mixer takes any image that they tile.
         self.grid = tuple(grid) if window is None else None
@@ -103,9 +108,21 @@ class GridMixer(TokenMixer):
         return self.windows.scatter_map(self.core.attention(self.windows.heads(heads, grid), view), grid)
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        whole, real = x.shape[1:-1], None
+        if self.padded:
+            x, real = pad_to_multiple(x, self.windows.size)
+        y = self._mix(x, real, given)
+        return y if real is None else crop(y, whole)
+
+    def _mix(self, x: jax.Array, real: np.ndarray | None, given: Given) -> jax.Array:
         grid = self._grid(x)
         heads = visit(self, given.edits, "qkv", self.project(to_tokens(x), grid))
-        record(self, "attention", lambda: self.attention(heads, grid))
+
+        def seen() -> jax.Array:
+            weights = self.attention(heads, grid)
+            return weights if real is None else weights[:, :, real.ravel()][..., real.ravel()]
+
+        record(self, "attention", seen)
         view = self.view(grid, x.shape[0])
         y = self.inside(self.windows.heads(heads, grid), view, deterministic=given.deterministic)
         y = self.out(visit(self, given.edits, "heads", self.windows.merge(y, grid))).reshape(x.shape)

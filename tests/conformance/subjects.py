@@ -7,7 +7,6 @@ bases do; those left over are `slow`. `REPRESENTATIVES` stand for their bases: i
 
 import dataclasses
 import functools
-import inspect
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from flax import nnx
 
 import attnlab
 from attnlab import Kind, Layout, Pattern, Site
+from attnlab.contract import constructor_parameters
 from tests.accuracy import relative_rms
 
 FEATURES, HEADS, BATCH = 16, 2, 2
@@ -117,7 +117,7 @@ def subjects_of(name: str) -> tuple[Subject, ...]:
         for layout in sorted(variant.layouts)
         if supported(Subject(name, pattern, layout))
     ]
-    parameters = inspect.signature(variant.cls.__init__).parameters
+    parameters = constructor_parameters(variant.cls)
     causal = parameters["causal"].default if "causal" in parameters else variant.cls.causal
     layout = parameters["layout"].default if "layout" in parameters else variant.cls.layout
     own = Pattern.CAUSAL_SELF if causal is True else Pattern.SELF

@@ -162,6 +162,7 @@ class SoftplusAttention(ProjectedMixer):
 
     Args:
       features: channels C.
+      causal: whether query i sees keys j ≤ i only.
       power: p of the second stage, at least 1.
       reweight: False for LSSA, without the second stage.
       positive: `"softplus"`, or the paper's ablations `"exp"`, `"sigmoid"`, `"relu"`.
@@ -181,6 +182,7 @@ class SoftplusAttention(ProjectedMixer):
         self,
         features: int,
         *,
+        causal: bool = True,
         power: float = 15,
         reweight: bool = True,
         positive: str = "softplus",
@@ -192,7 +194,7 @@ class SoftplusAttention(ProjectedMixer):
         rngs: nnx.Rngs,
         **projections: Any,
     ):
-        super().__init__(features, **projections, rngs=rngs)
+        super().__init__(features, causal=causal, **projections, rngs=rngs)
         weights = {"power": power, "reweight": reweight, "positive": positive, "free_keys": free_keys, "eps": eps}
         core = {"rotary": rotary, "rotate_keys": rotate_keys, "dropout": attention_dropout}
         self.set_core(SoftplusCore(**core, **weights, rngs=rngs))

@@ -41,8 +41,9 @@ class WindowAttention(GridMixer):
     Args:
       features: channels C.
       num_heads: H.
-      window: rows and columns of a window, one number for both; they must tile the image.
+      window: rows and columns of a window, one number for both; they must tile the image unless it is padded.
       shift: of the windows; half a window in odd layers when None, except along an axis that one window covers.
+      padded: whether images that the windows do not tile are padded with zeros, which are attended to like others.
       grid: rows and columns of the image, if the model fixes them; the default of `shift` looks at it.
       layer: index of the layer, which the default of `shift` looks at.
       scale: of the scores, D^-1/2 when None.
@@ -65,6 +66,7 @@ class WindowAttention(GridMixer):
         num_heads: int,
         window: int | tuple[int, int] = 7,
         shift: int | tuple[int, int] | None = None,
+        padded: bool = False,
         grid: tuple[int, int] | None = None,
         layer: int = 0,
         scale: float | None = None,
@@ -86,6 +88,7 @@ class WindowAttention(GridMixer):
             grid=grid,
             window=size,
             shift=shift,
+            padded=padded,
             qkv_bias=qkv_bias,
             projection_dropout=projection_dropout,
             dtype=dtype,

@@ -7,6 +7,7 @@ from flax import nnx
 from attnlab.attention.linear.inline_attention import InlineCore
 from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention
 from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.nn.grid_mixer import GridMixer
 
 
 def attention_map(mixer, x):
@@ -63,3 +64,18 @@ def test_inline_stripes_must_cover_the_image():
     mixer = CrossShapedWindowAttention(8, num_heads=2, grid=(4, 4), split=2, core=InlineCore, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a window that covers the image"):
         mixer(jnp.ones((1, 4, 4, 8)))
+
+
+def test_padding_is_attended_with_the_biases_as_keys_and_values():
+    mixer = WindowAttention(8, num_heads=2, window=4, shift=0, relative_bias=False, padded=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 8))
+    for part in (mixer.query, mixer.key, mixer.value):
+        part.bias[...] = jax.random.normal(jax.random.key(1), part.bias.shape)
+    padded = jnp.pad(x, ((0, 0), (0, 3), (0, 1), (0, 0)))
+    np.testing.assert_allclose(mixer(x), mixer(padded)[:, :5, :7], atol=1e-6)
+    weights = attention_map(mixer, x)
+    whole = attention_map(mixer, padded).reshape(2, 2, 8, 8, 8, 8)[:, :, :5, :7, :5, :7]
+    np.testing.assert_allclose(weights, whole.reshape(2, 2, 35, 35), atol=1e-6)
+    assert weights.sum(-1).max() < 1.001 and weights.sum(-1).min() < 0.9  # the padding has the rest
+    with pytest.raises(ValueError, match="pads windows only"):
+        GridMixer(8, num_heads=2, grid=(4, 4), padded=True, rngs=nnx.Rngs(0))

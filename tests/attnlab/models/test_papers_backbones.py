@@ -15,6 +15,7 @@ from attnlab.contract import Given, UnsupportedArgument
 from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, AgentPVT, AgentSwin, agent_transformer
 from attnlab.models.biformer import BIFORMERS
 from attnlab.models.cswin import CSwinTransformer
+from attnlab.models.davit import DAVITS
 from attnlab.models.deit import DeiT
 from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, NormedInlineAttention
 from attnlab.models.pvt import PyramidVisionTransformer
@@ -29,6 +30,9 @@ SIZES = {
     "inline_cswin_tiny": 20_604_520,
     "inline_deit_small": 16_734_760,
     "biformer_tiny": 13_142_760,
+    "davit_tiny": 28_360_168,
+    "davit_small": 49_745_896,
+    "davit_base": 87_954_408,
 }
 PYRAMID = {"num_heads": (2, 2), "depths": (2, 1), "image_size": 32, "num_classes": 3}
 FAMILIES = {
@@ -45,7 +49,7 @@ def number_of_parameters(model: nnx.Module) -> int:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_named_models_have_the_papers_size(name):
-    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS
+    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS
     assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
 
 

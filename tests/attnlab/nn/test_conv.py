@@ -62,3 +62,11 @@ def test_a_feed_forward_of_images_has_a_convolution_of_its_hidden_channels():
     np.testing.assert_allclose(mlp(x), mlp.fc2(mlp.activation(mlp.conv(mlp.fc1(x)))), atol=1e-6)
     alone = mlp.conv(jnp.zeros((1, 4, 4, 5)).at[0, 1, 1, 2].set(1.0)) - mlp.conv.bias[...]
     assert not alone[..., :2].any() and not alone[..., 3:].any() and alone[0, :3, :3, 2].all()
+
+
+def test_sides_are_filled_up_behind_the_norm():
+    x = draw(2, 2, 5, 7, 3) + 2
+    front = ConvNorm(3, 4, 2, stride=2, padding="VALID", norm_first=True, filled=True, rngs=nnx.Rngs(0))
+    want = front.conv(jnp.pad(front.norm(x), ((0, 0), (0, 1), (0, 1), (0, 0))))
+    np.testing.assert_allclose(front(x), want, atol=1e-6)
+    assert front(x).shape == (2, 3, 4, 4)

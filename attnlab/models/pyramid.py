@@ -1,0 +1,112 @@
+"""A pyramid of stages, each of half the resolution of the one before: what most families of backbones have in common.
+
+A family names its own options, and hands over the builders of its mixers and the options of its convolutions.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.contract import Site
+from attnlab.models import staged
+from attnlab.models.staged import Builder, Mixers, Stage, StagedBackbone
+from attnlab.nn.conv import ConvNorm
+from attnlab.nn.linear import redraw_kernels, trunc_normal
+from attnlab.nn.norms import LayerNorm
+
+
+class Pyramid(StagedBackbone):
+    """Images `(B, H, W, channels)` to logits `(B, num_classes)` in float32.
+
+    Args:
+      features: channels C of each stage.
+      own: builds the family's mixers; several in turn, through the blocks of a stage.
+      stem: options of the `ConvNorm` that makes the first stage's tokens, of stride 4; sides are rounded up.
+      down: options of those that lead from stage to stage, of stride 2.
+      num_heads: heads of each stage.
+      depths: blocks of each stage.
+      mixers: what takes the place of the family's mixers, in all stages or in each.
+      replaced: in how many of the first blocks of each stage; in all where it is None.
+      qkv_bias: whether queries, keys and values have a bias, in mixers that have the option.
+      block: further options of `transformer_block`.
+      mlp_ratio: hidden channels of feed-forwards over channels; 0 for none.
+      image_size: pixels on a side, or (rows, columns); None for any, with mixers that need no grid.
+      channels: of the images.
+      num_classes: classes; without any the pooled features are the result.
+      norm_eps: of all norms.
+      norm_first: whether the last norm stands in front of the mean over tokens.
+      drop_path: stochastic depth rate of the last block; it rises linearly from 0.
+      dtype: of the computation; that of the images when None.
+      param_dtype: of the parameters.
+      rngs: streams `params`, and `dropout` if there is any.
+
+    Raises:
+      ValueError: if the lists have different lengths.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        *,
+        own: Sequence[Builder],
+        stem: Mapping[str, Any],
+        down: Mapping[str, Any],
+        num_heads: Sequence[int],
+        depths: Sequence[int],
+        mixers: Mixers = None,
+        replaced: Sequence[int | None] | None = None,
+        qkv_bias: bool = True,
+        block: Mapping[str, Any] | None = None,
+        mlp_ratio: float = 4.0,
+        image_size: int | Sequence[int] | None = 224,
+        channels: int = 3,
+        num_classes: int | None = 1000,
+        norm_eps: float = 1e-6,
+        norm_first: bool = True,
+        drop_path: float = 0.0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        size = None if image_size is None else staged.pair(image_size)
+        strides = [4 << stage for stage in range(len(depths))]
+        places = staged.places(
+            features,
+            [None if size is None else (-(-size[0] // stride), -(-size[1] // stride)) for stride in strides],
+            num_heads=num_heads,
+            depths=depths,
+            own=[_in_turn(own)] * len(depths),
+            mixers=mixers,
+            replaced=replaced,
+            drop_path=drop_path,
+        )
+        given = {"mlp_ratio": mlp_ratio, "norm_eps": norm_eps, "shared": {"qkv_bias": qkv_bias}} | dict(block or {})
+        norm = functools.partial(LayerNorm, eps=norm_eps)
+        conv = functools.partial(ConvNorm, norm=norm, filled=True, **common)
+        first, stages = conv(channels, features[0], stride=4, **stem), []
+        for stage, here in enumerate(places):
+            entry = conv(features[stage - 1], features[stage], stride=2, **down) if stage else None
+            blocks = [staged.transformer_block(place, **given, **common) for place in here]
+            stages.append(Stage(blocks, down=entry))
+        super().__init__(
+            first,
+            stages,
+            norm=norm(features[-1], param_dtype=param_dtype, rngs=rngs),
+            norm_first=norm_first,
+            head=staged.classifier(features[-1], num_classes, **common),
+            image_size=size,
+            channels=channels,
+            dtype=dtype,
+        )
+        redraw_kernels(self, trunc_normal, rngs=rngs)
+
+
+def _in_turn(builders: Sequence[Builder]) -> Builder:
+    def build(site: Site, index: int = 0, *, rngs: nnx.Rngs, **shared: Any) -> nnx.Module:
+        return builders[index % len(builders)](site, index, rngs=rngs, **shared)
+
+    return build
