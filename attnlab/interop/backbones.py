@@ -1,207 +1,255 @@
-"""Weights of the papers' vision backbones: PVT, Swin, CSwin and DeiT with softmax, agent or InLine attention.
+"""What LeapLabTHU/Agent-Attention and LeapLabTHU/InLine share: PVT, Swin, CSwin and DeiT, as both keep them."""
 
-    model = agent_transformer("agent_swin_tiny", rngs=nnx.Rngs(0))
-    load_backbone(model, read_state_dict("agent_swin_t.pth"))
-
-`load_mixer` loads one attention module of these models, by its class. Official names are those of
-LeapLabTHU/Agent-Attention and LeapLabTHU/InLine, which keep those of PVT, Swin, CSwin and DeiT.
-"""
-
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.dense.spatial_reduction_attention import SpatialReductionAttention
-from attnlab.attention.linear.agent_attention import AgentAttention, AgentCore
-from attnlab.attention.linear.inline_attention import InlineCore
-from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention
-from attnlab.contract import TokenMixer
-from attnlab.interop import official
+from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttention, StripeAttention, softmax_core
+from attnlab.attention.local.window_attention import WindowAttention
+from attnlab.contract import Layout, Site
+from attnlab.interop.names import Flattened, Part, Squeezed
+from attnlab.interop.official import Call, ConfigError, Official, Option, options, plain
 from attnlab.models.block import Block
-from attnlab.models.cswin import CSwinTransformer
-from attnlab.models.deit import DeiT
-from attnlab.models.inline_transformers import NormedInlineAttention
-from attnlab.models.pvt import PyramidVisionTransformer
-from attnlab.models.swin import SwinTransformer
-from attnlab.nn.dense_mixer import Core
-from attnlab.nn.grid_mixer import GridMixer
+from attnlab.models.staged import Place, StagedBackbone, pair, transformer_block
+from attnlab.models.swin import swin_window
+from attnlab.nn.dense_mixer import Heads
+from attnlab.nn.heads import merge_heads, split_heads
 
-BUFFERS = ("attn_mask", "relative_position_index")
+Given = Mapping[str, Any]
+Inputs = dict[str, jax.Array]
+Options = dict[str, Option]
+Table = dict[Any, Any]
+
+RATES: Options = dict.fromkeys(("drop", "attn_drop", "proj_drop", "drop_path", "drop_rate", "attn_drop_rate"))
+RATES |= dict.fromkeys(("drop_path_rate", "use_checkpoint", "use_chk"))
+"""Official arguments that do nothing at inference."""
+TABLES = ("attn_mask", "relative_position_index")
 """Tables that the authors' modules store and that are computed here."""
+FUSED: Table = {("query", "key", "value"): "qkv", "out": "proj"}
+APART: Table = {"query": "q", ("key", "value"): "kv", "out": "proj"}
+REDUCED: Table = {"reduce.conv": "sr", "reduce.norm": "norm"}
+HEADS = RATES | options("num_heads", "qkv_bias", dim="features", qk_scale="scale")
+EIGHT = {"num_heads": 8, "qkv_bias": False}
 
 
-def load_backbone(model: nnx.Module, arrays: Mapping[str, ArrayLike]) -> None:
-    """Loads an official state dict into a backbone, by its class.
+def on_grid(*names: str) -> Call:
+    """The official module takes tokens (B, N, C) of a grid, whose sides, or whose one side, these arguments give."""
 
-    Args:
-      model: a `PyramidVisionTransformer`, `SwinTransformer`, `CSwinTransformer` or `DeiT`.
-      arrays: from official names to arrays.
+    def call(module: nnx.Module, inputs: Inputs, given: Given) -> jax.Array:
+        x, sides = inputs["x"], [given[name] for name in names]
+        grid = sides if len(sides) == 2 else pair(sides[0])
+        return module(x.reshape(x.shape[0], *grid, x.shape[-1])).reshape(x.shape)
 
-    Raises:
-      TypeError: for another class.
-      StateDictError: if the state dict and the model do not fit.
+    return call
+
+
+def windowed(given: Given) -> dict[str, Any]:
+    """One window, or what a block of Swin makes of its window, shift and grid, as the authors' code clips them."""
+    if "input_resolution" not in given:
+        return {"grid": pair(given["window_size"]), "window": pair(given["window_size"]), "shift": 0}
+    grid, window, shift = pair(given["input_resolution"]), given["window_size"], given["shift_size"]
+    if min(grid) <= window:
+        window, shift = swin_window(grid, window, 0)
+    return {"grid": grid, "window": window, "shift": shift}
+
+
+WINDOWED: Options = {"window_size": windowed, "input_resolution": None, "shift_size": None}
+SPATIAL_REDUCTION = Official(
+    "Attention",
+    SpatialReductionAttention,
+    HEADS | options(sr_ratio="reduction", H=None, W=None),
+    APART | REDUCED,
+    on_grid("H", "W"),
+    defaults=EIGHT,
+    when=lambda given: "H" in given,
+)
+PLAIN = Official("Attention", SoftmaxAttention, HEADS, FUSED, defaults=EIGHT, when=lambda given: "H" not in given)
+WINDOW = Official(
+    "WindowAttention",
+    WindowAttention,
+    HEADS | WINDOWED,
+    FUSED | {"core.bias.table": "relative_position_bias_table"},
+    on_grid("window_size"),
+    ignore=TABLES,
+)
+
+
+# The attention of CSwin, which its block has inside, and its branches, on projected tokens (3, B, N, C)
+
+
+def _stripe(given: Given) -> dict[str, Any]:
+    side, split = given["resolution"], given["split_size"]
+    return {"window": {-1: (side, side), 0: (side, split), 1: (split, side)}[given["idx"]]}
+
+
+def _on_stripes(branch: StripeAttention, inputs: Inputs, given: Given) -> jax.Array:
+    arrays = [*inputs["qkv"], *([inputs["x_mean"]] if "x_mean" in inputs else [])]
+    q, k, v, *extra = (split_heads(array, given["num_heads"]) for array in arrays)
+    return merge_heads(branch(Heads(q, k, v, tuple(extra)), pair(given["resolution"])))
+
+
+def stripe(symbol: str, core: Options, names: Table, **defaults: Any) -> Official:
+    """A branch: official options that make its core, and the names in it."""
+    sizes = options("num_heads", dim="features", dim_out=None, idx=None, split_size=None, resolution=_stripe)
+    defaults = {"num_heads": 8, "split_size": 7, "qk_scale": None} | defaults
+    when, names = (lambda given: "resolution" in given), {"position": "get_v"} | names
+    return Official(symbol, StripeAttention, RATES | sizes | core, names, _on_stripes, defaults=defaults, when=when)
+
+
+def cross(core: Options, names: Table, cls: Any = CrossShapedWindowAttention, **defaults: Any) -> Official:
+    """The attention with such branches."""
+    sizes = {"split_size": "split", "last_stage": "whole", "reso": lambda given: {"grid": pair(given["reso"])}}
+    names = FUSED | {"branches.*": Part("attns.*", {"position": "get_v"} | names)}
+    names |= {"norm": "norm1"} if getattr(cls, "norms_its_input", False) else {}
+    return Official("CSWinBlock", cls, HEADS | sizes | core, names, defaults=defaults | {"qkv_bias": False})
+
+
+SOFTMAX_CORE: Options = {"qk_scale": lambda given: {"core": functools.partial(softmax_core, scale=given["qk_scale"])}}
+CROSS = cross(SOFTMAX_CORE, {}, qk_scale=None)
+SOFTMAX = [SPATIAL_REDUCTION, PLAIN, WINDOW, stripe("LePEAttention", SOFTMAX_CORE, {})]
+
+
+def block(
+    symbol: str, call: Call = plain, base: str = "attn", when: Any = None, defaults: Any = None, **kinds: Official
+):
+    """A pre-norm block around one of several official attentions, by their letters; the first is the default.
+
+    It takes the arguments of all, and hands each those that it knows.
     """
-    with official.StateDict(arrays, into=model, ignore=BUFFERS) as weights:
-        for cls, load in _BACKBONES.items():
-            if isinstance(model, cls):
-                load(model, weights)
-                break
-        else:
-            raise TypeError(
-                f"load_backbone takes {', '.join(c.__name__ for c in _BACKBONES)}, got {type(model).__name__}"
-            )
-        official.linear(model.head, weights, "head")
+    known = {name for kind in kinds.values() for name in kind.config}
+
+    def build(*, mlp_ratio: float = 4.0, attn_type: str = next(iter(kinds)), rngs: nnx.Rngs, **config: Any) -> Block:
+        if attn_type not in kinds or config.keys() - known:
+            raise ConfigError(f"{symbol} has no option {sorted(config.keys() - known)} or no attn_type {attn_type!r}")
+        kind = kinds[attn_type]
+        mixer = kind.build({name: value for name, value in config.items() if name in kind.config}, rngs=rngs)
+        place = Place(Site(config["dim"], 1, Layout.IMAGE), 0, lambda *site, **shared: mixer, 0.0)
+        return transformer_block(place, mlp_ratio=mlp_ratio, norm_eps=1e-5, rngs=rngs)
+
+    names = {"mixer": Part(base, *kinds.values())}
+    return Official(symbol, build, None, names, call, defaults=defaults or {}, when=when, ignore=TABLES)
 
 
-def load_block(block: Block, weights: official.StateDict, mixer: str = "attn") -> None:
-    """Loads a block; `mixer` is what stands before the names of its attention, "" if nothing does."""
-    inside = isinstance(block.mixer, NormedInlineAttention)
-    official.norm(block.mixer.norm if inside else block.norm1, weights, "norm1")
-    load_mixer(block.mixer, weights.sub(mixer))
-    official.norm(block.norm2, weights, "norm2")
-    official.linear(block.mlp.fc1, weights, "mlp.fc1")
-    official.linear(block.mlp.fc2, weights, "mlp.fc2")
+def blocks(deit: str, new: str, old: str, attention: Mapping[str, Official], call: Call = plain) -> list[Official]:
+    """The blocks of all families, with a `new` attention for each of them in place of the `old` one."""
+
+    def kinds(family: str, own: Official) -> dict[str, Official]:
+        return {new: attention[family], old: own}
+
+    swin = {"window_size": 7, "shift_size": 0}
+    return [
+        block("SwinTransformerBlock", on_grid("input_resolution"), defaults=swin, **kinds("swin", WINDOW)),
+        block("Block", on_grid("H", "W"), when=SPATIAL_REDUCTION.when, **kinds("pvt", SPATIAL_REDUCTION)),
+        block("Block", when=PLAIN.when, S=PLAIN),
+        block("CSWinBlock", on_grid("reso"), "", **kinds("cswin", CROSS)),
+        block(deit, call, **{new: attention["deit"]}),
+    ]
 
 
-def load_mixer(mixer: TokenMixer, weights: official.StateDict) -> None:
-    """Loads an attention module with its projections, by its class.
+# Models
 
-    Raises:
-      TypeError: for a class that these backbones do not have.
-      StateDictError: if the state dict and the module do not fit.
+
+def replaced(default: str, depths: str = "depths") -> Callable[[Given], dict[str, Any]]:
+    """How many of the first blocks of each stage have the new attention, from the official letters.
+
+    A letter for each stage: `A` or `I` for the new attention, `B` or `S` for the family's, `M` for as many of the first
+    as the number behind the letters says; this means nothing unless a stage is mixed.
     """
-    for cls, load in _MIXERS.items():
-        if isinstance(mixer, cls):
-            load(mixer, weights)
-            return
-    raise TypeError(f"load_mixer takes {', '.join(cls.__name__ for cls in _MIXERS)}, got {type(mixer).__name__}")
+
+    def count(given: Given) -> dict[str, Any]:
+        types, stages = given["attn_type"] or default, len(given[depths][: given.get("num_stages")])
+        mixed = int(types[stages:]) if "M" in types[:stages] else None
+        return {"replaced": [{"M": mixed, "A": None, "I": None, "B": 0, "S": 0}[kind] for kind in types[:stages]]}
+
+    return count
 
 
-def load_agent_core(core: AgentCore, weights: official.StateDict) -> None:
-    """Loads the biases of agent attention."""
-
-    def table(variable: nnx.Variable, name: str, *squeezed: int) -> None:
-        official.param(variable, weights, name, lambda a: jnp.squeeze(a, squeezed) if squeezed else a)
-
-    table(core.aggregate_table, "an_bias")
-    table(core.broadcast_table, "na_bias")
-    table(core.aggregate_row, "ah_bias", 0, 4)
-    table(core.aggregate_column, "aw_bias", 0, 3)
-    table(core.broadcast_row, "ha_bias", 0, 3)
-    table(core.broadcast_column, "wa_bias", 0, 2)
-    if core.prefix:
-        table(core.aggregate_prefix, "ac_bias", 0)
-        table(core.broadcast_prefix, "ca_bias", 0)
+_IMAGES = RATES | options("num_classes", "patch_size", img_size="image_size", in_chans="channels")
+_SIZES = _IMAGES | options("num_heads", "mlp_ratio", "qkv_bias", embed_dim="features")
+_STAGES = {"embed_dims": "features", "sr_ratios": "reductions"} | {n: n for n in ("num_heads", "mlp_ratios", "depths")}
 
 
-def load_inline_core(core: InlineCore, weights: official.StateDict) -> None:
-    """Loads what computes the kernels of InLine attention."""
-    official.within_heads(core.describe, weights, "residual.0")
-    official.within_heads(core.kernels, weights, "residual.2")
+def _pvt_stages(given: Given) -> dict[str, Any]:
+    return {ours: list(given[theirs])[: given["num_stages"]] for theirs, ours in _STAGES.items()}
 
 
-def load_stripe(branch: StripeAttention, weights: official.StateDict) -> None:
-    """Loads one branch of CSwin's attention."""
-    _load_core(branch.core, weights)
-    official.depthwise(branch.position, weights, "get_v")
+def pvt(cls: type[StagedBackbone], config: Options, *mixers: Official, **defaults: Any) -> Official:
+    """PVT with these mixers beside its own."""
+    stages = {"num_stages": 4, "embed_dims": [64, 128, 256, 512], "num_heads": [1, 2, 4, 8], "mlp_ratios": [4] * 4}
+    stages |= {"depths": [3, 4, 6, 3], "sr_ratios": [8, 4, 2, 1], "patch_size": 16, "qkv_bias": False}
+    return Official(
+        "PyramidVisionTransformer",
+        cls,
+        _IMAGES | options("qkv_bias", qk_scale="scale", num_stages=_pvt_stages) | dict.fromkeys(_STAGES) | config,
+        {
+            "stem.conv": "patch_embed1.proj",
+            "stem.norm": "patch_embed1.norm",
+            "stage.*.down.conv": lambda i: f"patch_embed{i + 1}.proj",
+            "stage.*.down.norm": lambda i: f"patch_embed{i + 1}.norm",
+            "stage.*.position.table": lambda i: Flattened(f"pos_embed{i + 1}"),
+            "stage.*.blocks": lambda i: f"block{i + 1}",
+            "stage.*.blocks.*.mixer": lambda i, j: Part(f"block{i + 1}.{j}.attn", *mixers, SPATIAL_REDUCTION),
+        },
+        defaults=stages | {"attn_type": None} | defaults,
+        always={"norm_eps": 1e-5},
+    )
 
 
-def _load_core(core: Core, weights: official.StateDict) -> None:
-    if isinstance(core, AgentCore):
-        load_agent_core(core, weights)
-    elif isinstance(core, InlineCore):
-        load_inline_core(core, weights)
-    elif core.bias is not None:
-        official.param(core.bias.table, weights, "relative_position_bias_table")
+def swin(symbol: str, cls: type[StagedBackbone], config: Options, window: str, *mixers: Official, **defaults: Any):
+    """Swin with these mixers beside its own, in windows of which our option is called `window`."""
+    windows = {"window_size": lambda given: {window: given["window_size"], "window": max(7, given["window_size"] // 8)}}
+    return Official(
+        symbol,
+        cls,
+        _SIZES | options("depths", "patch_norm", qk_scale="scale", ape="position_table") | windows | config,
+        {
+            "stem.conv": "patch_embed.proj",
+            "stem.norm": "patch_embed.norm",
+            "stage.0.position.table": Flattened("absolute_pos_embed"),
+            "stage.*.blocks": "layers.*.blocks",
+            "stage.*.blocks.*.mixer": Part("layers.*.blocks.*.attn", *mixers, WINDOW),
+            "stage.*.down": lambda i: f"layers.{i - 1}.downsample",
+        },
+        defaults={"depths": [2, 2, 6, 2], "window_size": 7, "attn_type": None} | defaults,
+        ignore=TABLES,
+    )
 
 
-def _load_mixer(mixer: GridMixer | SpatialReductionAttention | SoftmaxAttention, weights: official.StateDict) -> None:
-    if "qkv.weight" in weights:
-        official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
-    else:
-        official.to_heads((mixer.query,), weights, "q")
-        official.to_heads((mixer.key, mixer.value), weights, "kv")
-    _load_core(mixer.core, weights)
-    if isinstance(mixer, AgentAttention):
-        official.depthwise(mixer.local, weights, "dwc")
-    if (reduce := getattr(mixer, "reduce", None)) is not None:
-        official.conv(reduce.conv, weights, "sr")
-        official.norm(reduce.norm, weights, "norm")
-    official.from_heads(mixer.out, weights, "proj")
+def cswin(cls: type[StagedBackbone], config: Options, *mixers: Official, **defaults: Any) -> Official:
+    """CSwin with these mixers beside its own; some of its arguments are stored or ignored there."""
+    sizes = options(depth="depths", split_size="splits", qk_scale="scale", patch_size=None, hybrid_backbone=None)
+    return Official(
+        "CSWinTransformer",
+        cls,
+        _SIZES | sizes | config,
+        {
+            "stem.conv": "stage1_conv_embed.0",
+            "stem.norm": "stage1_conv_embed.2",
+            "stage.*.down": "merge*",
+            "stage.*.blocks": lambda i: f"stage{i + 1}",
+            "stage.*.blocks.*.mixer": lambda i, j: Part(f"stage{i + 1}.{j}", *mixers, CROSS),
+        },
+        defaults={"embed_dim": 96, "depth": [2, 2, 6, 2], "split_size": [1, 2, 7, 7], "attn_type": None} | defaults,
+    )
 
 
-def _load_cross_shaped(mixer: CrossShapedWindowAttention, weights: official.StateDict) -> None:
-    official.to_heads((mixer.query, mixer.key, mixer.value), weights, "qkv")
-    for index, branch in enumerate(mixer.branches):
-        load_stripe(branch, weights.sub(f"attns.{index}"))
-    official.from_heads(mixer.out, weights, "proj")
-
-
-def _load_pvt(model: PyramidVisionTransformer, weights: official.StateDict) -> None:
-    for number, stage in enumerate(model.stage, 1):
-        shape = stage.position.table.shape
-
-        def grid(table: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
-            return table.reshape(shape)
-
-        official.param(stage.position.table, weights, f"pos_embed{number}", grid)
-        embed = model.stem if stage.down is None else stage.down
-        official.conv(embed.conv, weights, f"patch_embed{number}.proj")
-        official.norm(embed.norm, weights, f"patch_embed{number}.norm")
-        for index, block in enumerate(stage.blocks):
-            load_block(block, weights.sub(f"block{number}.{index}"))
-
-
-def _load_swin(model: SwinTransformer, weights: official.StateDict) -> None:
-    official.conv(model.stem.conv, weights, "patch_embed.proj")
-    if model.stem.norm is not None:
-        official.norm(model.stem.norm, weights, "patch_embed.norm")
-    if (position := model.stage[0].position) is not None:
-        shape = position.table.shape
-        official.param(position.table, weights, "absolute_pos_embed", lambda table: table.reshape(shape))
-    for number, stage in enumerate(model.stage):
-        for index, block in enumerate(stage.blocks):
-            load_block(block, weights.sub(f"layers.{number}.blocks.{index}"))
-        if stage.down is not None:
-            official.norm(stage.down.norm, weights, f"layers.{number - 1}.downsample.norm")
-            official.linear(stage.down.reduction, weights, f"layers.{number - 1}.downsample.reduction")
-    official.norm(model.norm, weights, "norm")
-
-
-def _load_cswin(model: CSwinTransformer, weights: official.StateDict) -> None:
-    for number, stage in enumerate(model.stage):
-        entry = stage.down if number else model.stem
-        conv, norm = (f"merge{number}.conv", f"merge{number}.norm") if number else _CSWIN_STEM
-        official.conv(entry.conv, weights, conv)
-        official.norm(entry.norm, weights, norm)
-        for index, block in enumerate(stage.blocks):
-            load_block(block, weights.sub(f"stage{number + 1}.{index}"), mixer="")
-    official.norm(model.norm, weights, "norm")
-
-
-def _load_deit(model: DeiT, weights: official.StateDict) -> None:
-    official.conv(model.stem.conv, weights, "patch_embed.proj")
-    official.param(model.stage[0].prefix.tokens, weights, "cls_token", lambda a: a[0])
-    official.param(model.stage[0].position.table, weights, "pos_embed", lambda a: a[0])
-    for index, block in enumerate(model.blocks):
-        load_block(block, weights.sub(f"blocks.{index}"))
-    official.norm(model.norm, weights, "norm")
-
-
-_CSWIN_STEM = ("stage1_conv_embed.0", "stage1_conv_embed.2")
-_BACKBONES = {
-    PyramidVisionTransformer: _load_pvt,
-    SwinTransformer: _load_swin,
-    CSwinTransformer: _load_cswin,
-    DeiT: _load_deit,
-}
-_MIXERS = {
-    GridMixer: _load_mixer,
-    SoftmaxAttention: _load_mixer,
-    SpatialReductionAttention: _load_mixer,
-    CrossShapedWindowAttention: _load_cross_shaped,
-}
+def deit(cls: type[StagedBackbone], config: Options, *mixers: Official, **defaults: Any) -> Official:
+    """DeiT with these mixers beside its own."""
+    return Official(
+        "VisionTransformer",
+        cls,
+        _SIZES | {"depth": "depth"} | config,
+        {
+            "stem.conv": "patch_embed.proj",
+            "stage.0.prefix.tokens": Squeezed("cls_token", 0),
+            "stage.0.position.table": Squeezed("pos_embed", 0),
+            "stage.0.blocks": "blocks",
+            "stage.0.blocks.*.mixer": Part("blocks.*.attn", *mixers, PLAIN),
+        },
+        defaults={"embed_dim": 768, "num_heads": 12, "depth": 12} | defaults,
+    )
