@@ -8,7 +8,8 @@ from flax import nnx
 
 from attnlab.interop.names import Interleaved, Mapped, Named, Part, Squeezed, StateDictError, resolve
 from attnlab.interop.official import ConfigError, Official, Only, choose, options, runner
-from attnlab.nn.heads import FromHeads, ToHeads
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import BatchNorm, LayerNorm, RMSNorm
@@ -118,6 +119,8 @@ def test_a_model_of_parts_is_loaded_and_dumped():
         (Conv(4, 6, (3, 5), feature_group_count=2, rngs=nnx.Rngs(0)), {"weight": (6, 2, 3, 5), "bias": (6,)}),
         (ToHeads(6, 2, 4, rngs=nnx.Rngs(0)), {"weight": (8, 6), "bias": (8,)}),
         (FromHeads(2, 4, 6, rngs=nnx.Rngs(0)), {"weight": (6, 8), "bias": (6,)}),
+        (WithinHeads(2, 3, 4, rngs=nnx.Rngs(0)), {"weight": (8, 3, 1), "bias": (8,)}),
+        (DepthwiseConv((2, 3), (3, 5), rngs=nnx.Rngs(0)), {"weight": (6, 1, 3, 5), "bias": (6,)}),
         (LayerNorm(4, rngs=nnx.Rngs(0)), {"weight": (4,), "bias": (4,)}),
         (RMSNorm(4, rngs=nnx.Rngs(0)), {"weight": (4,)}),
         (RMSNorm(4, use_scale=False, rngs=nnx.Rngs(0)), {}),
