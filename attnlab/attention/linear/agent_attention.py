@@ -240,18 +240,13 @@ class AgentAttention(GridMixer):
     Args:
       features: channels C.
       num_heads: H.
-      grid: rows and columns of the image, which the biases are tables over; needed without a window.
       num_agents: n, a square number; the papers' stages use 9, 16, 49 and 49.
-      window: rows and columns of the windows that are attended separately, one number for both; the grid when None.
-      shift: by how much the windows are shifted, cyclically.
       reduction: keys and values come from a convolution of this stride; 1 takes the tokens themselves.
-      prefix: tokens in front of the image's, without a place on its grid: tokens are a sequence `(B, prefix + N, C)`.
-      qkv_bias: whether queries, keys and values have a bias.
       attention_dropout: rate on both softmaxes.
-      projection_dropout: rate on the result.
       dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
+      **options: those of `GridMixer`: grid (which the biases are tables over), windows, prefix, biases, dropout.
 
     Raises:
       ValueError: if there is neither grid nor window, windows do not tile the grid, or `reduction` does not divide it.
@@ -263,35 +258,18 @@ class AgentAttention(GridMixer):
         features: int,
         *,
         num_heads: int,
-        grid: tuple[int, int] | None = None,
         num_agents: int = 49,
-        window: int | tuple[int, int] | None = None,
-        shift: int | tuple[int, int] = 0,
         reduction: int = 1,
-        prefix: int = 0,
-        qkv_bias: bool = True,
         attention_dropout: float = 0.0,
-        projection_dropout: float = 0.0,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        super().__init__(
-            features,
-            num_heads=num_heads,
-            grid=grid,
-            window=window,
-            shift=shift,
-            prefix=prefix,
-            qkv_bias=qkv_bias,
-            projection_dropout=projection_dropout,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        if reduction != 1 and (prefix or window is not None):
+        super().__init__(features, num_heads=num_heads, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
+        if reduction != 1 and (self.prefix or self.grid is None):
             raise UnsupportedArgument(
-                f"AgentAttention reduces whole images without tokens in front, got {reduction=}, {window=}, {prefix=}"
+                f"AgentAttention reduces whole images without tokens in front, got {reduction=} with {options}"
             )
         key_grid = check_reduction(reduction, self.windows.size)
         common = {"param_dtype": param_dtype, "rngs": rngs}
@@ -301,7 +279,7 @@ class AgentAttention(GridMixer):
             grid=self.windows.size,
             key_grid=key_grid,
             num_agents=num_agents,
-            prefix=prefix,
+            prefix=self.prefix,
             dropout=attention_dropout,
             **common,
         )

@@ -176,16 +176,10 @@ class InlineAttention(GridMixer):
     Args:
       features: channels C.
       num_heads: H.
-      grid: rows and columns of the image; needed without a window.
-      window: rows and columns of the windows that are attended separately, one number for both; the grid when None.
-      shift: by how much the windows are shifted, cyclically.
       feature_map: φ of queries and keys: `identity`, `relu`, `leaky_relu` or `exp`.
-      prefix: tokens in front of the image's, without a place on its grid: tokens are a sequence `(B, prefix + N, C)`.
-      qkv_bias: whether queries, keys and values have a bias.
-      projection_dropout: rate on the result.
-      dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
+      **options: those of `GridMixer`: grid, windows, prefix, biases, dropout, dtype.
 
     Raises:
       ValueError: for an unknown feature map, or neither grid nor window.
@@ -200,38 +194,14 @@ class InlineAttention(GridMixer):
         features: int,
         *,
         num_heads: int,
-        grid: tuple[int, int] | None = None,
-        window: int | tuple[int, int] | None = None,
-        shift: int | tuple[int, int] = 0,
         feature_map: str = "identity",
-        prefix: int = 0,
-        qkv_bias: bool = True,
-        projection_dropout: float = 0.0,
-        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        super().__init__(
-            features,
-            num_heads=num_heads,
-            grid=grid,
-            window=window,
-            shift=shift,
-            prefix=prefix,
-            qkv_bias=qkv_bias,
-            projection_dropout=projection_dropout,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.core = InlineCore(
-            features,
-            num_heads=num_heads,
-            grid=self.windows.size,
-            feature_map=feature_map,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        common = {"num_heads": num_heads, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(features, **common, **options)
+        self.core = InlineCore(features, grid=self.windows.size, feature_map=feature_map, **common)
 
     def project(self, x: jax.Array, grid: tuple[int, int]) -> Heads:
         mean = self.windows.partition(x, grid).mean(1, dtype=jnp.promote_types(x.dtype, jnp.float32))
