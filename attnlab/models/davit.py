@@ -48,7 +48,6 @@ class DaViT(Pyramid):
       version: of channel group attention, 1 or 2.
       position_activation: whether a GELU follows the convolutions of blocks.
       down_kernel: side of the convolutions between stages, of stride 2.
-      rngs: streams `params`, and `dropout` if there is any.
       **family: further arguments of `Pyramid`; norms have an eps of 1e-5, and the last stands behind the mean.
     """
 

@@ -167,3 +167,19 @@ class ContextCache:
     mask: jax.Array
     length: jax.Array
     next_at: jax.Array
+
+    @classmethod
+    def create(cls, keys: ArrayLike, values: ArrayLike, mask: ArrayLike | None = None, *, dtype: Any = None) -> Self:
+        """Of a context's keys `(B, M, G, D)` and values, before the first query; float32 when `dtype` is None.
+
+        Raises:
+          ValueError: if `mask` is not boolean `(B, M)`.
+        """
+        dtype = jnp.float32 if dtype is None else dtype
+        keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+        shape = keys.shape[:2]
+        mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
+        if mask.shape != shape or mask.dtype != jnp.bool_:
+            raise ValueError(f"context_mask must be boolean {shape}, got {mask.dtype} {mask.shape}")
+        length, next_at = (jnp.zeros((shape[0],), jnp.int32) for _ in range(2))
+        return cls(keys, values, mask, length, next_at)

@@ -110,14 +110,8 @@ class ProductCore(Core):
     ) -> KVCache | ContextCache:
         if context is None:
             return KVCache.create(batch_size, max_length, *sizes, dtype=dtype)
-        dtype = jnp.float32 if dtype is None else dtype
         k = self._rotate_keys(context.k, jnp.arange(max_length)[None])
-        shape = (batch_size, max_length)
-        mask = jnp.ones(shape, bool) if context_mask is None else jnp.asarray(context_mask)
-        if mask.shape != shape or mask.dtype != jnp.bool_:
-            raise ValueError(f"context_mask must be boolean {shape}, got {mask.dtype} {mask.shape}")
-        length, next_at = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
-        return ContextCache(k.astype(dtype), context.v.astype(dtype), mask, length, next_at)
+        return ContextCache.create(k, context.v, context_mask, dtype=dtype)
 
     def __call__(
         self,

@@ -5,9 +5,8 @@ In each of H groups of D channels, channels attend to channels; tokens are what 
     version 1    A = softmax_b(D^-1/2 Σ_n K[n, a] V[n, b])     (D, D)      y[n, a] = Σ_b A[a, b] Q[n, b]
     version 2    A = softmax_b(N^-1/2 Σ_n Q[n, a] K[n, b])                 y[n, a] = Σ_b A[a, b] V[n, b]
 
-Version 1 is DaViT's: the query takes the place of the value (the paper names the projections otherwise; weights follow
-the code). Version 2 is that of the Florence-2 towers. Cost O(N·C·D) time, O(C·D) memory beside the tokens. Masks, and
-cross-attention in version 1, whose matrix is then the context's, are our extension.
+Version 1 is DaViT's: the query takes the place of the value (as in the code; the paper names projections otherwise).
+Version 2 is Florence-2's. Masks, and cross-attention in version 1, to the matrix of a context, are our extension.
 """
 
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Pattern, UnsupportedArgument, View
+from attnlab.nn.cache import ContextCache
 from attnlab.nn.dense_mixer import Core, Heads
 from attnlab.nn.projected_mixer import ProjectedMixer
 from attnlab.registry import Cost, Paper, Source, register
@@ -59,17 +59,24 @@ class ChannelCore(Core):
             raise ValueError(f"version must be 1 or 2, got {version}")
         self.version, self.dynamic_scale = version, dynamic_scale
 
-    def __call__(self, heads: Heads, view: View, cache: Any = None, **points: Any) -> tuple[jax.Array, None]:
-        q, k, v = heads[:3]
+    def init_cache(self, *sizes: Any, context: Heads | None = None, context_mask: Any = None) -> ContextCache:
+        if context is None or self.version == 2:
+            raise UnsupportedArgument("channel group attention decodes attention to a context, in version 1")
+        return ContextCache.create(context.k, context.v, context_mask, dtype=sizes[-1])
+
+    def __call__(self, heads: Heads, view: View, cache: Any = None, **points: Any) -> tuple[jax.Array, Any]:
+        q, k, v, mask = *heads[:3], view.mask
+        if cache is not None:
+            k, v, mask = cache.keys, cache.values, cache.mask
         scale = q.shape[-1] ** -0.5
         if self.version == 1:
-            return channel_attention(k, v, q, scale=scale, mask=view.mask), None
+            return channel_attention(k, v, q, scale=scale, mask=mask), cache
         if q.shape[1] != k.shape[1]:
             raise UnsupportedArgument("version 2 of channel group attention does not take context")
         if self.dynamic_scale:
-            count = jnp.full(1, q.shape[1]) if view.mask is None else jnp.maximum(view.mask.sum(1), 1)
+            count = jnp.full(1, q.shape[1]) if mask is None else jnp.maximum(mask.sum(1), 1)
             scale = count[:, None, None, None].astype(jnp.float32) ** -0.5
-        return channel_attention(q, k, v, scale=scale, mask=view.mask), None
+        return channel_attention(q, k, v, scale=scale, mask=mask), None
 
 
 @register(
@@ -87,12 +94,10 @@ class ChannelGroupAttention(ProjectedMixer):
       features: channels C.
       version: 1 as DaViT has it, 2 as Florence-2 does.
       dynamic_scale: whether version 2 scales by N^-1/2, not D^-1/2.
-      rngs: streams `params`, and `dropout` if there is any.
       **projections: groups `num_heads` and biases of the projections, layout: see `ProjectedMixer`.
 
     Raises:
-      ValueError: for another version, or groups that do not divide the channels.
-      UnsupportedArgument: for causality, or heads of several sizes.
+      ValueError: for another version, groups that do not divide the channels, causality, or heads of several sizes.
     """
 
     patterns = frozenset({Pattern.SELF, Pattern.CROSS})
