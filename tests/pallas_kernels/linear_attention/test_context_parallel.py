@@ -18,6 +18,7 @@ X = jnp.ones((1, 8, 2, 4))
 ONE = jax.make_mesh((1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     eight_devices.passes(pathlib.Path(__file__).parents[1] / "on_eight_devices" / "context_parallel.py")
 
