@@ -27,13 +27,14 @@ from attnlab.data.folder import ImageFolder
 from attnlab.data.images import Augment
 from attnlab.data.npz import NpzImages
 from attnlab.data.stdlib_text import StdlibText
+from attnlab.data.tasks import TaskData
 from attnlab.data.text import TextFiles
 from attnlab.suggest import suggestion
 
-Source = Digits | Cifar10 | NpzImages | ImageFolder | StdlibText | TextFiles
+Source = Digits | Cifar10 | NpzImages | ImageFolder | StdlibText | TextFiles | TaskData
 
 SOURCES: dict[str, type[Source]] = {
-    source.name: source for source in (Digits, Cifar10, NpzImages, ImageFolder, StdlibText, TextFiles)
+    source.name: source for source in (Digits, Cifar10, NpzImages, ImageFolder, StdlibText, TextFiles, TaskData)
 }
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "NpzImages",
     "Source",
     "StdlibText",
+    "TaskData",
     "TextFiles",
     "open",
 ]
