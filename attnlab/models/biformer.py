@@ -28,8 +28,8 @@ from attnlab.models.staged import Choice, Models, Stage, StagedBackbone
 from attnlab.nn.chain import Chain
 from attnlab.nn.conv import ConvNorm
 from attnlab.nn.depthwise import DepthwiseConv
-from attnlab.nn.heads import split_heads
-from attnlab.nn.linear import Conv, compute_in_input_dtype, redraw_kernels, trunc_normal
+from attnlab.nn.heads import redraw_kernels, split_heads
+from attnlab.nn.linear import Conv, compute_in_input_dtype, trunc_normal
 from attnlab.nn.mlp import MLP, LayerScale, gelu
 from attnlab.nn.norms import BatchNorm, LayerNorm
 from attnlab.registry import Cost, Kind, Paper, Source, register

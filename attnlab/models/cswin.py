@@ -16,7 +16,8 @@ from attnlab.attention.local.cross_shaped_windows import CrossShapedWindowAttent
 from attnlab.models import staged
 from attnlab.models.staged import Choice, Mixers, Stage, StagedBackbone
 from attnlab.nn.conv import ConvNorm
-from attnlab.nn.linear import redraw_kernels, trunc_normal
+from attnlab.nn.heads import redraw_kernels
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.norms import LayerNorm
 
 

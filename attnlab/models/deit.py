@@ -14,7 +14,8 @@ from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.models import staged
 from attnlab.models.staged import Choice, Mixers, Prefix, Stage, StagedBackbone
 from attnlab.nn.conv import PatchEmbed
-from attnlab.nn.linear import redraw_kernels, trunc_normal
+from attnlab.nn.heads import redraw_kernels
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import PositionTable
 

@@ -16,7 +16,8 @@ from attnlab.attention.dense.spatial_reduction_attention import SpatialReduction
 from attnlab.models import staged
 from attnlab.models.staged import Choice, Mixers, Stage, StagedBackbone
 from attnlab.nn.conv import PatchEmbed
-from attnlab.nn.linear import redraw_kernels, trunc_normal
+from attnlab.nn.heads import redraw_kernels
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import PositionTable
 

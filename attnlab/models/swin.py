@@ -18,7 +18,8 @@ from attnlab.contract import Site
 from attnlab.models import staged
 from attnlab.models.staged import Choice, Mixers, Stage, StagedBackbone
 from attnlab.nn.conv import PatchEmbed, PatchMerging
-from attnlab.nn.linear import redraw_kernels, trunc_normal
+from attnlab.nn.heads import redraw_kernels
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import PositionTable
 

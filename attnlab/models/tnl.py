@@ -16,7 +16,7 @@ from flax import nnx
 
 from attnlab.attention.linear.tnl import COST, PAPER
 from attnlab.models.language_model import LanguageModel
-from attnlab.nn.linear import redraw_kernels
+from attnlab.nn.heads import redraw_kernels
 from attnlab.registry import Kind, Source, register
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.linear import compute_in_input_dtype, uniform_init
+from attnlab.nn.linear import Linear, compute_in_input_dtype, uniform_init
 
 _into = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
 _out_of = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
@@ -157,3 +157,14 @@ def merge_heads(y: jax.Array) -> jax.Array:
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """`(…, H·D)` to `(…, H, D)`, the inverse of `merge_heads`."""
     return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, rngs: nnx.Rngs) -> None:
+    """Draws the kernels of all linear maps in a module anew: of `Linear`, and of `ToHeads` and `FromHeads`.
+
+    For models whose authors fix one initialiser for every linear map, commonly `trunc_normal`; the default of `Linear`
+    follows the width instead, since 0.02 is too little for narrow models.
+    """
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Linear | ToHeads | FromHeads):
+            part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)

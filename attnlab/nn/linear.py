@@ -75,19 +75,6 @@ class Linear(nnx.Linear):
         )
 
 
-def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, rngs: nnx.Rngs) -> None:
-    """Draws the kernels of all linear maps in a module anew: of `Linear`, and of `ToHeads` and `FromHeads`.
-
-    For models whose authors fix one initialiser for every linear map, commonly `trunc_normal`; the default of `Linear`
-    follows the width instead, since 0.02 is too little for narrow models.
-    """
-    from attnlab.nn.heads import FromHeads, ToHeads  # which is built on this module
-
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Linear | ToHeads | FromHeads):
-            part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)
-
-
 class Conv(nnx.Conv):
     """Convolution over the token axes of `(B, *S, C)`; 1, 2 or 3 axes by the length of `kernel_size`.
 
