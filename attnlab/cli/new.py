@@ -91,7 +91,10 @@ def run(arguments: list[str]) -> int:
     options = tyro.cli(NewOptions, args=arguments, prog="attnlab new")
     root, written = checkout.root(), files(options)
     if options.name in registry.names():
-        raise ValueError(f"the name {options.name!r} is taken by {registry.get(options.name).target.__module__}")
+        raise ValueError(
+            f"the name {options.name!r} is taken by {registry.get(options.name).target.__module__}; a further class of "
+            f"that paper is registered by hand as '{options.name}.word', in a file beside those of its kind"
+        )
     if there := [str(path) for path in written if (root / path).exists()]:
         raise FileExistsError(f"{', '.join(there)}: already there, and nothing is overwritten")
     for path, text in written.items():
