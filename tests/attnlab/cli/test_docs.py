@@ -7,7 +7,7 @@ from flax import nnx
 
 import attnlab
 from attnlab import Cost, Example, Kind, Paper, Source, registry
-from attnlab.cli import checkout, docs, pages, table
+from attnlab.cli import checkout, describe, docs, pages, table
 from attnlab.cli.main import main
 from attnlab.cli.snippet import snippet
 
@@ -27,6 +27,13 @@ def test_tables_are_current_and_no_page_is_left_over():
     assert readme == fresh, "the README's tables of variants are stale: `make table` writes them anew"
     there = {path.name.removesuffix(".md") for path in (checkout.root() / docs.MECHANISMS).iterdir()}
     assert there == set(attnlab.names())
+
+
+@every_variant
+def test_every_option_is_described(variant):
+    """`Args:` has an entry for each argument: several names in front of one colon describe none of them."""
+    bare = [option.name for option in describe.options(variant.target) if not option.meaning.partition("(a model")[0]]
+    assert not bare, f"{variant.target.__name__} does not say what {', '.join(bare)} is"
 
 
 @every_variant
