@@ -61,7 +61,8 @@ class NewOptions:
 
     Attributes:
       kind: mixer, pooling, module, function, objective, intervention, analysis or task.
-      name: the paper's slug, in lower case, digits and underscores.
+      name: the paper's slug, in lower case, digits and underscores; or `slug.word` for what else comes from a paper
+        that is there, which gets no description and adapter of its own.
       family: where a mixer, module or function stands: dense, linear, local, sparse, cross, multimodal or graph; mixers
         for a mixer that is not attention; nn for a module or function that many share.
       source: what it will be checked against: authors-code, third-party-code, paper-text or abstract-only. For
@@ -92,8 +93,8 @@ def run(arguments: list[str]) -> int:
     root, written = checkout.root(), files(options)
     if options.name in registry.names():
         raise ValueError(
-            f"the name {options.name!r} is taken by {registry.get(options.name).target.__module__}; a further class of "
-            f"that paper is registered by hand as '{options.name}.word', in a file beside those of its kind"
+            f"the name {options.name!r} is taken by {registry.get(options.name).target.__module__}; what else comes "
+            f"from that paper is called '{options.name.partition('.')[0]}.word'"
         )
     if there := [str(path) for path in written if (root / path).exists()]:
         raise FileExistsError(f"{', '.join(there)}: already there, and nothing is overwritten")
@@ -103,7 +104,7 @@ def run(arguments: list[str]) -> int:
     _format(root, list(written))
     for path in written:
         print(f"{path}: written")
-    print(f"\nTry it: python -m pytest tests/conformance tests/attnlab -k {options.name}")
+    print(f"\nTry it: python -m pytest tests/conformance tests/attnlab -k {options.name.partition('.')[0]}")
     print("Now replace the toy by the mechanism; then `make table`.")
     if any(path.parent.name == "adapters" for path in written):
         print(
@@ -124,9 +125,12 @@ def files(options: NewOptions) -> dict[Path, str]:
     family = options.family or FAMILIES[options.kind][0]
     if family not in FAMILIES[options.kind]:
         raise ValueError(f"no {options.kind} stands in {family!r}: {suggestion(family, FAMILIES[options.kind])}")
-    name = options.name
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ValueError(f"a name is a slug in lower case, digits and underscores, and no word of Python, got {name!r}")
+    name, further = _stem(options.name), "." in options.name
+    if not registry.NAME.fullmatch(options.name) or keyword.iskeyword(name):
+        raise ValueError(
+            f"a name is `slug` or `slug.word` in lower case, digits and underscores, and no word of Python, "
+            f"got {options.name!r}"
+        )
     home = ("attention", family) if family in ATTENTION else (family,)
     skeleton = MIXERS.get(family, "mixer") if options.kind == "mixer" else options.kind
     source = SOURCES[options.source]
@@ -135,7 +139,7 @@ def files(options: NewOptions) -> dict[Path, str]:
         Path("tests", "attnlab", home[0], f"test_{name}.py"): _named(f"{skeleton}_test", options, home),
     }
     described = source in (registry.Source.AUTHORS_CODE, registry.Source.THIRD_PARTY)
-    if described and options.kind not in ("intervention", "task"):
+    if described and not further and options.kind not in ("intervention", "task"):
         symbol = name if options.kind in ("function", "objective", "analysis") else _camel(name)
         found[Path("attnlab", "interop", f"{name}.py")] = DESCRIPTION.format(
             repository=options.repository or "the authors' code",
@@ -150,7 +154,8 @@ def _named(skeleton: str, options: NewOptions, home: tuple[str, ...]) -> str:
     """The text of a skeleton under its new name, with the paper and the source that were given."""
     text = (Path(__file__).parent / "skeletons" / f"{skeleton}.py").read_text()
     base = skeleton.removesuffix("_test")
-    text = text.replace(f"attnlab.cli.skeletons.{base}", ".".join(("attnlab", *home, options.name)))
+    name = _stem(options.name)
+    text = text.replace(f"attnlab.cli.skeletons.{base}", ".".join(("attnlab", *home, name)))
     facts = [options.title, options.authors, options.year]
     paper = ", ".join(_quoted(fact) for fact in facts)
     paper += f", arxiv={_quoted(options.arxiv)}" if options.arxiv else ""
@@ -158,7 +163,13 @@ def _named(skeleton: str, options: NewOptions, home: tuple[str, ...]) -> str:
     source = f"    source=Source.{SOURCES[options.source].name},\n"
     source += f"    repository={_quoted(options.repository)},\n" if options.repository else ""
     text = text.replace(TOY_PAPER, f"PAPER = Paper({paper})").replace(TOY_SOURCE, source)
-    return re.sub(r"\bskeleton\b", options.name, re.sub(r"\bSkeleton\b", _camel(options.name), text))
+    text = text.replace('"skeleton"', f'"{options.name}"')
+    return re.sub(r"\bskeleton\b", name, re.sub(r"\bSkeleton\b", _camel(name), text))
+
+
+def _stem(name: str) -> str:
+    """A variant's name as that of a file or a function."""
+    return name.replace(".", "_")
 
 
 def _quoted(value: object) -> str:

@@ -64,14 +64,16 @@ def export(model: nnx.Module, path: str | Path, *, symbol: str | None = None) ->
 
     Args:
       model: a model, or one of its parts, of this library.
-      path: of the file, which is replaced.
+      path: of the file, `*.safetensors`, which is replaced.
       symbol: name of the official class, where several are described for such a model.
 
     Raises:
       TypeError: if no official class is described for such a model, or none of that name.
-      ValueError: if several are, and name the arrays differently.
+      ValueError: for another ending, or if several are described and name the arrays differently.
       StateDictError: if the model lacks what the description names.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
     rules, problems = {}, []
     for official in find(model, symbol):
         try:

@@ -48,6 +48,16 @@ def test_facts_of_the_paper_are_filled_in():
     assert "class TinyProbe(LinearMixer)" in text
 
 
+def test_what_else_comes_from_a_paper_gets_files_of_its_own():
+    written = files(NewOptions("pooling", "gaam.last"))
+    assert [str(path) for path in written] == [
+        "attnlab/pooling/gaam_last.py",
+        "tests/attnlab/pooling/test_gaam_last.py",
+    ]
+    text = next(iter(written.values()))
+    assert '"gaam.last",\n' in text and "class GaamLast(Pooling)" in text
+
+
 def test_without_official_code_there_is_no_description():
     assert len(files(NewOptions("pooling", "tiny_probe", source="paper-text"))) == 2
 
