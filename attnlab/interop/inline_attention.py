@@ -4,23 +4,18 @@ model = inline_transformer("inline_swin_tiny", rngs=nnx.Rngs(0))
 attnlab.interop.load(model, "inline_swin_t.pth", key="model")
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 from flax import nnx
 
-from attnlab.attention.linear.inline_attention import InlineAttention, InlineCore
+from attnlab.attention.linear.inline_attention import InlineCore
 from attnlab.interop import backbones as vision
-from attnlab.interop.backbones import Given, Inputs
 from attnlab.interop.names import Part
-from attnlab.interop.official import Call, ConfigError, Official, Only, options
-from attnlab.models.inline_transformers import InlineCSwin, InlineDeiT, InlinePVT, InlineSwin, NormedInlineAttention
-
-_NAMES = {"describe": "residual.0", "kernels": "residual.2"}
-_CORE = {"core": Part("", Official("InLineAttention", InlineCore, names=_NAMES), {})}
-_OPTIONS = vision.HEADS | {"qk_scale": None}
-_FEATURE_MAPS = {"identity": "identity", "relu": "relu", "leakyrelu": "leaky_relu", "exp": "exp"}
+from attnlab.interop.official import Call, ConfigError, Given, Inputs, Official, Only, on_grid, options, pair
+from attnlab.models.inline_transformers import NormedInlineAttention
 
 
 def _prefixed() -> Call:
@@ -42,46 +37,37 @@ def _reductions(given: Given) -> dict[str, Any]:
     return {}
 
 
-_PVT = Official(
-    "InLineAttention",
-    InlineAttention,
-    _OPTIONS | options(sr_ratio=Only(1), H=lambda given: {"grid": (given["H"], given["W"])}, W=None),
-    vision.APART | _CORE,
-    vision.on_grid("H", "W"),
-    defaults=vision.EIGHT,
-    when=lambda given: "H" in given,
-)
-_SWIN = Official(
-    "InLineAttention",
-    InlineAttention,
-    _OPTIONS | vision.WINDOWED | {"kernel_func": lambda given: {"feature_map": _FEATURE_MAPS[given["kernel_func"]]}},
-    vision.FUSED | _CORE,
-    vision.on_grid("window_size"),
-    when=lambda given: "window_size" in given,
-)
-_DEIT = Official(
-    "InLineAttention",
-    InlineAttention,
-    _OPTIONS | options(window=None, sr_ratio=Only(1), side=lambda given: {"grid": vision.pair(given["side"])}),
-    vision.FUSED | _CORE,
-    _prefixed(),
-    defaults=vision.EIGHT | {"side": 1},
-    always={"prefix": 1},
-    when=lambda given: not {"H", "window_size", "resolution"} & given.keys(),
-)
+_NAMES = {"describe": "residual.0", "kernels": "residual.2"}
+_CORE = {"core": Part("", Official("InLineAttention", InlineCore, names=_NAMES), {})}
+_APART = vision.APART | _CORE
+_FUSED = vision.FUSED | _CORE
+_CONFIG = vision.HEADS | {"qk_scale": None}
+_PVT_CONFIG = _CONFIG | options(sr_ratio=Only(1), H=lambda given: {"grid": (given["H"], given["W"])}, W=None)
+_MAPS = {"identity": "identity", "relu": "relu", "leakyrelu": "leaky_relu", "exp": "exp"}
+_SWIN_CONFIG = _CONFIG | vision.WINDOWED
+_SWIN_CONFIG |= {"kernel_func": lambda given: {"feature_map": _MAPS[given["kernel_func"]]}}
+_DEIT_CONFIG = _CONFIG | options(window=None, sr_ratio=Only(1), side=lambda given: {"grid": pair(given["side"])})
+_GIVEN = vision.EIGHT | {"side": 1}
+_official = functools.partial(Official, "InLineAttention", "inline_attention")
+_PVT = _official(_PVT_CONFIG, _APART, on_grid("H", "W"), vision.EIGHT, when="H")
+_SWIN = _official(_SWIN_CONFIG, _FUSED, on_grid("window_size"), when="window_size")
+_DEIT = _official(_DEIT_CONFIG, _FUSED, _prefixed(), _GIVEN, {"prefix": 1})
 _CROSS = vision.cross(dict.fromkeys(("qk_scale", "split_size", "last_stage")), _CORE, NormedInlineAttention)
-_INLINE = {"pvt": _PVT, "swin": _SWIN, "deit": _DEIT, "cswin": _CROSS}
+_LETTERS = {"attn_type": vision.replaced("IIII")}
+_PVT_MODEL = _LETTERS | {"la_sr_ratios": _reductions}
+_SWIN_MODEL = _LETTERS | vision.windows("inline_window")
+# The only split sizes that work there are the stages' sides, and the window is always the image here.
+_CSWIN_MODEL = _LETTERS | {"la_split_size": None}
+_INLINE = "inline_attention"
 
 OFFICIAL = [
     *vision.SOFTMAX,
     *(_PVT, _SWIN, _DEIT),
     vision.stripe("InLineAttention", {"qk_scale": lambda given: {"core": InlineCore}}, _CORE),
-    *vision.blocks("InLineBlock", "I", "S", _INLINE, _prefixed()),
-    vision.pvt(
-        InlinePVT, options(attn_type=vision.replaced("IIII"), la_sr_ratios=_reductions), _PVT, la_sr_ratios="8421"
-    ),
-    vision.swin("InLineSwin", InlineSwin, {"attn_type": vision.replaced("IIII")}, "inline_window", _SWIN),
-    # The only split sizes that work there are the stages' sides, and the window is always the image here.
-    vision.cswin(InlineCSwin, options(attn_type=vision.replaced("IIII", "depth"), la_split_size=None), _CROSS),
-    vision.deit(InlineDeiT, {}, _DEIT),
+    *vision.blocks("IS", _PVT, _SWIN, _CROSS),
+    vision.block("InLineBlock", _prefixed(), {"I": _DEIT}),
+    vision.model("pvt", "PyramidVisionTransformer", f"{_INLINE}.pvt", _PVT_MODEL, _PVT, la_sr_ratios="8421"),
+    vision.model("swin", "InLineSwin", f"{_INLINE}.swin", _SWIN_MODEL, _SWIN),
+    vision.model("cswin", "CSWinTransformer", f"{_INLINE}.cswin", _CSWIN_MODEL, _CROSS),
+    vision.model("deit", "VisionTransformer", f"{_INLINE}.deit", {}, _DEIT),
 ]

@@ -13,7 +13,7 @@ A table says where the two differ; what it does not name has the same path on bo
         "gain": None,                                     # has no counterpart there and keeps its value
     }
 
-What differs by the kind of a layer is known to `leaves`: a Linear's weight is (out, in) there and (in, out) here, a
+What differs by the kind of a layer is known to `layers.leaves`: a Linear's weight is (out, in) there, (in, out) here, a
 convolution's (out, in/groups, *k) there and (*k, in/groups, out) here, a norm's weight is called `scale` here, heads
 have an axis of their own here. A part that is None, or a list without entries, has nothing to name. `resolve` makes of
 module and table a list of rules, each between some of our variables and some official arrays, in both directions.
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab import registry
 from attnlab.interop.layers import Leaf, Transform, leaves
 from attnlab.suggest import suggestion
 
@@ -122,13 +123,20 @@ class Part:
         raise StateDictError(f"{self.base!r} is one of {known} there, here it is a {type(part).__name__}")
 
 
-def made_class(builder: Callable[..., Any]) -> type:
-    """The class itself, or the one that a function returns by its annotation."""
-    if isinstance(builder, functools.partial):
-        return made_class(builder.func)
-    if isinstance(builder, type):
-        return builder
-    made = getattr(builder, "__annotations__", {}).get("return")
+def builder(cls: Callable[..., Any] | str) -> Callable[..., Any]:
+    """A class or function, itself or by the name that it is registered under."""
+    return registry.get(cls).cls if isinstance(cls, str) else cls
+
+
+def bare(cls: Callable[..., Any]) -> Callable[..., Any]:
+    """A class or function without the arguments that a `functools.partial` fixes."""
+    return bare(cls.func) if isinstance(cls, functools.partial) else cls
+
+
+def made_class(cls: Callable[..., Any] | str) -> type:
+    """The class that `builder` names, or the one that a function returns by its annotation."""
+    made = bare(builder(cls))
+    made = made if isinstance(made, type) else getattr(made, "__annotations__", {}).get("return")
     return made if isinstance(made, type) else type(None)
 
 

@@ -5,32 +5,20 @@ from typing import Any
 import jax
 
 from attnlab import Layout
-from attnlab.attention.local.neighborhood_attention import NeighborhoodAttention
-from attnlab.interop.official import Official, options
+from attnlab.interop.official import Given, Inputs, Official, options
 from pallas_kernels.neighborhood_attention import neighborhood_attention
 
 
-def _op(op: Any, inputs: dict[str, jax.Array], given: Any) -> dict[str, jax.Array]:
+def _op(op: Any, inputs: Inputs, given: Given) -> dict[str, jax.Array]:
     y, lse = op(**inputs, return_lse=True)
     return {"y": y, "lse": lse}
 
 
-_OPTIONS = ("kernel_size", "stride", "dilation")
+_CONFIG = options(embed_dim="features", dim="features", is_causal="causal", qk_scale="scale")
+_CONFIG |= options(rel_pos_bias="relative_bias", proj_drop="projection_dropout")
+_NAMES = {("query", "key", "value"): "qkv", "out": "proj", "bias": "rpb"}
 
-OFFICIAL = [
-    *(
-        Official(f"na{axes}d", neighborhood_attention, options(*_OPTIONS, "is_causal", "scale"), call=_op)
-        for axes in (1, 2, 3)
-    ),
-    *(
-        Official(
-            f"NeighborhoodAttention{axes}D",
-            NeighborhoodAttention,
-            options(*_OPTIONS, "num_heads", "qkv_bias", embed_dim="features", dim="features", is_causal="causal")
-            | {"qk_scale": "scale", "rel_pos_bias": "relative_bias", "proj_drop": "projection_dropout"},
-            {("query", "key", "value"): "qkv", "out": "proj", "bias": "rpb"},
-            always={"layout": layout},
-        )
-        for axes, layout in enumerate((Layout.SEQUENCE, Layout.IMAGE, Layout.VIDEO), 1)
-    ),
-]
+OFFICIAL = [Official(f"na{axes}d", neighborhood_attention, call=_op) for axes in (1, 2, 3)]
+for _axes, _layout in enumerate((Layout.SEQUENCE, Layout.IMAGE, Layout.VIDEO), 1):
+    _symbol = f"NeighborhoodAttention{_axes}D"
+    OFFICIAL.append(Official(_symbol, "neighborhood_attention", _CONFIG, _NAMES, always={"layout": _layout}))

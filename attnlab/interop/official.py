@@ -3,7 +3,7 @@
     Official(
         "EfficientProbing",                                    # the class over there
         EfficientProbing,                                      # and here
-        config={"dim": "features", "num_queries": "num_queries", "attn_drop": None},
+        config={"dim": "features", "qk_scale": "scale"},       # num_queries and more are called the same on both sides
         names={"queries": Squeezed("cls_token", 0), "value": "v"},
     )
 
@@ -22,11 +22,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.interop.names import Rules, StateDictError, made_class, resolve
+from attnlab.interop.names import Rules, StateDictError, bare, builder, made_class, resolve
 from attnlab.suggest import suggestion
 
+Given = Mapping[str, Any]
+Inputs = dict[str, jax.Array]
 Outputs = jax.Array | Mapping[str, jax.Array]
-Call = Callable[[Any, dict[str, jax.Array], dict[str, Any]], Outputs]
+Call = Callable[[Any, Inputs, Given], Outputs]
+
+RATES = ("drop", "attn_drop", "proj_drop", "drop_path", "drop_rate", "attn_drop_rate", "drop_path_rate", "dropout")
+"""Official arguments that do nothing at inference, and need not be described."""
 
 
 class ConfigError(ValueError):
@@ -43,12 +48,48 @@ class Only:
         object.__setattr__(self, "values", values)
 
 
+def same_as(name: str, other: str) -> Callable[[Given], Mapping[str, Any]]:
+    """An official argument that must be that of another, or None."""
+
+    def check(given: Given) -> Mapping[str, Any]:
+        if given[name] not in (None, given[other]):
+            raise ConfigError(f"{name} must be equal to {other} here, got {given[name]!r} and {given[other]!r}")
+        return {}
+
+    return check
+
+
 Option = str | None | Only | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def plain(module: Any, inputs: dict[str, jax.Array], given: dict[str, Any]) -> Outputs:
+def plain(module: Any, inputs: Inputs, given: Given) -> Outputs:
     """The module on its inputs in their order."""
     return module(*inputs.values())
+
+
+def masked(name: str) -> Call:
+    """The module on tokens `x`, with a mask of that name, positive where tokens exist."""
+
+    def call(module: Any, inputs: Inputs, given: Given) -> jax.Array:
+        return module(inputs["x"], mask=inputs[name] > 0 if name in inputs else None)
+
+    return call
+
+
+def pair(side: int | Sequence[int]) -> tuple[int, ...]:
+    """Both sides of a square, or the sides that are given."""
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def on_grid(*names: str) -> Call:
+    """The official module takes tokens (B, N, C) of a grid, whose sides, or whose one side, these arguments give."""
+
+    def call(module: Any, inputs: Inputs, given: Given) -> jax.Array:
+        x, sides = inputs["x"], [given[name] for name in names]
+        grid = pair(sides[0] if len(sides) == 1 else sides)
+        return module(x.reshape(x.shape[0], *grid, x.shape[-1])).reshape(x.shape)
+
+    return call
 
 
 def options(*same: str, **others: Option) -> dict[str, Option]:
@@ -72,44 +113,45 @@ class Official:
 
     Args:
       symbol: its name over there.
-      cls: our class; or a function that builds one (annotated with what it returns, and with an argument `rngs`); or,
-        for an official function, ours.
-      config: for every official argument, of the constructor or of the call, the name of our constructor's; or None, if
-        it has no effect here; or `Only(values)`; or a function of all official arguments that are given, or have a
-        default here, which returns our arguments. An argument that is not named is refused. None instead of it: `cls`
-        takes the official arguments themselves, and refuses others.
+      cls: our class, or the name that it is registered under; or a function that builds one (annotated with what it
+        returns, and with an argument `rngs`); or, for an official function, ours.
+      config: for an official argument, of the constructor or of the call, the name of our constructor's; or None, if it
+        has no effect here; or `Only(values)`; or a function of all official arguments that are given, or have a default
+        here, which returns our arguments. What is not named is a rate of dropout (`RATES`), or an argument of ours of
+        the same name, or is refused.
       names: where parameters stand, as `attnlab.interop.names` describes; or a function of the module that says so.
       call: `call(module, inputs, given)` returns the outputs by name, or one array, which is called `y`. `given` holds
         the official arguments.
       defaults: official arguments to add where they are not given: those whose default is another here.
       always: arguments of our constructor that do not follow from official ones.
-      when: whether official arguments are those of this class, for several of one name.
+      when: for several classes of one name, an argument that this one alone is given, or a function that tells by the
+        arguments; a class without it is meant where no other is.
       ignore: patterns of official arrays, tables and buffers, that follow from the configuration or have no effect.
     """
 
     symbol: str
-    cls: Callable[..., Any]
-    config: Mapping[str, Option] | None = dataclasses.field(default_factory=dict)
+    cls: Callable[..., Any] | str
+    config: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     names: Mapping[Any, Any] | Callable[[Any], Mapping[Any, Any]] = dataclasses.field(default_factory=dict)
     call: Call = plain
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     always: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    when: Callable[[Mapping[str, Any]], bool] | None = None
+    when: str | Callable[[Given], bool] | None = None
     ignore: Sequence[str] = ()
 
     def options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our constructor's arguments for official ones.
 
         Raises:
-          ConfigError: for an argument that this description does not name, or a value that it does not support.
+          ConfigError: for an argument that has no counterpart, or a value that is not supported.
         """
-        given, options = {**self.defaults, **config}, dict(self.always)
-        if self.config is None:
-            return options | given
+        given, options, ours = {**self.defaults, **config}, dict(self.always), self.takes()
         for name, value in given.items():
-            if name not in self.config:
-                raise ConfigError(f"{self.symbol} has no option {name!r} here: {suggestion(name, self.config)}")
-            option = self.config[name]
+            if name not in self.config and name not in RATES and ours is not None and name not in ours:
+                raise ConfigError(
+                    f"{self.symbol} has no option {name!r} here: {suggestion(name, [*self.config, *ours])}"
+                )
+            option = self.config.get(name, None if name in RATES else name)
             if isinstance(option, str):
                 options[option] = value
             elif isinstance(option, Only):
@@ -122,12 +164,24 @@ class Official:
 
     def build(self, config: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> Any:
         """Our counterpart for official arguments: a module, or a function with its options."""
-        options, cls = self.options(config), self.cls
-        while isinstance(cls, functools.partial):
-            cls = cls.func
-        if not isinstance(cls, type) and "rngs" not in inspect.signature(cls).parameters:
-            return functools.partial(self.cls, **options)
-        return self.cls(**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
+        options, cls = self.options(config), builder(self.cls)
+        if not isinstance(bare(cls), type) and "rngs" not in inspect.signature(bare(cls)).parameters:
+            return functools.partial(cls, **options)
+        return cls(**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
+
+    def takes(self) -> set[str] | None:
+        """The names of our arguments; None for a function that takes any and hands them on."""
+        cls = bare(builder(self.cls))
+        if not isinstance(cls, type):
+            parameters = inspect.signature(cls).parameters.values()
+            return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+        names: set[str] = set()
+        for one in cls.__mro__:  # `**options` are those of the class above
+            parameters = inspect.signature(one.__init__).parameters.values()
+            names |= {p.name for p in parameters}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return names - {"self", "rngs", "dtype", "param_dtype"}
 
     def rules(self, module: Any) -> Rules:
         """What stands where, for this module.
@@ -154,6 +208,11 @@ class Official:
         outputs = self.call(module, inputs, {**self.defaults, **config})
         return outputs if isinstance(outputs, Mapping) else {"y": outputs}
 
+    def suits(self, config: Mapping[str, Any]) -> bool:
+        """What `when` says of official arguments."""
+        given = {**self.defaults, **config}
+        return self.when in given if isinstance(self.when, str) else self.when is None or self.when(given)
+
     def describes(self, module: Any) -> bool:
         """Whether the module is of our class."""
         return isinstance(module, made_class(self.cls))
@@ -173,7 +232,8 @@ def choose(officials: Iterable[Official], symbol: str, config: Mapping[str, Any]
       StateDictError: if there are several for these arguments, and the names fit none.
     """
     named = [official for official in officials if official.symbol == symbol]
-    fitting = [official for official in named if official.when is None or official.when(config)]
+    fitting = [each for each in named if each.when is not None and each.suits(config)]
+    fitting = fitting or [each for each in named if each.when is None]
     if not fitting:
         raise ConfigError(f"{symbol} is not described{' for these options' if named else ''}: {dict(config)}")
     if len(fitting) == 1:

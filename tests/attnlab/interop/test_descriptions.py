@@ -58,7 +58,7 @@ CONV = Official("Conv", Conv1)
 MODEL = Official(
     "Model",
     Model,
-    options("depth", dim="features", dropout=None, act=Only("gelu")),
+    options(dim="features", act=Only("gelu")),
     {
         "token": Squeezed("cls_token", 0, 1),
         "layers.*": "blocks.*",

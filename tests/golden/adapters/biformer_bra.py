@@ -1,5 +1,3 @@
-"""Golden adapter of `biformer_bra`."""
-
 from attnlab.interop.biformer_bra import OFFICIAL
 from attnlab.interop.official import runner
 

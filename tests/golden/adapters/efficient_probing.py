@@ -1,5 +1,3 @@
-"""Golden adapter of `efficient_probing`."""
-
 from attnlab.interop.efficient_probing import OFFICIAL
 from attnlab.interop.official import runner
 

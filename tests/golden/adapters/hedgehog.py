@@ -1,5 +1,3 @@
-"""Golden adapter of `hedgehog`."""
-
 from attnlab.interop.hedgehog import OFFICIAL
 from attnlab.interop.official import runner
 

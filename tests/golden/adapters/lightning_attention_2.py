@@ -1,5 +1,3 @@
-"""Golden adapter of `lightning_attention_2`."""
-
 from attnlab.interop.lightning_attention_2 import OFFICIAL
 from attnlab.interop.official import runner
 

@@ -1,5 +1,3 @@
-"""Golden adapter of `neighborhood_attention`."""
-
 from attnlab.interop.neighborhood_attention import OFFICIAL
 from attnlab.interop.official import runner
 

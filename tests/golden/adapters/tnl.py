@@ -1,5 +1,3 @@
-"""Golden adapter of `tnl`."""
-
 from attnlab.interop.official import runner
 from attnlab.interop.tnl import OFFICIAL
 
