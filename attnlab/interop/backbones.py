@@ -151,9 +151,10 @@ def _stages(given: Given) -> dict[str, Any]:
 
 
 _STAGES = {"embed_dims": "features", "sr_ratios": "reductions"} | {n: n for n in ("num_heads", "mlp_ratios", "depths")}
-_MODEL = options(img_size="image_size", in_chans="channels", qk_scale="scale", embed_dim="features")
+_MODEL = options(img_size="image_size", in_chans="channels", embed_dim="features")
 _MODEL |= dict.fromkeys(("use_checkpoint", "use_chk", "hybrid_backbone"))
-_PVT_MODEL = _MODEL | dict.fromkeys(_STAGES) | {"num_stages": _stages}
+_SCALED = _MODEL | {"qk_scale": "scale"}
+_PVT_MODEL = _SCALED | dict.fromkeys(_STAGES) | {"num_stages": _stages}
 _PVT_NAMES = {"stem.conv": "patch_embed1.proj", "stem.norm": "patch_embed1.norm"}
 _PVT_NAMES |= {"stage.*.down.conv": lambda i: f"patch_embed{i + 1}.proj"}
 _PVT_NAMES |= {"stage.*.down.norm": lambda i: f"patch_embed{i + 1}.norm"}
@@ -162,12 +163,12 @@ _PVT_NAMES |= {"stage.*.blocks": lambda i: f"block{i + 1}"}
 _PVT_GIVEN = {"num_stages": 4, "patch_size": 16, "qkv_bias": False, "attn_type": None, "mlp_ratios": [4, 4, 4, 4]}
 _PVT_GIVEN |= {"embed_dims": [64, 128, 256, 512], "num_heads": [1, 2, 4, 8], "depths": [3, 4, 6, 3]}
 _PVT_GIVEN |= {"sr_ratios": [8, 4, 2, 1]}
-_SWIN_MODEL = _MODEL | {"ape": "position_table"}
+_SWIN_MODEL = _SCALED | {"ape": "position_table"}
 _SWIN_NAMES = {"stem.conv": "patch_embed.proj", "stem.norm": "patch_embed.norm", "stage.*.blocks": "layers.*.blocks"}
 _SWIN_NAMES |= {"stage.*.down": lambda i: f"layers.{i - 1}.downsample"}
 _SWIN_NAMES |= {"stage.0.position.table": Flattened("absolute_pos_embed")}
 _SWIN_GIVEN = {"depths": [2, 2, 6, 2], "window_size": 7, "attn_type": None}
-_CSWIN_MODEL = _MODEL | options(depth="depths", split_size="splits", patch_size=None)
+_CSWIN_MODEL = _SCALED | options(depth="depths", split_size="splits", patch_size=None)
 _CSWIN_NAMES = {"stem.conv": "stage1_conv_embed.0", "stem.norm": "stage1_conv_embed.2"}
 _CSWIN_NAMES |= {"stage.*.down": "merge*", "stage.*.blocks": lambda i: f"stage{i + 1}"}
 _CSWIN_GIVEN = {"embed_dim": 96, "depth": [2, 2, 6, 2], "split_size": [1, 2, 7, 7], "attn_type": None}

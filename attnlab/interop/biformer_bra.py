@@ -56,8 +56,7 @@ _CONFIG = options(dim="features", kv_downsample_kernel=None)
 _BRA_NAMES = {_QKV: "qkv.qkv", "router": "router.emb", "out": "wo"}
 _NCHW = options(dim="features", qk_dim=same_as("qk_dim", "dim"), auto_pad=None, attn_backend=None)
 _NCHW_NAMES = {_QKV: Squeezed("qkv_linear", 2, 3), "out": Squeezed("output_linear", 2, 3)}
-_HEADS = {"num_heads": 8}
-_NO_BIAS = {"qkv_bias": False}
+_HEADS, _NO_BIAS = {"num_heads": 8}, {"qkv_bias": False}
 _IMAGE = {"layout": Layout.IMAGE}
 _LOCAL_CONFIG = options(dim="features", side_dwconv="side")
 _LOCAL_NAMES = _NAMES | {"local": "lepe"}

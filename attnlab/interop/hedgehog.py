@@ -52,7 +52,6 @@ _NAMES |= {"feature_map_*.bias": Squeezed("feature_map_*.mlp.bias", 0, 2)}
 _FLA = {"feature_map_*.kernel": Mapped("feature_map_*.layer.weight", jnp.transpose, jnp.transpose)}
 _FLA |= {"feature_map_*.bias": "feature_map_*.layer.bias"}
 _FLA_MAP = {"num_heads": 1, "shared": True, "activation": "softmax_joint", "use_bias": True}
-_FLA_CONFIG = options("head_dim", normalize=None)
 _TIED = {False: lambda given: not given.get("tie_qk_kernels"), True: lambda given: given.get("tie_qk_kernels", True)}
 
 OFFICIAL = [
@@ -60,6 +59,6 @@ OFFICIAL = [
         Official(_LOLCATS, _Maps, _CONFIG, _NAMES, _lolcats, {}, {"tied": tied}, when=when)
         for tied, when in _TIED.items()
     ),
-    Official("HedgehogFeatureMap+naive_chunk_linear_attn", _Maps, _FLA_CONFIG, _FLA, _fla, always=_FLA_MAP),
+    Official("HedgehogFeatureMap+naive_chunk_linear_attn", _Maps, {"normalize": None}, _FLA, _fla, always=_FLA_MAP),
     Official("OurTrainer.compute_loss", attention_distillation, {"layers": None}, call=_distillation),
 ]

@@ -170,7 +170,7 @@ class Official:
         return cls(**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
 
     def takes(self) -> set[str] | None:
-        """The names of our arguments; None for a function that takes any and hands them on."""
+        """The names of our arguments; None where any are taken, to be handed on."""
         cls = bare(builder(self.cls))
         if not isinstance(cls, type):
             parameters = inspect.signature(cls).parameters.values()
@@ -178,10 +178,10 @@ class Official:
         names: set[str] = set()
         for one in cls.__mro__:  # `**options` are those of the class above
             parameters = inspect.signature(one.__init__).parameters.values()
-            names |= {p.name for p in parameters}
+            names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-        return names - {"self", "rngs", "dtype", "param_dtype"}
+                return names - {"self", "rngs", "dtype", "param_dtype"}
+        return None
 
     def rules(self, module: Any) -> Rules:
         """What stands where, for this module.

@@ -46,10 +46,11 @@ _GLA_NAMES = {("query", "key", "value", "gate"): "qkvu_proj", "out": "out_proj",
 _CONSTANT = ("slope_rate", "slopes", "_attn_mask", "_linear_attn_mask", "lm_head.weight")  # the last is the embedding
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 _ATTENTION |= {"gate_down": "output_gate.0", "gate_up": "output_gate.1"}
-_GLA_GIVEN, _MASKED = {"use_lrpe": False}, masked("attn_padding_mask")
-_GLA = Official("NormLinearAttention", "tnl", _GLA_CONFIG, _GLA_NAMES, _MASKED, _GLA_GIVEN, ignore=_CONSTANT)
+_MASKED = masked("attn_padding_mask")
+_GLA = Official("NormLinearAttention", "tnl", _GLA_CONFIG, _GLA_NAMES, _MASKED, {"use_lrpe": False}, ignore=_CONSTANT)
 _SGLU_NAMES = {"gate": "l1", "up": "l2", "down": "l3"}
-_SGLU = Official("SGLU", MLPS["sglu"], _NANO | {"hidden": "hidden_features"}, _SGLU_NAMES)
+_SGLU_CONFIG = options(n_embd="features", bias="use_bias", hidden="hidden_features")
+_SGLU = Official("SGLU", MLPS["sglu"], _SGLU_CONFIG, _SGLU_NAMES)
 _ALONE = options(embed_dim="features", bias="use_bias", layer_idx="layer")
 _MODEL = _NANO | options(n_layer="depth", lrpe_layers=_layers("lrpe_layers"))
 _PUBLISHED = options(decoder_embed_dim="features", decoder_layers="depth", decoder_attention_heads="num_heads")

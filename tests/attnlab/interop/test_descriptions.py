@@ -1,5 +1,7 @@
 """`Official` and its tables of names: what they load, dump, build and refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab.interop.names import Interleaved, Mapped, Named, Part, Squeezed, StateDictError, resolve
-from attnlab.interop.official import ConfigError, Official, Only, choose, options, runner
+from attnlab.interop.official import ConfigError, Official, Only, choose, options, runner, same_as
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.nn.linear import Conv, Linear
@@ -287,20 +289,45 @@ def test_gradients_flow_to_the_official_arrays():
 def test_options_are_translated_and_unknown_ones_refused():
     assert MODEL.options({"depth": 1, "dropout": 0.5, "act": "gelu"}) == {"depth": 1, "features": 4}
     assert len(MODEL.build({"depth": 1}).layers) == 1
+    assert Official("Model", Model).options({"features": 4, "depth": 1}) == {"features": 4, "depth": 1}
+    with pytest.raises(ConfigError, match="Model has no option 'rngs' here"):
+        MODEL.options({"rngs": 0})
     with pytest.raises(ConfigError, match="Model has no option 'dmi' here: did you mean dim"):
         MODEL.options({"dmi": 4})
     with pytest.raises(ConfigError, match="Model: act must be 'gelu' here, got 'relu'"):
         MODEL.options({"act": "relu"})
-    whole = Official("F", jnp.add, {"a": lambda given: {"x": given["a"] + given["b"]}, "b": None}, defaults={"b": 2})
-    assert whole.options({"a": 1}) == {"x": 3}
+    whole = Official("F", Model, {"a": lambda given: {"depth": given["a"] + given["b"]}, "b": None}, defaults={"b": 2})
+    assert whole.options({"a": 1}) == {"depth": 3}
+    equal = Official("F", Model, {"qk_dim": same_as("qk_dim", "dim"), "dim": "features"})
+    assert equal.options({"qk_dim": None, "dim": 4}) == equal.options({"qk_dim": 4, "dim": 4}) == {"features": 4}
+    with pytest.raises(ConfigError, match="qk_dim must be equal to dim here, got 2 and 4"):
+        equal.options({"qk_dim": 2, "dim": 4})
+
+
+def test_classes_may_be_named_by_their_registration_and_hand_options_on():
+    probing = Official("EP", "efficient_probing", {"dim": "features"})
+    assert probing.build({"dim": 8, "num_queries": 2}).num_queries == 2
+    assert probing.describes(probing.build({"dim": 8, "num_queries": 2}))
+
+    class Wider(Model):
+        def __init__(self, *, width=1, rngs, **options):
+            super().__init__(rngs=rngs, **options)
+
+    assert Official("W", Wider).takes() == {"width", "features", "depth"}
+    assert Official("W", functools.partial(Wider, width=2)).build({"depth": 1}).depth == 1
+    with pytest.raises(ConfigError, match="no option 'height'"):
+        Official("W", Wider).options({"height": 1})
 
 
 def test_several_classes_of_one_name_are_told_apart_by_options_or_names():
-    wide = Official("Model", Model, options("depth", "width"), when=lambda given: "width" in given)
-    narrow = Official("Model", Model, options("depth", dim="features"), when=lambda given: "width" not in given)
-    assert choose([wide, narrow], "Model", {"depth": 1}, ()) is narrow
+    wide = Official("Model", Model, {"width": "features"}, when="width")
+    deep = Official("Model", Model, {"dim": "features"}, when=lambda given: given["depth"] > 8, defaults={"depth": 2})
+    other = Official("Model", Model, {"dim": "features"})
+    assert choose([wide, deep, other], "Model", {"width": 1}, ()) is wide
+    assert choose([wide, deep, other], "Model", {"depth": 9}, ()) is deep
+    assert choose([wide, deep, other], "Model", {"depth": 1}, ()) is other
     with pytest.raises(ConfigError, match=r"Other is not described: {'depth': 1}"):
-        choose([wide, narrow], "Other", {"depth": 1}, ())
+        choose([wide, other], "Other", {"depth": 1}, ())
     with pytest.raises(ConfigError, match="Model is not described for these options"):
         choose([wide], "Model", {"depth": 1}, ())
     plain = Official("Model", Model, options("depth", dim="features"))
