@@ -174,7 +174,9 @@ def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters
-            found |= {n: p for n, p in parameters.items() if p.kind in _NAMED and n not in ("self", *found)}
+            more = {n: p for n, p in parameters.items() if p.kind in _NAMED and n not in ("self", *found)}
+            # What is passed on is passed on by name.
+            found |= {n: p.replace(kind=p.KEYWORD_ONLY) for n, p in more.items()} if found else more
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break
     return found

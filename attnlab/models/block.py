@@ -367,6 +367,11 @@ def hand_over(
     return x, given | {name: array for name, array in new.items() if array is not None}
 
 
+def _recomputed(block: Block, x: jax.Array, arguments: dict[str, Any]) -> jax.Array:
+    """What the block returns, computed again in the backward pass."""
+    return nnx.remat(lambda block, x: block(x, **arguments))(block, x)
+
+
 class Blocks(nnx.Module):
     """A run of given blocks.
 
@@ -383,7 +388,7 @@ class Blocks(nnx.Module):
         for block, edit in zip(self.blocks, self._each(edits), strict=True):
             # What is recorded or remembered inside a rematerialised block cannot leave it.
             if self.remat and edit is None and not hasattr(self, "__captures__"):
-                x = nnx.remat(lambda block, x, arguments=arguments: block(x, **arguments))(block, x)
+                x = _recomputed(block, x, arguments)
             else:
                 x, arguments = hand_over(block, edit, block(x, edits=edit, **arguments), arguments)
         return x

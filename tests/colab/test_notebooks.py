@@ -22,6 +22,7 @@ def test_notebook_is_committed_without_outputs(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
     # The kernel must find this checkout whether or not it is installed.

@@ -17,6 +17,16 @@ from tests.conformance.subjects import close, finite, named, parameters
 every_backbone = pytest.mark.parametrize("subject", attnlab.names(kind=Kind.BACKBONE))
 
 
+def one_of_each_paper() -> list[Any]:
+    """All backbones; of several of one paper those after the first are among the slow tests."""
+    slugs: set[str] = set()
+    params = []
+    for variant in attnlab.variants(kind=Kind.BACKBONE):
+        params.append(pytest.param(variant.name, marks=pytest.mark.slow if variant.slug in slugs else ()))
+        slugs.add(variant.slug)
+    return params
+
+
 def build(name: str, **options: Any) -> nnx.Module:
     variant = attnlab.get(name)
     return variant.target(**variant.options, **options, rngs=nnx.Rngs(0))
@@ -50,7 +60,7 @@ def test_examples_are_independent(subject):
     close(other[:1], its.plain.y[1:], 1e-4)
 
 
-@every_backbone
+@pytest.mark.parametrize("subject", one_of_each_paper())
 def test_dtypes(subject):
     its = programs(subject)
     assert its.plain.y.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""Properties of every registered task, and of the skeleton of one."""
+"""Properties of every registered task."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import pytest
 
 import attnlab
 from attnlab import Kind
-from attnlab.cli.skeletons.task import Skeleton
+from tests.toy_task import GreatestSoFar
 
-TASKS = {"the skeleton": (Skeleton, {"length": 6, "vocab_size": 9})} | {
+TASKS = {"a task of the tests": (GreatestSoFar, {"length": 6, "vocab_size": 9})} | {
     variant.name: (variant.cls, dict(variant.options)) for variant in attnlab.variants(kind=Kind.TASK)
 }
 

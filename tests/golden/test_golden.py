@@ -45,6 +45,7 @@ def test_the_authors_numbers(path, bounded_memory):
     assert not faults(path, adapter(path).run)
 
 
+@pytest.mark.goldens
 @every_case
 def test_dumped_arrays_are_those_loaded(path, bounded_memory):
     """Under the same names, but for those that a description declares to follow from the configuration."""

@@ -52,7 +52,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def options_of(*quick):
+    """All options, of which some are tested in `make test`."""
+    return [pytest.param(o, id=n, marks=() if n in quick else pytest.mark.slow) for n, o in OPTIONS.items()]
+
+
+@pytest.mark.parametrize("options", options_of("rotary", "blocks"))
 def test_decoding_equals_the_whole(options):
     mixer = build(causal=True, **options)
     x = draw(2, 2, 9, 16)
@@ -69,7 +74,7 @@ def test_decoding_equals_the_whole(options):
     np.testing.assert_array_equal(state.length, [9, 9])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", options_of("rotary", "blocks"))
 def test_left_padding_changes_nothing(options):
     mixer = build(causal=True, **options)
     x = draw(3, 1, 8, 16)
@@ -115,7 +120,7 @@ def test_a_full_cache_refuses():
     np.testing.assert_array_equal(state.length, [5])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", options_of("rotary", "blocks"))
 def test_packed_segments_are_separate_runs(options):
     mixer = build(causal=True, **options)
     x = draw(7, 1, 9, 16)

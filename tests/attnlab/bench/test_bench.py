@@ -40,7 +40,9 @@ def test_least_bytes_and_operations():
     assert decode.minimum_bytes() == 2 * 96 * 128 * 128 * 4 + 96 * 8 * 128
 
 
-@pytest.mark.parametrize("mode", ["forward", "gradient", "decode"])
+@pytest.mark.parametrize(
+    "mode", ["forward", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gradient", "decode"))]
+)
 @pytest.mark.parametrize(("op", "decay"), [(op.name, decay) for op in OPS.values() for decay in op.decays])
 def test_the_gate_lets_what_is_right_pass(op, decay, mode):
     problem = Problem(op, SMALL, decay, "float32", mode)

@@ -84,7 +84,7 @@ def test_every_variant_can_be_shown(variant):
 
 def test_show_of_a_name_that_is_not_there(capsys):
     assert main(["show", "hedgehogg"]) == 2
-    assert "did you mean hedgehog?" in capsys.readouterr().err
+    assert "did you mean hedgehog" in capsys.readouterr().err
 
 
 def test_signatures_have_names_and_defaults_alone():

@@ -24,7 +24,12 @@ def tokens(batch=2, length=9, seed=0) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"position": "none"}, {"mixer": HYBRID, "depth": 4}, {"position": "learned", "max_length": 16}]
+    "options",
+    [
+        {"mixer": HYBRID, "depth": 4},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"position": "none"})),
+        {"position": "learned", "max_length": 16},
+    ],
 )
 def test_decoding_equals_the_call(options):
     model, ids = build(**options), tokens()
@@ -144,7 +149,10 @@ def test_refusals_at_the_call():
         build("lightning_attention_2")(tokens(), positions=jnp.arange(9)[None])
 
 
-@pytest.mark.parametrize("mixer", ["softmax_attention", "lightning_attention_2", "sqa", "lssar", "lightnet"])
+OTHERS = [pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("lightning_attention_2", "sqa", "lssar")]
+
+
+@pytest.mark.parametrize("mixer", ["softmax_attention", "lightnet", *OTHERS])
 def test_greedy_generation_takes_the_likeliest_token_each_time(mixer):
     model, prompt = build(mixer), tokens(2, 4)
     result = generate(model, prompt, max_new_tokens=5, temperature=0)

@@ -47,7 +47,10 @@ def number_of_parameters(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("name", SIZES)
+QUICK = ("agent_pvt_tiny", "biformer_tiny", "davit_tiny")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES])
 def test_named_models_have_the_papers_size(name):
     table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS
     assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
