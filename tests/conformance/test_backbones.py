@@ -14,8 +14,6 @@ from attnlab import Kind
 from tests.conformance.programs import Programs
 from tests.conformance.subjects import close, finite, named, parameters
 
-every_backbone = pytest.mark.parametrize("subject", attnlab.names(kind=Kind.BACKBONE))
-
 
 def one_of_each_paper() -> list[Any]:
     """All backbones; of several of one paper those after the first are among the slow tests."""
@@ -25,6 +23,9 @@ def one_of_each_paper() -> list[Any]:
         params.append(pytest.param(variant.name, marks=pytest.mark.slow if variant.slug in slugs else ()))
         slugs.add(variant.slug)
     return params
+
+
+every_backbone = pytest.mark.parametrize("subject", one_of_each_paper())
 
 
 def build(name: str, **options: Any) -> nnx.Module:
@@ -60,7 +61,7 @@ def test_examples_are_independent(subject):
     close(other[:1], its.plain.y[1:], 1e-4)
 
 
-@pytest.mark.parametrize("subject", one_of_each_paper())
+@every_backbone
 def test_dtypes(subject):
     its = programs(subject)
     assert its.plain.y.dtype == jnp.float32

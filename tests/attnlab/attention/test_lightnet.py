@@ -19,7 +19,9 @@ def draw(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("cross", ["no", "whole", "causal"])
+@pytest.mark.parametrize(
+    "cross", [pytest.param(c, marks=() if c == "no" else pytest.mark.slow) for c in ("no", "whole", "causal")]
+)
 def test_decoding_with_convolutions_equals_the_whole(cross):
     mixer, x = build(causal=cross != "whole", context_features=None if cross == "no" else 4), draw(2, 9, 8)
     context = () if cross == "no" else (draw(2, 9, 4),)
@@ -35,6 +37,7 @@ def test_decoding_with_convolutions_equals_the_whole(cross):
     assert relative_rms(y[0, 2:], shorter[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_packed_segments_with_convolutions():
     mixer, x, ids = build(), draw(1, 9, 8), jnp.asarray([[4] * 4 + [1] * 2 + [2] * 3])
     packed = mixer(x, segment_ids=ids)
