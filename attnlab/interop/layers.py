@@ -161,5 +161,8 @@ def _(layer: Any) -> dict[str, Leaf]:
 
 
 @leaves.register(LayerScale)
-def _(layer: Any) -> dict[str, Leaf]:
-    return {"": Leaf("scale", layer.scale, _same, _same)}
+def _(layer: LayerScale) -> dict[str, Leaf]:
+    # With a bias it is a depthwise convolution of one tap there.
+    if layer.bias is None:
+        return {"": Leaf("scale", layer.scale, _same, _same)}
+    return _leaves(layer, weight=("scale", jnp.ravel, lambda scale: scale.reshape(-1, 1, 1, 1)), bias="bias")

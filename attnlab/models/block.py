@@ -91,6 +91,7 @@ class Block(Layer):
         x = x + scale1(mixer(norm1(x)));  x = x + scale2(mlp(norm2(x)))          order "pre"
         x = norm1(x + scale1(mixer(x)));  x = norm2(x + scale2(mlp(x)))          order "post"
 
+    With `scaled="skip"` the scales stand before the sum's other term: `x = scale1(x) + mixer(norm1(x))`.
     Each branch is under stochastic depth. `before` may also stand in front of the second branch (`before2`). Parts
     whose call takes `deterministic` are told. A mixer of sequences is handed the tokens of an image as a sequence.
 
@@ -104,11 +105,12 @@ class Block(Layer):
       before: module whose result is added first, such as a depthwise convolution (conditional positions).
       before2: the same in front of the feed-forward's branch.
       order: norms before the branches, or after the sums.
+      scaled: whether the scales are factors of the "branch", or of the "skip" connection beside it.
       drop_path: probability that a branch is dropped for an example in training.
       rngs: stream `dropout` if `drop_path` is positive.
 
     Raises:
-      ValueError: for an unknown order.
+      ValueError: for an unknown order, or a scale of anything else.
     """
 
     def __init__(
@@ -123,12 +125,15 @@ class Block(Layer):
         before: nnx.Module | None = None,
         before2: nnx.Module | None = None,
         order: Order = "pre",
+        scaled: Literal["branch", "skip"] = "branch",
         drop_path: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ):
         if order not in ("pre", "post"):
             raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
-        self.mixer, self.order = mixer, order
+        if scaled not in ("branch", "skip"):
+            raise ValueError(f"scaled must be 'branch' or 'skip', got {scaled!r}")
+        self.mixer, self.order, self.scaled = mixer, order, scaled
         parts = {"mlp": mlp, "norm1": norm1, "norm2": norm2, "scale1": scale1, "scale2": scale2}
         for name, part in (parts | {"before": before, "before2": before2}).items():
             setattr(self, name, nnx.data(None) if part is None else part)
@@ -230,7 +235,8 @@ class Block(Layer):
             return tokens if norm is None else call(norm, tokens, deterministic)
 
         y = branch(normed(x) if pre else x)
-        y = y if scale is None else scale(y)
+        if scale is not None:
+            x, y = (x, scale(y)) if self.scaled == "branch" else (scale(x), y)
         y = y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
         return x + y if pre else normed(x + y)
 

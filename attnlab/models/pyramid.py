@@ -24,16 +24,18 @@ class Pyramid(StagedBackbone):
 
     Args:
       features: channels C of each stage.
-      own: builds the family's mixers; several in turn, through the blocks of a stage.
-      stem: options of the `ConvNorm` that makes the first stage's tokens, of stride 4; sides are rounded up.
+      own: builds the family's mixers; several in turn, through the blocks of a stage. Or such a list for each stage.
+      stem: what makes the first stage's tokens, of stride 4; or options of a `ConvNorm`, which rounds sides up.
       down: options of those that lead from stage to stage, of stride 2.
       num_heads: heads of each stage.
       depths: blocks of each stage.
       mixers: what takes the place of the family's mixers, in all stages or in each.
       replaced: in how many of the first blocks of each stage; in all where it is None.
       qkv_bias: whether queries, keys and values have a bias, in mixers that have the option.
-      block: further options of `transformer_block`.
-      mlp_ratio: hidden channels of feed-forwards over channels; 0 for none.
+      block: further options of `transformer_block`, for all stages or for each.
+      mlp_ratio: hidden channels of feed-forwards over channels, in all stages or in each; 0 for none.
+      last: what takes the place of the norm of the last stage's tokens.
+      last_features: channels that it makes; those of the last stage when None.
       image_size: pixels on a side, or (rows, columns); None for any, with mixers that need no grid.
       channels: of the images.
       num_classes: classes; without any the pooled features are the result.
@@ -52,16 +54,18 @@ class Pyramid(StagedBackbone):
         self,
         features: Sequence[int],
         *,
-        own: Sequence[Builder],
-        stem: Mapping[str, Any],
+        own: Sequence[Builder] | Sequence[Sequence[Builder]],
+        stem: Mapping[str, Any] | nnx.Module,
         down: Mapping[str, Any],
         num_heads: Sequence[int],
         depths: Sequence[int],
         mixers: Mixers = None,
         replaced: Sequence[int | None] | None = None,
         qkv_bias: bool = True,
-        block: Mapping[str, Any] | None = None,
-        mlp_ratio: float = 4.0,
+        block: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        mlp_ratio: float | Sequence[float] = 4.0,
+        last: nnx.Module | None = None,
+        last_features: int | None = None,
         image_size: int | Sequence[int] | None = 224,
         channels: int = 3,
         num_classes: int | None = 1000,
@@ -72,33 +76,40 @@ class Pyramid(StagedBackbone):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        size = None if image_size is None else staged.pair(image_size)
-        strides = [4 << stage for stage in range(len(depths))]
+        stored = {"param_dtype": param_dtype, "rngs": rngs}
+        common = {"dtype": dtype, **stored}
+        size, count = None if image_size is None else staged.pair(image_size), len(depths)
+        ratios = mlp_ratio if isinstance(mlp_ratio, Sequence) else [mlp_ratio] * count
+        options = block if isinstance(block, Sequence) else [block or {}] * count
+        turns = own if isinstance(own[0], Sequence) else [own] * count
+        staged.per_stage(count, own=turns, mlp_ratio=ratios, block=options)
+        strides = [4 << stage for stage in range(count)]
         places = staged.places(
             features,
             [None if size is None else (-(-size[0] // stride), -(-size[1] // stride)) for stride in strides],
             num_heads=num_heads,
             depths=depths,
-            own=[_in_turn(own)] * len(depths),
+            own=[_in_turn(builders) for builders in turns],
             mixers=mixers,
             replaced=replaced,
             drop_path=drop_path,
         )
-        given = {"mlp_ratio": mlp_ratio, "norm_eps": norm_eps, "shared": {"qkv_bias": qkv_bias}} | dict(block or {})
         norm = functools.partial(LayerNorm, eps=norm_eps)
-        conv = functools.partial(ConvNorm, norm=norm, filled=True, **common)
-        first, stages = conv(channels, features[0], stride=4, **stem), []
+        conv = functools.partial(ConvNorm, **{"norm": norm, "filled": True, **common})
+        first = stem if isinstance(stem, nnx.Module) else conv(channels, features[0], stride=4, **stem)
+        stages = []
         for stage, here in enumerate(places):
             entry = conv(features[stage - 1], features[stage], stride=2, **down) if stage else None
-            blocks = [staged.transformer_block(place, **given, **common) for place in here]
+            given = {"mlp_ratio": ratios[stage], "norm_eps": norm_eps, "shared": {"qkv_bias": qkv_bias}}
+            blocks = [staged.transformer_block(place, **(given | dict(options[stage])), **common) for place in here]
             stages.append(Stage(blocks, down=entry))
+        width = features[-1] if last_features is None else last_features
         super().__init__(
             first,
             stages,
-            norm=norm(features[-1], param_dtype=param_dtype, rngs=rngs),
+            norm=norm(features[-1], **stored) if last is None else last,
             norm_first=norm_first,
-            head=staged.classifier(features[-1], num_classes, **common),
+            head=staged.classifier(width, num_classes, **common),
             image_size=size,
             channels=channels,
             dtype=dtype,

@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 
 from attnlab import registry
 from attnlab.contract import Layout, Site, TokenMixer, constructor_parameters
-from attnlab.models.block import Block, Blocks, site_seen_by
+from attnlab.models.block import Block, Blocks, Order, site_seen_by
 from attnlab.models.inputs import Images
 from attnlab.nn.chain import call
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.linear import Linear, trunc_normal
-from attnlab.nn.mlp import MLP
+from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.points import Editable, Edits, Pass, visit
 from attnlab.suggest import suggestion
@@ -312,6 +312,11 @@ def transformer_block(
     shared: Mapping[str, Any] | None = None,
     position_side: int = 0,
     position_activation: Callable[[jax.Array], jax.Array] | None = None,
+    position_twice: bool = True,
+    mlp: Mapping[str, Any] | None = None,
+    layer_scale: float | None = None,
+    mlp_scale: float | None = None,
+    order: Order = "pre",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -328,24 +333,33 @@ def transformer_block(
       shared: options for the mixer, which takes those that it has.
       position_side: of the kernel of a depthwise convolution that is added in front of either branch; 0 for none.
       position_activation: of these convolutions; none when None.
+      position_twice: whether the feed-forward's branch has one too.
+      mlp: further options of the feed-forward.
+      layer_scale: factors of the channels of both branches at the start; None for no factors.
+      mlp_scale: the same for the feed-forward's branch alone.
+      order: as `Block` has it.
       dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
     """
-    features, norm = place.site.features, {"eps": norm_eps, "param_dtype": param_dtype, "rngs": rngs}
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    features, stored = place.site.features, {"param_dtype": param_dtype, "rngs": rngs}
+    norm, common = {"eps": norm_eps, **stored}, {"dtype": dtype, **stored}
     mixer = place.mixer(place.site, place.index, **common, **(shared or {}))
-    before = before2 = None
-    if position_side:
-        side = (position_side, position_side)
-        before, before2 = (DepthwiseConv(features, side, activation=position_activation, **common) for _ in range(2))
+    sides, convs = (position_side, position_side), position_side and 1 + position_twice
+    before = [DepthwiseConv(features, sides, activation=position_activation, **common) for _ in range(convs)]
+    inits = (layer_scale, layer_scale if mlp_scale is None else mlp_scale)
+    scales = [None if init is None else LayerScale(features, init=init, **stored) for init in inits]
+    hidden = int(features * mlp_ratio)
     return Block(
         mixer=mixer,
-        mlp=MLP(features, int(features * mlp_ratio), dropout=dropout, **common) if mlp_ratio else None,
+        mlp=MLP(features, hidden, dropout=dropout, **(mlp or {}), **common) if mlp_ratio else None,
         norm1=None if getattr(mixer, "norms_its_input", False) else LayerNorm(features, **norm),
         norm2=LayerNorm(features, **norm) if mlp_ratio else None,
-        before=before,
-        before2=before2,
+        scale1=scales[0],
+        scale2=scales[1] if mlp_ratio else None,
+        before=before[0] if convs else None,
+        before2=before[1] if convs > 1 else None,
+        order=order,
         drop_path=place.drop_path,
         rngs=rngs,
     )

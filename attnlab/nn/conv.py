@@ -1,4 +1,4 @@
-"""Convolutions as the parts of backbones: with a norm, of patches, and the merging of tokens."""
+"""Convolutions as the parts of backbones: with a norm, in a row as a stem, of patches, and the merging of tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.chain import call
+from attnlab.nn.chain import Chain, call
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.grids import lengths, pad_to_multiple
 from attnlab.nn.linear import Conv, Linear
-from attnlab.nn.norms import LayerNorm
+from attnlab.nn.mlp import Activation, gelu
+from attnlab.nn.norms import BatchNorm, LayerNorm
 
 Norm = Callable[..., nnx.Module]
 """Builds a norm: `norm(features, param_dtype=…, rngs=…)`, a class such as `BatchNorm` or one with its options bound."""
+
+
+def _each(value: int | Sequence[int]) -> Sequence[int]:
+    return (value,) if isinstance(value, int) else value
 
 
 class ConvNorm(nnx.Module):
@@ -22,12 +28,16 @@ class ConvNorm(nnx.Module):
 
         y = activation(norm(conv(x)));    y = activation(conv(norm(x)))  with `norm_first`
 
+    At inference a `BatchNorm` behind the convolution is a part of it: `fold` makes one of both.
+
     Args:
       in_features: channels in.
       features: channels out.
       kernel_size: sides of the kernel, one number for a square.
       stride: of the convolution.
       padding: as `Conv`; half the kernel on each side when None.
+      dilation: steps between the taps of the kernel.
+      groups: of channels that do not see each other; `in_features`, where that is `features`, for a kernel per channel.
       filled: whether zeros at the end of each axis make it a multiple of the stride first.
       norm: builds the norm; none when None.
       norm_first: whether the norm stands in front of the convolution.
@@ -47,10 +57,12 @@ class ConvNorm(nnx.Module):
         *,
         stride: int | Sequence[int] = 1,
         padding: Any = None,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
         filled: bool = False,
         norm: Norm | None = LayerNorm,
         norm_first: bool = False,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
+        activation: Activation | None = None,
         use_bias: bool = True,
         axes: Sequence[str | None] = ("embed", "embed"),
         dtype: Any = None,
@@ -60,18 +72,25 @@ class ConvNorm(nnx.Module):
         kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.norm_first, self.activation = norm_first, activation
         self.fill = lengths(stride, len(kernel_size), "stride") if filled else None
-        self.conv = Conv(
-            in_features,
-            features,
-            kernel_size,
-            strides=stride,
-            padding=padding,
-            use_bias=use_bias,
-            axes=axes,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        single = padding is None and all(n == 1 for n in (*_each(stride), *_each(dilation)))
+        if groups == in_features == features and single and all(side % 2 for side in kernel_size):
+            self.conv = DepthwiseConv(features, kernel_size, axes=axes[-1:], **common)
+        else:
+            if padding is None:
+                steps = lengths(dilation, len(kernel_size), "dilation")
+                padding = [(d * (k // 2),) * 2 for k, d in zip(kernel_size, steps, strict=True)]
+            self.conv = Conv(
+                in_features,
+                features,
+                kernel_size,
+                strides=stride,
+                padding=padding,
+                kernel_dilation=dilation,
+                feature_group_count=groups,
+                axes=axes,
+                **common,
+            )
         self.norm = nnx.data(None)
         if norm is not None:
             self.norm = norm(in_features if norm_first else features, param_dtype=param_dtype, rngs=rngs)
@@ -85,6 +104,89 @@ class ConvNorm(nnx.Module):
         if self.norm is not None and not self.norm_first:
             x = call(self.norm, x, deterministic)
         return x if self.activation is None else self.activation(x)
+
+    def fold(self) -> None:
+        """Makes a `BatchNorm` behind the convolution part of its kernel and bias, as it is at inference.
+
+        Another norm, and one in front, whose shift the zeros around a map do not have, stays where it is.
+        """
+        if not isinstance(self.norm, BatchNorm) or self.norm_first:
+            return
+        norm, conv = self.norm, self.conv
+        wide = jnp.promote_types(conv.kernel[...].dtype, jnp.float32)
+        factor = jax.lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon)
+        factor = factor if norm.scale is None else factor * norm.scale[...].astype(wide)
+        bias = -norm.mean[...].astype(wide) * factor
+        bias = bias if conv.bias is None else bias + conv.bias[...].astype(wide) * factor
+        bias = bias if norm.bias is None else bias + norm.bias[...].astype(wide)
+        kernel, names = conv.kernel, conv.kernel.get_metadata().get("logical_axes", (None,))
+        conv.bias = nnx.Param(bias.astype(kernel[...].dtype), logical_axes=tuple(names[-1:]))
+        if isinstance(conv, Conv):
+            conv.use_bias = True
+        kernel[...] = (kernel[...].astype(wide) * factor).astype(kernel[...].dtype)
+        self.norm = nnx.data(None)
+
+
+def folded(model: nnx.Module) -> nnx.Module:
+    """A copy of a model for inference, each `BatchNorm` that stands behind a convolution made part of it."""
+    model = nnx.clone(model)
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, ConvNorm):
+            part.fold()
+    return model
+
+
+class ConvStem(Chain):
+    """Convolutions one after another, each with a norm and but the last with an activation: images to tokens.
+
+    What may differ between them is one value for all, or a sequence with one for each.
+
+    Args:
+      channels: of the images.
+      widths: channels that each convolution makes.
+      strides: of each.
+      kernel_size: side of their kernels; padding is half of it.
+      norm: builds the norm behind; none when None.
+      activation: behind the norm, of all but the last.
+      last_activation: of the last; none when None.
+      use_bias: whether the convolution has a bias.
+      dtype: of the computation and the result; that of the input when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+
+    Raises:
+      ValueError: for a sequence without one entry for each convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        *,
+        strides: Sequence[int],
+        kernel_size: int | Sequence[int] = 3,
+        norm: Norm | Sequence[Norm | None] | None = BatchNorm,
+        activation: Activation | None = gelu,
+        last_activation: Activation | None = None,
+        use_bias: bool | Sequence[bool] = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        count, units = len(widths), []
+        each = {"stride": strides, "kernel_size": kernel_size, "norm": norm, "use_bias": use_bias}
+        options: dict[str, list[Any]] = {
+            name: [*value] if isinstance(value, Sequence) else [value] * count for name, value in each.items()
+        }
+        for name, values in options.items():
+            if len(values) != count or not count:
+                raise ValueError(f"{name} must have one entry for each of {count} convolutions, got {len(values)}")
+        options["activation"] = [activation] * (count - 1) + [last_activation]
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        for index, (before, width) in enumerate(zip((channels, *widths), widths, strict=False)):
+            here = {name: values[index] for name, values in options.items()}
+            units.append(ConvNorm(before, width, **here, **common))
+        super().__init__(*units)
 
 
 class PatchEmbed(ConvNorm):

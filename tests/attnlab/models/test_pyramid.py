@@ -8,9 +8,18 @@ from flax import nnx
 
 from attnlab.attention.linear.hedgehog import HedgehogAttention
 from attnlab.interop.davit import OFFICIAL
+from attnlab.models.block import Block
 from attnlab.models.davit import DaViT
+from attnlab.nn.mlp import LayerScale
 
 SMALL = {"features": (8, 16), "num_heads": (2, 2), "depths": (1, 2), "window": 3, "num_classes": 5}
+
+
+class Doubling(nnx.Module):
+    accepts = frozenset()
+
+    def __call__(self, x):
+        return 2 * x
 
 
 def test_sides_are_rounded_up_and_mixers_replaced():
@@ -46,3 +55,13 @@ def test_official_names_of_both_kinds_of_towers(named):
     official.load(other, arrays)
     x = np.random.default_rng(0).normal(size=(1, 19, 22, 3)).astype(np.float32)
     np.testing.assert_array_equal(one(x), other(x))
+
+
+def test_a_scale_stands_on_the_branch_or_beside_it():
+    x, scale = jnp.ones((1, 2, 2, 4)), LayerScale(4, init=0.5, use_bias=True, rngs=nnx.Rngs(0))
+    scale.bias[...] = jnp.full(4, 3.0)
+    for scaled, expected in (("branch", 1 + 0.5 * 2 + 3), ("skip", 0.5 * 1 + 3 + 2)):
+        block = Block(Doubling(), None, None, None, scale1=scale, scaled=scaled)
+        np.testing.assert_allclose(block(x), np.full(x.shape, expected))
+    with pytest.raises(ValueError, match="scaled must be"):
+        Block(Doubling(), None, None, None, scaled="both")
