@@ -34,6 +34,14 @@ def rms_norm(x: ArrayLike, scale: ArrayLike | None = None, *, eps: float = 1e-6,
     return (y if scale is None else y * _wide(scale)).astype(jnp.result_type(x))
 
 
+def unit_norm(x: ArrayLike) -> jax.Array:
+    """x / |x| over the last axis; a vector of zeros stays one, with a gradient that is finite."""
+    wide = _wide(x)
+    # max inside the root: at zero the length itself has no gradient.
+    y = wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(-1, keepdims=True), 1e-24))
+    return y.astype(jnp.result_type(x))
+
+
 class LayerNorm(nnx.Module):
     """`layer_norm` with learned `scale` and `bias` unless switched off.
 

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import View
 from attnlab.nn.masking import full_mask, masked_softmax, visible_count, visible_keys
+from attnlab.nn.norms import unit_norm
 from attnlab.nn.positions import Rotary
 from attnlab.nn.projected_mixer import ProjectedMixer
 from attnlab.nn.softmax import attention_scores, weighted_values
@@ -62,7 +63,7 @@ def softplus_attention(
 
 def softplus_scores(q: jax.Array, k: jax.Array, visible: jax.Array | None) -> jax.Array:
     """z (B, H, N, M) in float32; arguments as the functions beside it."""
-    q, k = (_unit(part.astype(jnp.promote_types(part.dtype, jnp.float32))) for part in (q, k))
+    q, k = (unit_norm(part.astype(jnp.promote_types(part.dtype, jnp.float32))) for part in (q, k))
     count = visible_count(visible, k.shape[1])
     return attention_scores(q, k, scale=1.0) * (jnp.log(q.shape[-1]) * jnp.log(jnp.maximum(count, 1)))
 
@@ -103,10 +104,6 @@ def softplus_weights(
     kept = above > 0
     sharp = jnp.where(kept, jnp.where(kept, above / scale, 1) ** power, 0)
     return sharp / (sharp.sum(-1, keepdims=True) + eps * scale**-power)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 class SoftplusCore(ProductCore):
