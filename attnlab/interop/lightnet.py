@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from attnlab.attention.linear.lightnet import LightNetAttention, additive_recurrence
 from attnlab.interop.official import Official, Only, decode, options
-from attnlab.nn.positions import grid_positions, lrpe
+from attnlab.nn.positions import grid_positions
+from attnlab.nn.rotary import lrpe
 from attnlab.nn.toeplitz import ToeplitzPositions
 
 Inputs = dict[str, jax.Array]

@@ -7,7 +7,7 @@ import jax
 from attnlab.attention.linear.lightning_attention_2 import lightning_attention
 from attnlab.interop.names import Interleaved
 from attnlab.interop.official import Given, Inputs, Official, Only, decode, options
-from attnlab.nn.positions import alibi_slopes
+from attnlab.nn.position_bias import alibi_slopes
 
 
 def _slopes(slopes: Any, inputs: Inputs, given: Given) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 
 from attnlab.attention.dense.sqa import SparseQueryAttention
 from attnlab.interop.official import Official, Only, options
-from attnlab.nn.positions import Rotary
+from attnlab.nn.rotary import Rotary
 
 
 def _call(module: SparseQueryAttention, inputs: dict[str, jax.Array], given: Mapping[str, Any]) -> jax.Array:

@@ -11,7 +11,7 @@ from attnlab.interop.names import Part, Squeezed
 from attnlab.interop.official import Given, Inputs, Official, Only, masked, options
 from attnlab.models.block import MLPS
 from attnlab.nn.norms import RMSNorm
-from attnlab.nn.positions import initial_theta, lrpe
+from attnlab.nn.rotary import initial_theta, lrpe
 
 
 class _Lrpe(nnx.Module):

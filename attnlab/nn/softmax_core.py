@@ -12,7 +12,8 @@ from attnlab.contract import Layout, View, record
 from attnlab.nn.cache import ContextCache, KVCache
 from attnlab.nn.dense_mixer import Core, Heads, HeadSizes
 from attnlab.nn.masking import SameLabel, masked_softmax, segment_pair, visible_keys
-from attnlab.nn.positions import Rotary, alibi_bias, alibi_slopes
+from attnlab.nn.position_bias import alibi_bias, alibi_slopes
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax import attention_scores, softmax_attention, weighted_values
 from attnlab.points import Edits, acts, visit
 from pallas_kernels.masks import And, Causal, Mask, Not, Or

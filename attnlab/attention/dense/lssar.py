@@ -26,8 +26,8 @@ from jax.typing import ArrayLike
 from attnlab.contract import View
 from attnlab.nn.masking import full_mask, masked_softmax, visible_count, visible_keys
 from attnlab.nn.norms import unit_norm
-from attnlab.nn.positions import Rotary
 from attnlab.nn.projected_mixer import ProjectedMixer
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax import attention_scores, weighted_values
 from attnlab.nn.softmax_core import ProductCore
 from attnlab.points import Edits

@@ -15,8 +15,8 @@ from typing import Any
 
 from flax import nnx
 
-from attnlab.nn.positions import Rotary
 from attnlab.nn.projected_mixer import ProjectedMixer
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.masks import Mask

@@ -28,7 +28,7 @@ from attnlab.nn.feature_maps import elu1, relu
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import rms_norm
-from attnlab.nn.positions import Rotary
+from attnlab.nn.rotary import Rotary
 from attnlab.registry import Cost, Paper, Source, register
 from attnlab.suggest import suggestion
 

@@ -15,7 +15,7 @@ of logits g = x W_k, scale = D^-1/2, and heads are joined by a norm over all cha
     y = (rms_norm(recurrence(silu(x W_q), x W_k, x W_v)) · silu(x W_1 W_2)) W_o
 
 optionally with short causal convolutions behind W_q, W_k and W_v. Cost O(N·D·E) per head. The paper's positions are
-`attnlab.nn.positions.lrpe` (MD-LRPE) and `attnlab.nn.toeplitz` (MD-TPE).
+`attnlab.nn.rotary.lrpe` (MD-LRPE) and `attnlab.nn.toeplitz` (MD-TPE).
 """
 
 from typing import Any

@@ -26,7 +26,7 @@ from attnlab.contract import Constant, Pattern
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import RMSNorm
-from attnlab.nn.positions import alibi_slopes
+from attnlab.nn.position_bias import alibi_slopes
 from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.linear_attention import linear_attention
 

@@ -28,7 +28,7 @@ from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear import Linear
 from attnlab.nn.linear_mixer import LinearMixer, Places, Recurrence
 from attnlab.nn.norms import LayerNorm, rms_norm
-from attnlab.nn.positions import initial_theta, lrpe
+from attnlab.nn.rotary import initial_theta, lrpe
 from attnlab.registry import Cost, Paper, Source, register
 
 PAPER = Paper(

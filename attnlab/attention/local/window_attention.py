@@ -19,7 +19,7 @@ from flax import nnx
 
 from attnlab.contract import Site, View
 from attnlab.nn.grid_mixer import GridMixer
-from attnlab.nn.positions import RelativePositionBias
+from attnlab.nn.position_bias import RelativePositionBias
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.registry import Cost, Paper, Source, register

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Given, Layout
 from attnlab.nn.dense_mixer import DenseMixer, Heads, HeadSizes
 from attnlab.nn.heads import FromHeads, ToHeads
-from attnlab.nn.positions import Rotary
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import Cost, Paper, Source, register
 

@@ -10,7 +10,7 @@ from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.contract import Layout, Site, UnsupportedArgument, View
 from attnlab.nn.dense_mixer import with_core
 from attnlab.nn.masking import SameLabel
-from attnlab.nn.positions import Rotary
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import create
 from pallas_kernels.masks import Causal, SlidingWindow

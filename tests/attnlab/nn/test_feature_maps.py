@@ -1,4 +1,4 @@
-"""Monomial features against the polynomials that they make linear."""
+"""Feature maps by name and value, monomials against the polynomials that they make linear."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.nn.feature_maps import monomial_weights, monomials, taylor
+from attnlab.nn.feature_maps import FEATURE_MAPS, elu1, feature_map, monomial_weights, monomials, taylor
 from tests.accuracy import relative_rms
 
 
@@ -42,3 +42,21 @@ def test_monomials_are_in_the_order_stated():
         monomial_weights(3, 2, coefficients=[1.0])
     with pytest.raises(ValueError, match="degree must be"):
         monomials(np.ones(3), -1)
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURE_MAPS if name != "identity"])
+def test_feature_maps_are_non_negative_and_never_overflow(name):
+    x = np.array([[-1e4, -3.0, 0.0, 2.0, 1e4], [-2.0, -1.0, 0.0, 1.0, 2.0]], np.float32)
+    y = feature_map(name)(x)
+    assert (np.asarray(y) >= 0).all() and np.isfinite(y).all()
+    assert feature_map(name)(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_feature_maps_by_name_and_value():
+    x = np.array([-20.0, -1.0, 0.0, 2.0], np.float32)
+    np.testing.assert_allclose(elu1(x), [np.exp(-20), np.exp(-1), 1, 3], rtol=1e-6)
+    np.testing.assert_allclose(feature_map("exp")(x), np.exp(x - 2), rtol=1e-6)
+    with pytest.raises(ValueError, match="did you mean softmax"):
+        feature_map("sofmax")
+    with pytest.raises(ValueError, match="there are identity, relu"):
+        feature_map("taylor")
