@@ -217,7 +217,7 @@ class Experiment:
         """The task; without positions for a model whose mixers do not depend on them."""
         if self.model.kind == "image" or getattr(model, "position", None) is not None:
             return self.task
-        if any("positions" in block.mixer.accepts for block in model.blocks.blocks):
+        if any(block.looks_at_positions for block in model.blocks.blocks):
             return self.task
         return dataclasses.replace(self.task, positions=False)
 

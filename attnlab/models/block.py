@@ -6,8 +6,8 @@ x = x + mixer(norm(x));   x = x + mlp(norm(x))
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from attnlab.contract import (
 )
 from attnlab.nn.chain import call
 from attnlab.nn.masking import segment_positions
-from attnlab.nn.mlp import MLP, DropPath, GatedMLP
+from attnlab.nn.mlp import MLP, DropPath, GatedMLP, gelu
 from attnlab.nn.norms import LayerNorm, RMSNorm
 from attnlab.points import Edits, Layer, acts, visit
 from attnlab.tokens import Tokens
@@ -39,22 +39,50 @@ MixerNames = str | Sequence[str]
 MixerOptions = Mapping[str, Mapping[str, Any]]
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm, "srms": functools.partial(RMSNorm, use_scale=False)}
-MLPS = {"gelu": MLP, "swiglu": GatedMLP, "sglu": functools.partial(GatedMLP, activation=_identity)}
+MLPS = {
+    "gelu": MLP,
+    "gelu_tanh": functools.partial(MLP, activation=jax.nn.gelu),
+    "relu": functools.partial(MLP, activation=jax.nn.relu),
+    "linear": functools.partial(MLP, activation=_identity),
+    "swiglu": GatedMLP,
+    "geglu": functools.partial(GatedMLP, activation=gelu),
+    "sglu": functools.partial(GatedMLP, activation=_identity),
+}
+MLPName = Literal["gelu", "gelu_tanh", "relu", "linear", "swiglu", "geglu", "sglu"]
+PIECES = ("mixer", "mlp", "norm1", "norm2")
+"""What may be left out of a block; without a branch its norm is left out too."""
+
+
+class Count(NamedTuple):
+    """Decode state of a block without a mixer: `length` `(B,)`, how many tokens it has seen."""
+
+    length: jax.Array
 
 
 def mixers_per_layer(mixer: MixerNames, depth: int, options: MixerOptions | None = None) -> tuple[str, ...]:
-    """One mixer name for each of `depth` layers; a shorter pattern is repeated.
+    """One mixer name for each of `depth` layers; a shorter pattern is repeated, one of `depth` names is any plan.
 
     `("lightning_attention_2",) * 3 + ("softmax_attention",)` gives three linear layers to one of softmax.
 
     Raises:
       ValueError: if the pattern is empty or does not divide the depth, or options are given for a mixer not in it.
     """
-    pattern = (mixer,) if isinstance(mixer, str) else tuple(mixer)
+    names = per_layer("mixer", mixer, depth)
+    if unused := set(options or ()) - set(names):
+        known = ", ".join(dict.fromkeys(names))
+        raise ValueError(f"mixer_options: {', '.join(sorted(unused))} is not among the mixers {known}")
+    return names
+
+
+def per_layer(argument: str, names: str | Sequence[str], depth: int) -> tuple[str, ...]:
+    """One name for each of `depth` layers; a shorter pattern is repeated.
+
+    Raises:
+      ValueError: if the pattern is empty or does not divide the depth.
+    """
+    pattern = (names,) if isinstance(names, str) else tuple(names)
     if not pattern or depth % len(pattern):
-        raise ValueError(f"mixer: a pattern of {len(pattern)} mixers does not divide a depth of {depth}")
-    if unused := set(options or ()) - set(pattern):
-        raise ValueError(f"mixer_options: {', '.join(sorted(unused))} is not among the mixers {', '.join(pattern)}")
+        raise ValueError(f"{argument}: a pattern of {len(pattern)} {argument}s does not divide a depth of {depth}")
     return pattern * (depth // len(pattern))
 
 
@@ -96,7 +124,8 @@ class Block(Layer):
     whose call takes `deterministic` are told. A mixer of sequences is handed the tokens of an image as a sequence.
 
     Args:
-      mixer: maps tokens to tokens: a `TokenMixer`, or any module that takes them in the layout of the model.
+      mixer: maps tokens to tokens: a `TokenMixer`, or any module that takes them in the layout of the model; None for a
+        layer without.
       mlp: feed-forward, or None for a layer without.
       norm1: of the mixer's branch; None for none.
       norm2: of the feed-forward's branch; None for none.
@@ -115,7 +144,7 @@ class Block(Layer):
 
     def __init__(
         self,
-        mixer: nnx.Module,
+        mixer: nnx.Module | None,
         mlp: nnx.Module | None,
         norm1: nnx.Module | None,
         norm2: nnx.Module | None,
@@ -133,15 +162,16 @@ class Block(Layer):
             raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
         if scaled not in ("branch", "skip"):
             raise ValueError(f"scaled must be 'branch' or 'skip', got {scaled!r}")
-        self.mixer, self.order, self.scaled = mixer, order, scaled
-        parts = {"mlp": mlp, "norm1": norm1, "norm2": norm2, "scale1": scale1, "scale2": scale2}
+        self.order, self.scaled = order, scaled
+        parts = {"mixer": mixer, "mlp": mlp, "norm1": norm1, "norm2": norm2, "scale1": scale1, "scale2": scale2}
         for name, part in (parts | {"before": before, "before2": before2}).items():
             setattr(self, name, nnx.data(None) if part is None else part)
         self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
 
     @property
     def points(self) -> frozenset[str]:
-        own = {"stream", "normed", "mixed", "middle"} | (set() if self.mlp is None else {"mlp"})
+        own = {"stream", "middle"} | (set() if self.mlp is None else {"mlp"})
+        own |= set() if self.mixer is None else {"normed", "mixed"}
         # What needs the grid of its tokens can hand over no fewer.
         of_sequences = getattr(self.mixer, "layout", None) is Layout.SEQUENCE and getattr(self.mixer, "prefix", 0) == 0
         if of_sequences and self.before is None and self.before2 is None:
@@ -155,7 +185,7 @@ class Block(Layer):
 
         `positions` is passed on only to a mixer whose result depends on them.
         """
-        if "positions" in arguments and "positions" not in self.mixer.accepts:
+        if "positions" in arguments and not self.looks_at_positions:
             del arguments["positions"]
         if edits is not None and isinstance(self.mixer, TokenMixer):
             arguments["edits"] = edits
@@ -165,7 +195,7 @@ class Block(Layer):
                 tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
             return call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
 
-        return self._through(x, mix, edits, deterministic)[0]
+        return self._through(x, None if self.mixer is None else mix, edits, deterministic)[0]
 
     def prefill(
         self,
@@ -177,6 +207,10 @@ class Block(Layer):
         edits: Edits | None = None,
     ) -> tuple[jax.Array, Any]:
         """Decodes a run of tokens `(B, N, C)`."""
+        if self.mixer is None:
+            real = jnp.ones(x.shape[:2], bool) if mask is None else mask.mask if isinstance(mask, View) else mask
+            new = Count(state.length + jnp.sum(jnp.asarray(real), axis=1, dtype=jnp.int32))
+            return self._through(x, None, edits, True)[0], new
         given = {"positions": self._positions(positions), "edits": edits}
         return self._through(x, lambda tokens: self.mixer.prefill(tokens, state, mask=mask, **given), edits, True)
 
@@ -184,6 +218,8 @@ class Block(Layer):
         self, x_t: jax.Array, state: Any, *, positions: jax.Array | None = None, edits: Edits | None = None
     ) -> tuple[jax.Array, Any]:
         """Decodes one token `(B, C)`, at `positions` `(B,)`."""
+        if self.mixer is None:
+            return self._through(x_t[:, None], None, edits, True)[0][:, 0], Count(state.length + 1)
         given = {"positions": self._positions(positions), "edits": edits}
 
         def mix(tokens: jax.Array) -> tuple[jax.Array, Any]:
@@ -197,7 +233,7 @@ class Block(Layer):
     def _through(
         self,
         x: jax.Array,
-        mix: Callable[[jax.Array], tuple[jax.Array, Any]],
+        mix: Callable[[jax.Array], tuple[jax.Array, Any]] | None,
         edits: Edits | None,
         deterministic: bool,
     ) -> tuple[jax.Array, Any]:
@@ -214,7 +250,8 @@ class Block(Layer):
         def fed(tokens: jax.Array) -> jax.Array:
             return visit(self, edits, "mlp", call(self.mlp, tokens, deterministic))
 
-        x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic)
+        if mix is not None:
+            x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic)
         x = visit(self, edits, "middle", x)
         if self.before2 is not None:
             x = x + call(self.before2, x, deterministic)
@@ -240,8 +277,19 @@ class Block(Layer):
         y = y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
         return x + y if pre else normed(x + y)
 
+    def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> Any:
+        """Decode state of the mixer, or a `Count` without one."""
+        if self.mixer is None:
+            return Count(jnp.zeros((batch_size,), jnp.int32))
+        return self.mixer.init_state(batch_size, max_length, dtype=dtype)
+
+    @property
+    def looks_at_positions(self) -> bool:
+        """Whether the mixer takes positions."""
+        return self.mixer is not None and "positions" in self.mixer.accepts
+
     def _positions(self, positions: jax.Array | None) -> jax.Array | None:
-        return positions if "positions" in self.mixer.accepts else None
+        return positions if self.looks_at_positions else None
 
 
 def block_for(
@@ -251,8 +299,13 @@ def block_for(
     mixer_options: Mapping[str, Any] | None = None,
     mlp: str = "gelu",
     mlp_ratio: float = 4.0,
+    mlp_features: int | None = None,
     mlp_bias: bool | None = None,
     norm: str = "layer",
+    norm_eps: float = 1e-6,
+    norm_bias: bool | None = None,
+    order: Order = "pre",
+    without: Collection[str] = (),
     dropout: float = 0.0,
     drop_path: float = 0.0,
     dtype: Any = None,
@@ -265,10 +318,16 @@ def block_for(
       site: where the mixer stands.
       mixer: name of a registered token mixer.
       mixer_options: constructor options for the mixer.
-      mlp: `"gelu"`, `"swiglu"`, or `"sglu"` (gated, without activation, as TransNormerLLM has it).
+      mlp: `"gelu"` (exact), `"gelu_tanh"` (as GPT-2 computes it), `"relu"`, `"linear"` (no activation), or gated:
+        `"swiglu"`, `"geglu"`, `"sglu"` (without activation, as TransNormerLLM has it).
       mlp_ratio: hidden channels over channels, rounded down.
+      mlp_features: hidden channels, in place of the ratio.
       mlp_bias: whether the feed-forward has biases; its usual choice when None (yes for GELU, no for the gated ones).
       norm: `"layer"`, `"rms"`, or `"srms"` (RMSNorm without weights).
+      norm_eps: of both norms.
+      norm_bias: whether a LayerNorm has a bias, as it does when None; the others have none.
+      order: norms before the branches, or after the sums.
+      without: which of `PIECES` are left out.
       dropout: rate inside the feed-forward.
       drop_path: probability that a branch is dropped for an example in training.
       dtype: of the computation; that of the input when None.
@@ -276,21 +335,59 @@ def block_for(
       rngs: streams `params` and, in training, `dropout`.
 
     Raises:
-      ValueError: for a norm or a feed-forward that is not known.
+      ValueError: for a norm, a feed-forward or a piece that is not known, or a bias that the norm does not have.
     """
-    for argument, value, table in (("norm", norm, NORMS), ("mlp", mlp, MLPS)):
-        if value not in table:
-            raise ValueError(f"{argument} must be one of {', '.join(table)}, got {value!r}")
+    for argument, values, table in (("mlp", [mlp], MLPS), ("without", without, PIECES)):
+        if unknown := [value for value in values if value not in table]:
+            raise ValueError(f"{argument} must be one of {', '.join(table)}, got {unknown[0]!r}")
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     bias = {} if mlp_bias is None else {"use_bias": mlp_bias}
+    hidden = int(site.features * mlp_ratio) if mlp_features is None else mlp_features
+
+    def make_norm(piece: str, branch: str) -> nnx.Module | None:
+        if piece in without or branch in without:
+            return None
+        return norm_for(site.features, norm, eps=norm_eps, bias=norm_bias, param_dtype=param_dtype, rngs=rngs)
+
+    def make_mixer() -> nnx.Module | None:
+        if "mixer" in without:
+            return None
+        return registry.create(mixer, site, **(common | dict(mixer_options or {})))
+
+    def make_mlp() -> nnx.Module | None:
+        return None if "mlp" in without else MLPS[mlp](site.features, hidden, dropout=dropout, **bias, **common)
+
     return Block(
-        norm1=NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs),
-        mixer=registry.create(mixer, site, **(common | dict(mixer_options or {}))),
-        norm2=NORMS[norm](site.features, param_dtype=param_dtype, rngs=rngs),
-        mlp=MLPS[mlp](site.features, int(site.features * mlp_ratio), dropout=dropout, **bias, **common),
+        norm1=make_norm("norm1", "mixer"),
+        mixer=make_mixer(),
+        norm2=make_norm("norm2", "mlp"),
+        mlp=make_mlp(),
+        order=order,
         drop_path=drop_path,
         rngs=rngs,
     )
+
+
+def norm_for(
+    features: int,
+    norm: str,
+    *,
+    eps: float = 1e-6,
+    bias: bool | None = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """A norm by name; arguments as those of `block_for`.
+
+    Raises:
+      ValueError: for an unknown name, or a bias that the norm does not have.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if bias is not None and norm != "layer":
+        raise ValueError(f"norm_bias is for norm='layer', got {bias} with {norm!r}")
+    options = {} if bias is None else {"use_bias": bias}
+    return NORMS[norm](features, eps=eps, **options, param_dtype=param_dtype, rngs=rngs)
 
 
 def blocks_for(
@@ -299,6 +396,8 @@ def blocks_for(
     *,
     mixer: MixerNames,
     mixer_options: MixerOptions | None = None,
+    mlp: str | Sequence[str] = "gelu",
+    without: Mapping[str, Sequence[int]] | None = None,
     drop_path: float = 0.0,
     rngs: nnx.Rngs,
     **block: Any,
@@ -310,18 +409,35 @@ def blocks_for(
       depth: number of blocks.
       mixer: a name, or a pattern of names that is repeated over the depth.
       mixer_options: constructor options by mixer name.
+      mlp: a name, or a pattern of names.
+      without: for each of `PIECES` the layers that lack it, counted from the first of the run: `{"mlp": [0, 3]}`.
       drop_path: the last block's rate, to which it rises linearly over `site.num_layers`.
       rngs: streams `params` and, in training, `dropout`.
       **block: further arguments of `block_for`.
 
     Raises:
+      ValueError: for layers that do not exist, or names that are not known.
       UnsupportedArgument: for a mixer that takes no such tokens.
     """
-    options, blocks = mixer_options or {}, []
-    for layer, name in enumerate(mixers_per_layer(mixer, depth, options), site.layer):
-        place = site_seen_by(registry.get(name).target, dataclasses.replace(site, layer=layer))
-        rate = drop_path * layer / max(site.num_layers - 1, 1)
-        blocks.append(block_for(place, mixer=name, mixer_options=options.get(name), drop_path=rate, rngs=rngs, **block))
+    options, lacking, blocks = mixer_options or {}, dict(without or {}), []
+    for piece, layers in lacking.items():
+        if piece not in PIECES or not all(0 <= layer < depth for layer in layers):
+            raise ValueError(f"without must give layers below {depth} for {', '.join(PIECES)}, got {piece}: {layers}")
+    mixers, mlps = mixers_per_layer(mixer, depth, options), per_layer("mlp", mlp, depth)
+    for index, name in enumerate(mixers):
+        layer = site.layer + index
+        blocks.append(
+            block_for(
+                site_seen_by(registry.get(name).target, dataclasses.replace(site, layer=layer)),
+                mixer=name,
+                mixer_options=options.get(name),
+                mlp=mlps[index],
+                without=[piece for piece, layers in lacking.items() if index in layers],
+                drop_path=drop_path * layer / max(site.num_layers - 1, 1),
+                rngs=rngs,
+                **block,
+            )
+        )
     return blocks
 
 
@@ -401,7 +517,7 @@ class Blocks(nnx.Module):
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> tuple[Any, ...]:
         """Decode states of all blocks."""
-        return tuple(block.mixer.init_state(batch_size, max_length, dtype=dtype) for block in self.blocks)
+        return tuple(block.init_state(batch_size, max_length, dtype=dtype) for block in self.blocks)
 
     def prefill(
         self,

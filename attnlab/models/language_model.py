@@ -1,9 +1,12 @@
-"""Decoder language model with any registered causal mixer in each layer.
+"""Language model with any registered mixer in each layer; causal, or with `causal=False` one that sees both ways.
 
 Embedding, `depth` pre-norm blocks (RMSNorm, SwiGLU), a norm and a linear map to logits. Generation runs on the mixers'
 decode states: constant in memory where all mixers are linear, a cache of keys and values where they are not.
+
+`models.gpt2` and `models.llama` are configurations of it that take published weights.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -12,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site, UnsupportedArgument, View
-from attnlab.models.block import NORMS, Blocks, MixerNames, MixerOptions, blocks_for
+from attnlab.models.block import Blocks, MixerNames, MixerOptions, MLPName, Order, blocks_for, norm_for
 from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.points import Editable, Edits, visit
@@ -37,19 +40,29 @@ class LanguageState(NamedTuple):
 
 
 class LanguageModel(Editable):
-    """Token ids `(B, N)` to logits `(B, N, vocab_size)` in float32; logits at n predict token n + 1.
+    """Token ids `(B, N)` to logits `(B, N, vocab_size)` in float32; causal logits at n predict token n + 1.
 
     Args:
       vocab_size: number of token ids.
       features: channels C.
       depth: number of blocks.
       num_heads: heads of each mixer.
-      mixer: name of a registered mixer with a causal form, or a pattern of names repeated over the depth.
+      mixer: name of a registered mixer with a causal form, or a pattern of names repeated over the depth; a name for
+        each layer is any plan.
       mixer_options: constructor options by mixer name.
-      mlp: `"swiglu"`, `"gelu"` or `"sglu"`; see `Block`.
+      causal: whether tokens see only those before them; without, nothing is decoded.
+      mlp: `"swiglu"`, `"geglu"`, `"sglu"`, `"gelu"`, `"gelu_tanh"`, `"relu"` or `"linear"`, or a pattern of these; see
+        `block_for`.
       mlp_ratio: hidden channels of the feed-forward over C; 8/3 gives SwiGLU the weights of a GELU of ratio 4.
+      mlp_features: hidden channels, in place of the ratio.
       mlp_bias: whether the feed-forward has biases; its usual choice when None.
-      norm: `"rms"`, `"layer"` or `"srms"`; see `Block`.
+      norm: `"rms"`, `"layer"` or `"srms"` (RMSNorm without weights).
+      norm_eps: of all norms.
+      norm_bias: whether a LayerNorm has a bias, as it does when None; the others have none.
+      order: `"pre"`, norms before the branches, or `"post"`, after the sums.
+      without: layers without a piece: `{"mixer": [0], "mlp": [1], "norm1": [], "norm2": []}`; with a branch its norm is
+        left out too.
+      final_norm: whether a norm stands in front of the logits.
       position: how order is seen beyond what a mixer's own decay tells: `"rotary"` (of queries and keys, in those
         mixers that have the option), `"learned"` (a table of `max_length` rows), or `"none"`.
       max_length: longest sequence of a learned table; None without one.
@@ -66,7 +79,7 @@ class LanguageModel(Editable):
 
     Raises:
       ValueError: for an unknown option, or `max_length` without a learned table or a learned table without it.
-      UnsupportedArgument: for a mixer without a causal form.
+      UnsupportedArgument: for a mixer without a form of that pattern.
     """
 
     model_points = frozenset({"logits"})
@@ -82,10 +95,17 @@ class LanguageModel(Editable):
         num_heads: int = 8,
         mixer: MixerNames = "softmax_attention",
         mixer_options: MixerOptions | None = None,
-        mlp: Literal["swiglu", "gelu", "sglu"] = "swiglu",
+        causal: bool = True,
+        mlp: MLPName | Sequence[MLPName] = "swiglu",
         mlp_ratio: float = 8 / 3,
+        mlp_features: int | None = None,
         mlp_bias: bool | None = None,
         norm: Literal["rms", "layer", "srms"] = "rms",
+        norm_eps: float = 1e-6,
+        norm_bias: bool | None = None,
+        order: Order = "pre",
+        without: Mapping[str, Sequence[int]] | None = None,
+        final_norm: bool = True,
         position: Literal["rotary", "learned", "none"] = "rotary",
         max_length: int | None = None,
         rotary_base: float = 10000.0,
@@ -103,7 +123,7 @@ class LanguageModel(Editable):
         if (position == "learned") != (max_length is not None):
             raise ValueError(f"max_length goes with position='learned': got {max_length} with {position!r}")
         common = {"dtype": dtype, "param_dtype": param_dtype}
-        self.vocab_size, self.max_length = vocab_size, max_length
+        self.vocab_size, self.features, self.causal, self.max_length = vocab_size, features, causal, max_length
         self.embed_scale = features**0.5 if embed_scale is None else embed_scale
         self.dtype = jnp.float32 if dtype is None else dtype
         embedding = features**-0.5 * jax.random.normal(rngs.params(), (vocab_size, features), param_dtype)
@@ -118,7 +138,7 @@ class LanguageModel(Editable):
                 features,
                 num_heads,
                 layout=Layout.SEQUENCE,
-                causal=True,
+                causal=causal,
                 num_layers=depth,
                 rotary=rotary_base if position == "rotary" else None,
             ),
@@ -127,23 +147,31 @@ class LanguageModel(Editable):
             mixer_options=mixer_options,
             mlp=mlp,
             mlp_ratio=mlp_ratio,
+            mlp_features=mlp_features,
             mlp_bias=mlp_bias,
             norm=norm,
+            norm_eps=norm_eps,
+            norm_bias=norm_bias,
+            order=order,
+            without=without,
             dropout=dropout,
             drop_path=drop_path,
             **common,
             rngs=rngs,
         )
         self.blocks = Blocks(blocks, remat=remat)
-        self.norm = NORMS[norm](features, param_dtype=param_dtype, rngs=rngs)
+        self.norm = nnx.data(None)
+        if final_norm:
+            self.norm = norm_for(features, norm, eps=norm_eps, bias=norm_bias, param_dtype=param_dtype, rngs=rngs)
         self.head = nnx.data(None)
         if not tie_embeddings:
             self.head = Linear(features, vocab_size, use_bias=False, axes=("embed", "vocab"), **common, rngs=rngs)
 
     def __call__(
         self,
-        tokens: ArrayLike,
+        tokens: ArrayLike | None = None,
         *,
+        embeddings: ArrayLike | None = None,
         mask: ArrayLike | View | None = None,
         segment_ids: ArrayLike | None = None,
         positions: ArrayLike | None = None,
@@ -153,6 +181,7 @@ class LanguageModel(Editable):
 
         Args:
           tokens: `(B, N)` integer ids.
+          embeddings: `(B, N, C)` in place of tokens, as `embed` gives them: in front of positions and scale.
           mask: `(B, N)` boolean, False at padding, or `(B|1, H|1, N, N)`; or a `View`, whose rule takes the place of
             the causal one: `View(rule=Causal() | SameLabel(), q_labels=...)` lets an image's tokens see each other.
           segment_ids: `(B, N)` packed documents; tokens see only their own.
@@ -162,14 +191,14 @@ class LanguageModel(Editable):
         Raises:
           UnsupportedArgument: for positions that neither a table nor any mixer would use, or a mask that a mixer does
             not take.
-          ValueError: for a sequence longer than a learned table.
+          ValueError: for a sequence longer than a learned table, or not one of tokens and embeddings.
         """
         given = {"mask": mask, "segment_ids": segment_ids, "positions": positions}
         self._check_positions(positions)
         arguments = {name: value for name, value in given.items() if value is not None}
         arguments["deterministic"] = deterministic
-        tokens = jnp.asarray(tokens)
-        x = self._embed(tokens, jnp.arange(tokens.shape[1])[None] if positions is None else positions)
+        rows = self._rows(tokens, embeddings)
+        x = self._placed(rows, jnp.arange(rows.shape[1])[None] if positions is None else positions)
         if self.dropout is not None:
             x = self.dropout(x, deterministic=deterministic)
         edits = self.edits()
@@ -179,8 +208,11 @@ class LanguageModel(Editable):
         """State before the first token; `max_length` bounds what caches of keys and values hold.
 
         Raises:
+          UnsupportedArgument: for a model that is not causal.
           ValueError: if `max_length` is missing or beyond the table, for a model with learned positions.
         """
+        if not self.causal:
+            raise UnsupportedArgument("causal=False: a model whose tokens see those behind them does not decode")
         if self.max_length is not None and (max_length is None or max_length > self.max_length):
             rows = self.max_length
             raise ValueError(f"max_length must be at most the {rows} rows of the position table, got {max_length}")
@@ -189,62 +221,80 @@ class LanguageModel(Editable):
         length, position = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         return LanguageState(mixers, length, position, memories)
 
+    def embed(self, tokens: ArrayLike) -> jax.Array:
+        """Rows `(..., C)` of the embedding for token ids `(...)`, to be joined with others and given as embeddings."""
+        return self.embedding[...][jnp.asarray(tokens)]
+
     def prefill(
         self,
-        tokens: ArrayLike,
+        tokens: ArrayLike | None,
         state: LanguageState,
         *,
+        embeddings: ArrayLike | None = None,
         mask: ArrayLike | View | None = None,
         positions: ArrayLike | None = None,
     ) -> tuple[jax.Array, LanguageState]:
-        """Logits `(B, N, vocab_size)` of a run of tokens, and the state after it.
+        """Logits `(B, N, vocab_size)` of a run of tokens, or of embeddings `(B, N, C)`, and the state after it.
 
         `mask` `(B, N)` is False at padding, on the left of shorter prompts; a `View` may also bring a rule and labels,
         as in the call. `positions` `(B, N)` go on from the last token's when None.
         """
-        tokens = jnp.asarray(tokens)
+        rows = self._rows(tokens, embeddings)
         self._check_positions(positions)
         padding = mask.mask if isinstance(mask, View) else mask
-        real = jnp.ones(tokens.shape, bool) if padding is None else jnp.asarray(padding)
+        real = jnp.ones(rows.shape[:2], bool) if padding is None else jnp.asarray(padding)
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         before = jnp.maximum(seen - 1, 0)
         at = state.position[:, None] + before if positions is None else jnp.asarray(positions)
         edits = self.edits("prefill", state.memories, jnp.where(real, state.length[:, None] + before, -1))
         if edits.acts("tokens"):
             positions = at  # which do not follow from how many tokens a layer has seen
-        x = self._embed(tokens, at)
+        x = self._placed(rows, at)
         x, mixers = self.blocks.prefill(x, state.mixers, mask=mask, positions=positions, edits=edits.blocks)
         last = jnp.max(jnp.where(real, at, -1), axis=1).astype(jnp.int32)
         position = jnp.maximum(state.position, last + 1)
-        if edits.model is not None and x.shape[1] != tokens.shape[1]:
+        if edits.model is not None and x.shape[1] != rows.shape[1]:
             edits.model.order = None
         logits = self._logits(x, edits.model)
         return logits, LanguageState(mixers, state.length + seen[:, -1], position, edits.memories)
 
-    def step(self, token: ArrayLike, state: LanguageState) -> tuple[jax.Array, LanguageState]:
-        """Logits `(B, vocab_size)` after one more token `(B,)`, and the new state."""
+    def step(
+        self, token: ArrayLike | None, state: LanguageState, *, embeddings: ArrayLike | None = None
+    ) -> tuple[jax.Array, LanguageState]:
+        """Logits `(B, vocab_size)` after one more token `(B,)`, or its embedding `(B, C)`, and the new state."""
         edits = self.edits("step", state.memories, state.length[:, None])
-        x = self._embed(jnp.asarray(token), state.position)
+        x = self._placed(self._rows(token, embeddings), state.position)
         positions = state.position if edits.acts("tokens") else None
         x, mixers = self.blocks.step(x, state.mixers, positions=positions, edits=edits.blocks)
         logits = self._logits(x[:, None], edits.model)[:, 0]
         return logits, LanguageState(mixers, state.length + 1, state.position + 1, edits.memories)
 
     def _check_positions(self, positions: ArrayLike | None) -> None:
-        mixers = (block.mixer for block in self.blocks.blocks)
-        if positions is not None and self.position is None and not any("positions" in m.accepts for m in mixers):
+        looked_at = self.position is not None or any(block.looks_at_positions for block in self.blocks.blocks)
+        if positions is not None and not looked_at:
             raise UnsupportedArgument("positions are given, but this model's mixers do not depend on them")
 
-    def _embed(self, tokens: jax.Array, positions: ArrayLike) -> jax.Array:
-        x = self.embedding[...][tokens]
+    def _rows(self, tokens: ArrayLike | None, embeddings: ArrayLike | None) -> jax.Array:
+        """Embeddings `(B, N, C)`, or in a step `(B, C)`."""
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("either tokens or embeddings must be given, and not both")
+        if embeddings is None:
+            return self.embed(tokens)
+        rows = jnp.asarray(embeddings)
+        if rows.shape[-1] != self.features:
+            raise ValueError(f"embeddings must have {self.features} channels, got shape {rows.shape}")
+        return rows
+
+    def _placed(self, x: jax.Array, positions: ArrayLike) -> jax.Array:
+        """With positions, scaled, in the dtype of the computation."""
         if self.position is not None:
-            if tokens.ndim == 2 and tokens.shape[1] > self.max_length:
-                raise ValueError(f"{tokens.shape[1]} tokens are beyond the position table of {self.max_length} rows")
+            if x.ndim == 3 and x.shape[1] > self.max_length:
+                raise ValueError(f"{x.shape[1]} tokens are beyond the position table of {self.max_length} rows")
             x = x + self.position[...][positions]
         return (x * self.embed_scale).astype(self.dtype)
 
     def _logits(self, x: jax.Array, edits: Edits | None) -> jax.Array:
-        x = self.norm(x)
+        x = x if self.norm is None else self.norm(x)
         if self.head is not None:
             logits = self.head(x).astype(jnp.float32)
         else:

@@ -64,6 +64,47 @@ def test_spans_are_unlocked_and_positions_are_given(options):
         build("lightning_attention_2")(ids, mask=view)
 
 
+def test_embeddings_take_the_place_of_tokens():
+    model, ids = build(position="learned", max_length=16, embed_scale=1.0), tokens()
+    rows, whole = model.embed(ids), model(ids)
+    np.testing.assert_array_equal(model(embeddings=rows), whole)
+    logits, state = model.prefill(None, model.init_state(2, 9), embeddings=rows[:, :8])
+    np.testing.assert_allclose(logits, whole[:, :8], atol=1e-5)
+    np.testing.assert_allclose(model.step(None, state, embeddings=rows[:, 8])[0], whole[:, 8], atol=1e-5)
+    for given in ({}, {"tokens": ids, "embeddings": rows}):
+        with pytest.raises(ValueError, match="either tokens or embeddings"):
+            model(**given)
+    with pytest.raises(ValueError, match="must have 16 channels"):
+        model(embeddings=rows[..., :4])
+
+
+def test_what_is_not_causal_sees_both_ways_and_does_not_decode():
+    model, ids = build(causal=False), tokens()
+    mask = np.arange(9) < np.array([[9], [6]])
+    whole = model(ids, mask=mask)
+    assert not np.allclose(whole[0, 0], model(ids.at[0, 8].set((ids[0, 8] + 1) % VOCABULARY), mask=mask)[0, 0])
+    np.testing.assert_allclose(whole[1:, :6], model(ids[1:, :6]), atol=1e-5)
+    with pytest.raises(UnsupportedArgument, match="does not decode"):
+        model.init_state(1, 4)
+
+
+def test_pieces_are_left_out_and_layers_differ():
+    without = {"mixer": [0], "mlp": [1], "norm2": [0]}
+    options = {"mlp": ("relu", "gelu_tanh"), "norm": "layer", "norm_bias": False, "norm_eps": 1e-3}
+    model, ids = build(without=without, final_norm=False, mlp_features=24, embed_scale=1.0, **options), tokens()
+    first, second = model.blocks.blocks
+    assert first.mixer is None and first.norm1 is None and first.norm2 is None
+    assert second.mlp is None and second.norm2 is None and second.norm1.bias is None and second.norm1.eps == 1e-3
+    x = model.embed(ids)
+    x = x + jax.nn.relu(x @ first.mlp.fc1.kernel[...] + first.mlp.fc1.bias[...]) @ first.mlp.fc2.kernel[...]
+    x = x + first.mlp.fc2.bias[...]
+    x = x + second.mixer(second.norm1(x))
+    np.testing.assert_allclose(model(ids), x @ model.embedding[...].T, atol=1e-5)
+    _, state = model.prefill(ids[:, :5], model.init_state(2, 9))
+    np.testing.assert_allclose(model.step(ids[:, 5], state)[0], model(ids)[:, 5], atol=1e-5)
+    assert state.mixers[0].length.tolist() == [5, 5]
+
+
 def test_layers_know_where_they_stand():
     model = build(HYBRID, depth=8)
     kinds = [type(block.mixer).__name__ for block in model.blocks.blocks]
@@ -127,7 +168,12 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
         ({"mixer_options": {"hedgehog": {}}}, ValueError, "hedgehog is not among the mixers"),
         ({"mixer_options": {"softmax_attention": {"num_kv_head": 1}}}, TypeError, "did you mean num_kv_heads"),
         ({"norm": "batch"}, ValueError, "norm must be one of"),
-        ({"mlp": "relu"}, ValueError, "mlp must be one of"),
+        ({"mlp": "tanh"}, ValueError, "mlp must be one of"),
+        ({"mlp": ("gelu",) * 3}, ValueError, "mlp: a pattern of 3 mlps does not divide a depth of 2"),
+        ({"norm_bias": False}, ValueError, "norm_bias is for norm='layer', got False with 'rms'"),
+        ({"without": {"mlp": [2]}}, ValueError, "layers below 2 for mixer, mlp, norm1, norm2, got mlp"),
+        ({"without": {"attention": [0]}}, ValueError, "got attention"),
+        ({"order": "middle"}, ValueError, "order must be"),
         ({"position": "absolute"}, ValueError, "position must be one of"),
         ({"position": "learned"}, ValueError, "max_length goes with"),
         ({"max_length": 4}, ValueError, "max_length goes with"),
