@@ -18,7 +18,7 @@ from flax import nnx
 from attnlab.models.block import MixerOptions
 from attnlab.models.language_model import LanguageModel
 from attnlab.nn.heads import redraw_kernels
-from attnlab.nn.positions import Rotary
+from attnlab.nn.rotary import Rotary
 from attnlab.registry import Cost, Kind, Paper, Source, register
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
