@@ -5,6 +5,7 @@ wgmma with operands in registers and no `run_state`; for it, `interpret` True, t
 Everything else of a kernel, copies and barriers included, is interpreted as it is.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILE = 64  # tokens of a chunk, and channels of a tile: one wgmma row block, one 128-byte swizzle of 16-bit numbers
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # a vector with one number per row of a tile
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+# The index that says "everything": `plgpu.load` wants one up to JAX 0.11, and has no such argument from 0.12 on.
+_EVERYTHING = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
 class Transposed(NamedTuple):
@@ -97,7 +101,9 @@ def zeros(interpret: bool) -> jax.Array:
 
 def load(interpret: bool, ref, layout=plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
     """A tile, or a vector `BY_ROW` or `BY_COLUMN`, from memory; `optimized` False from global memory."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=optimized)
+    if interpret:
+        return ref[...]
+    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=optimized)
 
 
 def iota(interpret: bool, axis: int | None) -> jax.Array:
