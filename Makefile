@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # than glibc 2.35 and newer do not know the name.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help setup demo test test-slow test-goldens test-changed lint format table clean
+.PHONY: help setup demo test test-slow test-goldens test-changed test-subset lint format table clean
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist worksteal
 
@@ -36,6 +36,9 @@ test-goldens: $(READY) ## all golden cases beside this checkout, not one per cla
 
 test-changed: $(READY) ## the tests that depend on the files changed since main; since another commit: make test-changed SINCE=HEAD~3
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.changed $(SINCE)
+
+test-subset: $(READY) ## one mechanism per family and the kernels; with another Python: make test-subset PYTHON=python3.13 VENV=.venv-313
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.subset
 
 lint: $(READY) ## ruff, and mypy over the public API
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ Every mechanism is a pure function and a module around it, checked against its a
 from attnlab.contract import Layout, Pattern, Pooling, Site, TokenMixer, UnsupportedArgument, record
 from attnlab.registry import Cost, Example, Kind, Paper, Source, Variant, create, get, names, register, variants
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cost",

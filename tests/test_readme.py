@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import attnlab
 from attnlab.cli import checkout
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (checkout.root() / "README.md").read_text(), flags=re.DOTALL)
@@ -21,3 +22,10 @@ def test_python_of_the_readme_runs(imports):
     exec(compile(shorter, "README.md", "exec"), names)
     result = next(names[name] for name in ("y_t", "tokens", "y", "entropy") if name in names)
     assert jnp.isfinite(result).all()
+
+
+def test_the_version_is_one():
+    root = checkout.root()
+    assert f"\nversion: {attnlab.__version__}\n" in (root / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)$", (root / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest[1] == attnlab.__version__
