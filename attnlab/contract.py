@@ -18,8 +18,9 @@ where a mixer accepts them:
 - `mask`: boolean, True where attention is allowed. `(B, M)`: which keys exist (`"key_mask"` in `accepts`), or
   `(B|1, H|1, N, M)`: which key each query may see (`"mask"` in `accepts`). Or a `View`, which may also say by what rule
   tokens see each other in place of the causal one (`"rule"` in `accepts`).
-- `segment_ids`: integers `(B, N)`, or a pair `((B, N), (B, M))` with `context`: tokens attend only inside their
-  segment. Equal ids must be contiguous (packed sequences); padding gets an id of its own.
+- `segment_ids`: integers `(B, N)`: packed sequences; each run of equal ids is one, and tokens attend inside it, also
+  where its id comes back later. Padding gets an id of its own. Or a pair `((B, N), (B, M))` with `context`: tokens
+  attend to the context's tokens of their id, wherever those stand.
 - `positions`: integers `(B, N)`, or `(B, N, axes)`: where tokens are, if not at 0..N-1. What precedes what is decided
   by their order, never by their positions.
 - `edits`: the interventions on this layer of this call, see `attnlab.points`.
@@ -40,10 +41,12 @@ from typing import Any, ClassVar, NamedTuple, Self, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.suggest import suggestion
+from pallas_kernels.integers import integers, runs, segments
 from pallas_kernels.masks import Mask
 
 
@@ -152,7 +155,7 @@ class Given(NamedTuple):
     Attributes:
       context: `(B, M, C')` in the dtype of the tokens.
       mask: `(B, M)` or `(B|1, H|1, N, M)` boolean.
-      segment_ids: `(B, N)`, or a pair `(B, N)`, `(B, M)`.
+      segment_ids: `(B, N)`, one for each run of equal ids, or a pair `(B, N)`, `(B, M)`.
       positions: `(B, N)` or `(B, N, axes)`.
       view: the `View` that stood in the place of the mask.
       deterministic: False in training.
@@ -363,8 +366,8 @@ class TokenMixer(SiteModule):
         given = Given(
             context=None if context is None else jnp.asarray(context, x.dtype),
             mask=None if mask is None else jnp.asarray(mask),
-            segment_ids=segment_ids,
-            positions=None if positions is None else jnp.asarray(positions),
+            segment_ids=None if segment_ids is None else _one_id_each(segment_ids),
+            positions=None if positions is None else integers("positions", positions),
             view=view,
             deterministic=deterministic,
             edits=edits,
@@ -473,6 +476,13 @@ class TokenMixer(SiteModule):
             given["rule"] = mask.rule
             if mask.rule is None and mask.q_labels is not None:
                 raise ValueError("a View with labels needs a rule that looks at them, such as Causal() | SameLabel()")
+            for argument in ("k_at", "q_idx", "k_idx", "q_labels", "k_labels"):
+                value = getattr(mask, argument)
+                _check_integers(argument, value)
+                if value is not None and ("rule" not in self.accepts or (decoding and argument != "q_labels")):
+                    raise UnsupportedArgument(f"{name} does not take {argument} of a View{' to decode' * decoding}")
+            if decoding and mask.segment_ids is not None:
+                raise UnsupportedArgument(f"{name} decodes one segment: it does not take segment_ids of a View")
             mask = mask.mask
         if mask is not None:
             rank, dtype = jnp.ndim(mask), jnp.result_type(mask)
@@ -483,6 +493,9 @@ class TokenMixer(SiteModule):
                 raise ValueError(f"mask must be boolean, True where attention is allowed, got {dtype}")
             if not decoding:
                 given["key_mask" if rank == 2 else "mask"] = mask
+        for argument in ("segment_ids", "positions"):
+            for value in given[argument] if isinstance(given[argument], tuple | list) else (given[argument],):
+                _check_integers(argument, value)
         for argument, value in given.items():
             if value is not None and argument not in self.accepts:
                 came = value if argument == "rule" else jax.tree.map(_words, value)
@@ -513,6 +526,23 @@ class TokenMixer(SiteModule):
     def _pattern_words(self) -> str:
         built = "causal" if self.causal else "non-causal"
         return f"it is built {built}; its patterns are {', '.join(sorted(self.patterns))}"
+
+
+def _one_id_each(segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Any:
+    """One array: the number of each run of equal ids. A pair: the ids, none of them changed."""
+    if isinstance(segment_ids, tuple | list):
+        return segments(*segment_ids)
+    return runs(segments(segment_ids)[0])
+
+
+def _check_integers(argument: str, value: ArrayLike | None) -> None:
+    if value is None:
+        return
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{argument} must be integers, got {dtype.name}{list(jnp.shape(value))}")
+    if argument == "segment_ids" and jnp.ndim(value) != 2:
+        raise ValueError(f"segment_ids must be (B, N), or with a context a pair, got shape {jnp.shape(value)}")
 
 
 def _words(array: ArrayLike) -> str:

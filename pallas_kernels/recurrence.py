@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.integers import segments
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 EPSILON = 1e-12  # added to the magnitude of the denominator, as in Hedgehog (arXiv:2402.04347)
 
@@ -302,17 +304,15 @@ def _check_segments(
             raise ValueError("segment_ids must be one array (B, N) when causal=True, got a pair")
         if len(segment_ids) != 2:
             raise ValueError(f"segment_ids must be an array or a pair of them, got {len(segment_ids)} of them")
-        pair = jnp.asarray(segment_ids[0]), jnp.asarray(segment_ids[1])
+        queries_ids, keys_ids = segments(*segment_ids)
     else:
-        pair = (jnp.asarray(segment_ids),) * 2
+        queries_ids = keys_ids = segments(segment_ids)[0]
         if queries != keys:
             raise ValueError(f"segment_ids must be a pair (B, N), (B, M) when N != M, got N={queries[1]}, M={keys[1]}")
-    for ids, shape, what in zip(pair, (queries, keys), ("queries", "keys"), strict=True):
+    for ids, shape, what in ((queries_ids, queries, "queries"), (keys_ids, keys, "keys")):
         if ids.shape != shape:
             raise ValueError(f"segment_ids of the {what} must have shape {shape}, got {ids.shape}")
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"segment_ids must be integers, got {ids.dtype.name}")
-    return pair
+    return queries_ids, keys_ids
 
 
 def _check_state(state: Any, shape: tuple[int, ...], normalize: bool, dtype: jnp.dtype) -> State:

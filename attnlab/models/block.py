@@ -29,6 +29,7 @@ from attnlab.nn.mlp import MLP, DropPath, GatedMLP, gelu
 from attnlab.nn.norms import LayerNorm, RMSNorm
 from attnlab.points import Edits, Layer, acts, visit
 from attnlab.tokens import Tokens
+from pallas_kernels.integers import integers
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -553,7 +554,7 @@ class Blocks(nnx.Module):
             if edit is not None:
                 edit.order = order_after(old, 1)
             x_t, after = block.step(x_t, old, positions=positions, edits=edit)
-            at = None if positions is None else jnp.asarray(positions)[:, None]
+            at = None if positions is None else integers("positions", positions)[:, None]
             x_t = hand_over(block, edit, x_t[:, None], {"positions": at})[0][:, 0]
             new.append(after)
         return x_t, tuple(new)

@@ -94,9 +94,10 @@ def generate(
     prompt = np.asarray(prompt)
     _check(prompt, max_new_tokens, key, temperature, top_k, top_p, model.vocab_size, stop_tokens)
     if prompt_mask is not None:
-        prompt_mask = np.asarray(prompt_mask, bool)
-        if prompt_mask.shape != prompt.shape:
-            raise ValueError(f"prompt_mask must have the prompt's shape {prompt.shape}, got {prompt_mask.shape}")
+        prompt_mask = np.asarray(prompt_mask)
+        if prompt_mask.shape != prompt.shape or prompt_mask.dtype != bool:
+            got = f"{prompt_mask.dtype} {prompt_mask.shape}"
+            raise ValueError(f"prompt_mask must be boolean, of the prompt's shape {prompt.shape}, got {got}")
         if not prompt_mask[:, -1].all() or (np.diff(prompt_mask.astype(int), axis=1) < 0).any():
             raise ValueError("prompt_mask must be False at the left only: pad shorter prompts on the left")
     graph, state = nnx.split(model)

@@ -18,7 +18,9 @@ from attnlab.contract import Layout, Site, UnsupportedArgument, View
 from attnlab.models.block import Blocks, MixerNames, MixerOptions, MLPName, Order, blocks_for, norm_for
 from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
+from attnlab.nn.lookup import table_rows
 from attnlab.points import Editable, Edits, visit
+from pallas_kernels.integers import integers
 
 POSITIONS = ("rotary", "learned", "none")
 
@@ -191,7 +193,8 @@ class LanguageModel(Editable):
         Raises:
           UnsupportedArgument: for positions that neither a table nor any mixer would use, or a mask that a mixer does
             not take.
-          ValueError: for a sequence longer than a learned table, or not one of tokens and embeddings.
+          ValueError: for a sequence longer than a learned table, not one of tokens and embeddings, or ids and positions
+            that the tables lack; where the values of those are traced, logits are NaN instead.
         """
         given = {"mask": mask, "segment_ids": segment_ids, "positions": positions}
         self._check_positions(positions)
@@ -223,7 +226,7 @@ class LanguageModel(Editable):
 
     def embed(self, tokens: ArrayLike) -> jax.Array:
         """Rows `(..., C)` of the embedding for token ids `(...)`, to be joined with others and given as embeddings."""
-        return self.embedding[...][jnp.asarray(tokens)]
+        return table_rows(self.embedding[...], tokens, "token ids")
 
     def prefill(
         self,
@@ -245,7 +248,7 @@ class LanguageModel(Editable):
         real = jnp.ones(rows.shape[:2], bool) if padding is None else jnp.asarray(padding)
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         before = jnp.maximum(seen - 1, 0)
-        at = state.position[:, None] + before if positions is None else jnp.asarray(positions)
+        at = state.position[:, None] + before if positions is None else integers("positions", positions)
         edits = self.edits("prefill", state.memories, jnp.where(real, state.length[:, None] + before, -1))
         if edits.acts("tokens"):
             positions = at  # which do not follow from how many tokens a layer has seen
@@ -290,7 +293,7 @@ class LanguageModel(Editable):
         if self.position is not None:
             if x.ndim == 3 and x.shape[1] > self.max_length:
                 raise ValueError(f"{x.shape[1]} tokens are beyond the position table of {self.max_length} rows")
-            x = x + self.position[...][positions]
+            x = x + table_rows(self.position[...], positions, "positions")
         return (x * self.embed_scale).astype(self.dtype)
 
     def _logits(self, x: jax.Array, edits: Edits | None) -> jax.Array:

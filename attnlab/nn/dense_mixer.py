@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 from attnlab.contract import Given, Layout, Pattern, TokenMixer, UnsupportedArgument, View
 from attnlab.nn.cache import ContextCache
 from attnlab.nn.grids import to_tokens
-from attnlab.nn.masking import segment_pair, segment_positions
+from attnlab.nn.masking import segment_orders
 from attnlab.nn.positions import grid_positions
 from attnlab.points import Edits, visit
+from pallas_kernels.integers import integers
 from pallas_kernels.masks import Causal
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -236,7 +237,7 @@ class DenseMixer(TokenMixer):
         if view.mask is not None and jnp.shape(view.mask) != x.shape[:2]:
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(view.mask)}")
         if positions is not None:
-            view = dataclasses.replace(view, q_at=jnp.asarray(positions))
+            view = dataclasses.replace(view, q_at=integers("positions", positions))
         if view.rule is None and self.causal:
             view = dataclasses.replace(view, rule=Causal())
         source = self._no_tokens(x.shape[0], self._source_features, x.dtype) if cross else x
@@ -246,7 +247,7 @@ class DenseMixer(TokenMixer):
         self, x_t: ArrayLike, state: Any, *, positions: ArrayLike | None = None, edits: Edits | None = None
     ) -> tuple[jax.Array, Any]:
         """Appends one token `(B, C)`."""
-        positions = None if positions is None else jnp.asarray(positions)[:, None]
+        positions = None if positions is None else integers("positions", positions)[:, None]
         y, state = self.prefill(jnp.asarray(x_t)[:, None], state, positions=positions, edits=edits)
         return y[:, 0], state
 
@@ -278,7 +279,7 @@ class DenseMixer(TokenMixer):
         """The complete view of a call; `num_keys` is M of the context, None in self-attention."""
         own = View() if given.view is None else given.view
         if given.segment_ids is not None:
-            q_order, k_order = (segment_positions(ids) for ids in segment_pair(given.segment_ids))
+            q_order, k_order = segment_orders(given.segment_ids)
         else:
             q_order = jnp.arange(math.prod(grid))[None]
             k_order = q_order if num_keys is None else jnp.arange(num_keys)[None]

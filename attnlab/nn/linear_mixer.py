@@ -14,9 +14,11 @@ from jax.typing import ArrayLike
 
 from attnlab.contract import Given, TokenMixer, View, record
 from attnlab.nn.grids import to_tokens
-from attnlab.nn.masking import segment_pair, segment_positions
+from attnlab.nn.masking import by_run, segment_orders, segment_pair
 from attnlab.points import Edits, visit
+from pallas_kernels.chunk_decay import scalar_decay
 from pallas_kernels.delta_rule_attention import delta_rule_attention, delta_rule_attention_step
+from pallas_kernels.integers import integers
 from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention, linear_attention_step
 
 
@@ -153,6 +155,8 @@ class LinearMixer(TokenMixer):
         source = jnp.asarray(context, self.dtype)
         x = jnp.zeros((batch_size, source.shape[1], self.features), source.dtype)
         exists = None if context_mask is None else jnp.asarray(context_mask)
+        if exists is not None and (exists.shape != source.shape[:2] or exists.dtype != jnp.bool_):
+            raise ValueError(f"context_mask must be boolean {source.shape[:2]}, got {exists.dtype} {exists.shape}")
         parts, _ = self.project(x, source, self._places(x, source, Given(mask=exists)), self.carry(batch_size))
         parts = self._without_padding(parts, exists)
         carry = self.carry(batch_size)  # of the queries, of which there were none
@@ -177,11 +181,14 @@ class LinearMixer(TokenMixer):
         self.check_call(x, mask=mask, positions=positions, decoding=True)
         x = jnp.asarray(x, self.dtype)
         if isinstance(mask, View):
+            positions = mask.q_at if positions is None else positions
             mask = mask.mask
         if mask is not None and jnp.shape(mask) != x.shape[:2]:
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
         seen = jnp.cumsum(jnp.ones(x.shape[:2], bool) if mask is None else mask, axis=1, dtype=jnp.int32)
-        at = state.next_at[:, None] + jnp.maximum(seen - 1, 0) if positions is None else jnp.asarray(positions)
+        at = (
+            state.next_at[:, None] + jnp.maximum(seen - 1, 0) if positions is None else integers("positions", positions)
+        )
         if isinstance(state, ContextState):
             return self._read(x, state, at, seen, mask, edits)
         real = None if mask is None else jnp.asarray(mask)
@@ -203,12 +210,12 @@ class LinearMixer(TokenMixer):
         """Advances the memory by one token `(B, C)`."""
         x = jnp.asarray(x_t, self.dtype)[:, None]
         if isinstance(state, ContextState):
-            positions = None if positions is None else jnp.asarray(positions)[:, None]
+            positions = None if positions is None else integers("positions", positions)[:, None]
             y, state = self.prefill(x, state, positions=positions, edits=edits)
             return y[:, 0], state
         self.check_decodes(False)
         self.check_call(x, positions=positions, decoding=True)
-        at = (state.next_at if positions is None else jnp.asarray(positions))[:, None]
+        at = (state.next_at if positions is None else integers("positions", positions))[:, None]
         parts, carry = self.project(x, x, Places(at, at), state.carry)
         parts = visit(self, edits, "qkv", parts)
         y, memory = self._recur_step(parts, state.memory)
@@ -299,7 +306,7 @@ class LinearMixer(TokenMixer):
     def _places(self, x: jax.Array, source: jax.Array, given: Given) -> Places:
         real = None if given.mask is None else jnp.asarray(given.mask)
         if given.segment_ids is not None:
-            queries, keys = (segment_positions(ids) for ids in segment_pair(given.segment_ids))
+            queries, keys = segment_orders(given.segment_ids)
         else:
             keys = jnp.arange(source.shape[1])[None]
             queries = keys if given.context is None else jnp.arange(x.shape[1])[None]
@@ -343,8 +350,8 @@ def linear_attention_map(
     if causal:
         weights = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), weights, 0)
     if segment_ids is not None:
-        of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        same = jnp.asarray(of_q)[:, None, :, None] == jnp.asarray(of_k)[:, None, None, :]
+        of_q, of_k = segment_pair(by_run(segment_ids) if causal else segment_ids)
+        same = of_q[:, None, :, None] == of_k[:, None, None, :]
         weights = jnp.where(same, weights, 0)
     if normalize:
         total = weights.sum(-1, keepdims=True)
@@ -355,11 +362,10 @@ def linear_attention_map(
 def _decayed(q: jax.Array, k: jax.Array, log_decay: jax.Array) -> jax.Array:
     """Σ_d q_id k_jd exp(G_id - G_jd) for j ≤ i, G the running sum of decays; (B, H, N, M)."""
     decay = log_decay if log_decay.ndim > 1 else jnp.broadcast_to(log_decay, (1, q.shape[1], q.shape[2]))
-    total = jnp.cumsum(decay.astype(jnp.float32), axis=1)
-    shrink = jnp.exp(jnp.minimum(total[:, :, None] - total[:, None], 0))  # (B|1, N, M, H[, D])
+    shrink = scalar_decay(jnp.moveaxis(decay.astype(jnp.float32), 1, -1)).between  # (B|1, H[, D], N, M)
     if log_decay.ndim == 4:
-        return jnp.einsum("bnhd,bmhd,bnmhd->bhnm", q, k, shrink)
-    return jnp.einsum("bnhd,bmhd->bhnm", q, k) * jnp.moveaxis(shrink, -1, 1)
+        return jnp.einsum("bnhd,bmhd,bhdnm->bhnm", q, k, shrink)
+    return jnp.einsum("bnhd,bmhd->bhnm", q, k) * shrink
 
 
 def _read_memory(q: jax.Array, memory: Any, scale: float | None) -> jax.Array:

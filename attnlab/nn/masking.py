@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.contract import View
+from pallas_kernels.integers import runs, segments
 from pallas_kernels.masks import And, Mask, Not, Or
 
 SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
@@ -112,12 +113,44 @@ def segment_pair(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:
     if len(pair) != 2 or any(jnp.ndim(ids) != 2 for ids in pair):
         shapes = [jnp.shape(ids) for ids in pair]
         raise ValueError(f"segment_ids must be (B, N), or a pair of (B, N) and (B, M), got shapes {shapes}")
-    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
+    if pair[0] is pair[1]:
+        return segments(pair[0]) * 2
+    return segments(*pair)  # type: ignore[return-value]  # as many as were given
+
+
+def by_run(segment_ids: SegmentIds) -> SegmentIds:
+    """Segment ids with one id for each segment: a run of equal ids is one, also where its id comes back later.
+
+    A pair is as it is: there segments are told by their ids alone.
+    """
+    if isinstance(segment_ids, tuple | list):
+        return segment_ids
+    return runs(segment_pair(segment_ids)[0])
+
+
+def segment_orders(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:
+    """Place of each query and of each key in its segment, `(B, N)` and `(B, M)` int32, from 0.
+
+    One array is the ids of both: each run of equal ids is a segment. In a pair, segments are told by their ids, and a
+    token's place is the number of tokens of its id before it.
+    """
+    q_ids, k_ids = segment_pair(segment_ids)
+    if not isinstance(segment_ids, tuple | list):
+        place = segment_positions(q_ids)
+        return place, place
+    return _places_by_id(q_ids), _places_by_id(k_ids)
+
+
+def _places_by_id(ids: jax.Array) -> jax.Array:
+    """How many equal ids stand before each, `(B, N)` int32."""
+    order = jnp.argsort(ids, axis=1, stable=True)
+    place = segment_positions(jnp.take_along_axis(ids, order, axis=1))
+    return jnp.take_along_axis(place, jnp.argsort(order, axis=1), axis=1)
 
 
 def segment_positions(segment_ids: ArrayLike) -> jax.Array:
     """Place of each token in its run of equal ids, `(B, N)` int32, from 0."""
-    ids = jnp.asarray(segment_ids)
+    (ids,) = segments(segment_ids)
     index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     starts = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -178,12 +211,13 @@ def mask_indices(
     """Indices of queries and keys, counted within segments if there are any, and the mask of equal segments."""
     if segment_ids is None:
         return jnp.arange(num_queries), jnp.arange(num_keys), None
+    segment_ids = by_run(segment_ids)
     q_ids, k_ids = segment_pair(segment_ids)
     if q_ids.shape[1] != num_queries or k_ids.shape[1] != num_keys:
         raise ValueError(
             f"segment_ids must be for {num_queries} queries and {num_keys} keys, got {q_ids.shape} and {k_ids.shape}"
         )
-    return segment_positions(q_ids), segment_positions(k_ids), (q_ids[:, None, :, None] == k_ids[:, None, None, :])
+    return *segment_orders(segment_ids), (q_ids[:, None, :, None] == k_ids[:, None, None, :])
 
 
 def masked_softmax(scores: ArrayLike, mask: ArrayLike | None = None, *, axis: Any = -1) -> jax.Array:

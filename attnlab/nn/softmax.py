@@ -17,12 +17,14 @@ from jax.typing import ArrayLike
 from attnlab.nn.masking import (
     SegmentIds,
     both,
+    by_run,
     full_mask,
     index_mask,
     masked_softmax,
+    segment_orders,
     segment_pair,
-    segment_positions,
 )
+from pallas_kernels.integers import integers
 from pallas_kernels.masks import Mask
 
 
@@ -55,7 +57,8 @@ def softmax_attention(
       v: values `(B, M, G, E)`.
       bias: added to the scores, broadcastable to `(B, H, N, M)`; -inf masks.
       mask: boolean, True where attention is allowed: `(B, M)` keys, or broadcastable to `(B, H, N, M)`.
-      segment_ids: `(B, N)`, or a pair `(B, N)`, `(B, M)`: tokens attend inside their segment.
+      segment_ids: integers `(B, N)`: tokens attend inside their run of equal ids; or a pair `(B, N)`, `(B, M)`: they
+        attend to the keys of their id, wherever those stand.
       structural_mask: a rule on indices, see `pallas_kernels.masks`.
       causal: query i sees keys j ≤ i; both count from 0, whether or not N = M.
       q_idx: `(N,)` or `(B, N)`, the indices of queries for `causal` and `structural_mask`; 0..N-1 when None, counted
@@ -176,11 +179,15 @@ def _normal_form(q, k, bias, mask, segment_ids, structural_mask, causal, q_idx, 
         raise ValueError(f"the {h} heads of q must be a multiple of the {g} heads of k")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    q_ids, k_ids = (None, None) if segment_ids is None else segment_pair(segment_ids)
+    q_ids = k_ids = q_order = k_order = None
+    if segment_ids is not None:
+        segment_ids = by_run(segment_ids)
+        q_ids, k_ids = segment_pair(segment_ids)
+        q_order, k_order = segment_orders(segment_ids)
     if q_ids is not None and (q_ids.shape != (b, n) or k_ids.shape != (b, m)):
         raise ValueError(f"segment_ids must be {(b, n)} and {(b, m)}, got {q_ids.shape} and {k_ids.shape}")
-    q_idx = _indices("q_idx", q_idx, q_ids, b, n)
-    k_idx = _indices("k_idx", k_idx, k_ids, b, m)
+    q_idx = _indices("q_idx", q_idx, q_order, b, n)
+    k_idx = _indices("k_idx", k_idx, k_order, b, m)
     scale = jnp.asarray(d**-0.5 if scale is None else scale, jnp.promote_types(q.dtype, jnp.float32))
     if scale.ndim:
         raise ValueError(f"scale must be a scalar, got shape {scale.shape}")
@@ -193,10 +200,10 @@ def _normal_form(q, k, bias, mask, segment_ids, structural_mask, causal, q_idx, 
     return _Terms(q.reshape(b, n, g, h // g, d), k, bias), _Rules(structural_mask, causal, softcap), scale, batch
 
 
-def _indices(name: str, index: ArrayLike | None, ids: jax.Array | None, batch: int, tokens: int) -> jax.Array:
+def _indices(name: str, index: ArrayLike | None, order: jax.Array | None, batch: int, tokens: int) -> jax.Array:
     if index is None:
-        return jnp.arange(tokens)[None] if ids is None else segment_positions(ids)
-    index = jnp.atleast_2d(index)
+        return jnp.arange(tokens)[None] if order is None else order
+    index = jnp.atleast_2d(integers(name, index))
     if index.shape not in ((1, tokens), (batch, tokens)):
         raise ValueError(f"{name} must be ({tokens},) or ({batch}, {tokens}), got {index.shape}")
     return index

@@ -45,6 +45,12 @@ class Task(Protocol):
         """What to report, "loss" among it, from sums over one batch or many."""
 
 
+def _of_known(label: jax.Array, weight: jax.Array, loss: jax.Array, classes: int) -> jax.Array:
+    """The loss, finite where nothing counts, and NaN for a label that is none of the classes."""
+    loss = jnp.where((label >= 0) & (label < classes), loss, jnp.nan)
+    return jnp.where(weight == 0, 0, loss)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
     """Classes of images: `model(image, deterministic=)` gives logits `(B, classes)`.
@@ -79,8 +85,9 @@ class ClassificationTask:
         target = jax.nn.one_hot(label, logits.shape[-1])
         if not deterministic:
             target = optax.smooth_labels(target, self.label_smoothing)
+        loss = _of_known(label, weight, optax.softmax_cross_entropy(logits, target), logits.shape[-1])
         return {
-            "loss": jnp.vdot(weight, optax.softmax_cross_entropy(logits, target)),
+            "loss": jnp.vdot(weight, loss),
             "correct": jnp.vdot(weight, (logits.argmax(-1) == label).astype(jnp.float32)),
             "weight": weight.sum(),
         }
@@ -131,6 +138,7 @@ class LanguageTask:
         logits = model(batch["inputs"], **arguments, deterministic=deterministic).astype(jnp.float32)
         weight = batch["weight"].astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        loss = _of_known(batch["targets"], weight, loss, logits.shape[-1])
         return {"loss": jnp.vdot(weight, loss), "weight": weight.sum()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

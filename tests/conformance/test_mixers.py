@@ -207,6 +207,11 @@ def test_refuses_what_it_does_not_take(subject: Subject):
         mixer(x[..., :-1], *context)
     with pytest.raises(ValueError, match="mask"):
         mixer(x, *context, mask=np.ones((tokens,), bool))
+    for argument in mixer.accepts & offers.keys():
+        name, value = next(iter(offers[argument].items()))
+        wrong = "boolean" if name == "mask" else "integers"
+        with pytest.raises(ValueError, match=f"{name} must be {wrong}"):
+            mixer(x, *context, **{name: value.astype(np.float32)})
 
 
 @pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda v: v.name)

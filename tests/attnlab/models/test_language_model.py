@@ -195,6 +195,22 @@ def test_refusals_at_the_call():
         build("lightning_attention_2")(tokens(), positions=jnp.arange(9)[None])
 
 
+def test_what_the_tables_lack_is_refused_and_nan_where_it_is_traced():
+    model = build(position="learned", max_length=8)
+    ids = tokens(1, 3)
+    with pytest.raises(ValueError, match=r"positions must be in 0\.\.7, got 0 to 8"):
+        model(ids, positions=np.array([[0, 1, 8]]))
+    for wrong in (VOCABULARY, -1, 2**40):
+        with pytest.raises(ValueError, match="token ids must"):
+            model(np.array([[1, 2, wrong]]))
+    graph, state = nnx.split(model)
+    call = jax.jit(lambda state, ids, at: nnx.merge(graph, state)(ids, positions=at))
+    at = jnp.arange(3)[None]
+    assert bool(jnp.isfinite(call(state, ids, at)).all())
+    for wrong in (call(state, ids.at[0, 2].set(VOCABULARY), at), call(state, ids, at.at[0, 2].set(-1))):
+        assert bool(jnp.isnan(wrong[:, 2]).all())
+
+
 OTHERS = [pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("lightning_attention_2", "sqa", "lssar")]
 
 
@@ -265,6 +281,7 @@ def test_sampling_follows_the_distribution():
         ({"prompt": np.zeros((1, 0), int)}, "prompt must be integers"),
         ({"prompt_mask": np.array([[True, True, False]])}, "pad shorter prompts on the left"),
         ({"prompt_mask": np.ones((1, 2), bool)}, "the prompt's shape"),
+        ({"prompt_mask": np.zeros((1, 3), np.float32)}, "prompt_mask must be boolean"),
     ],
 )
 def test_generation_refuses(arguments, message):

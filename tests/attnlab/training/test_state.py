@@ -108,6 +108,18 @@ def test_the_gradient_is_that_of_the_weighted_mean():
     np.testing.assert_allclose(sums["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
 
 
+def test_a_label_that_is_no_class_is_not_taken_for_one():
+    model, rows, task = plain_classifier(), batch(), ClassificationTask()
+    sums = [
+        task.sums(
+            model, rows | {"label": jnp.asarray(rows["label"]).at[0].set(wrong), "weight": weight}, deterministic=True
+        )["loss"]
+        for wrong in (-1, 1000)
+        for weight in (jnp.ones_like(rows["weight"]), jnp.ones_like(rows["weight"]).at[0].set(0))
+    ]
+    assert [bool(jnp.isnan(loss)) for loss in sums] == [True, False, True, False]
+
+
 def test_a_batch_without_weight_changes_nothing():
     state, step, _ = start(plain_classifier(), ClassificationTask())
     after, sums = step(state, batch() | {"weight": np.zeros(8, np.float32)})
