@@ -39,8 +39,9 @@ def _positions(given: Given) -> dict[str, Any]:
 
 _EP = "efficient_probing"
 _FIRST = Squeezed("cls_token", 0)
-_QKV = {("q", "k", "v"): "qkv", "out": "proj"}
-_Q_KV = {("k", "v"): "kv", "out": "proj"}
+_QKV = {("query", "key", "value"): "qkv", "out": "proj"}
+_Q_KV = {"query": "q", ("key", "value"): "kv", "out": "proj"}
+_Q_K_V = {"query": "q", "key": "k", "value": "v", "out": "proj"}
 _BLOCK = {"attention": Part("attn", _QKV)}
 _CONFIG = options(dim="features", qkv_bias="use_bias", qk_scale="scale")
 _WIDTH = {"d_out": lambda given: {"out_features": given["dim"] // given["d_out"]}, "num_heads": Only(1)}
@@ -58,7 +59,7 @@ _CLIP_NAMES = {"positions": "pos_embed", "attention": Part("", _QKV)}
 
 _CAIT = _CONFIG | options(embed_dim="features", mlp_ratio_clstk="mlp_ratio", norm_layer=None, act_layer=None)
 _CAIT_NAMES = {"cls": Squeezed("cls_token", 0, 1), "blocks": "blocks_token_only"}
-_CAIT_NAMES |= {"blocks.*.attention": Part("blocks_token_only.*.attn", {"out": "proj"})}
+_CAIT_NAMES |= {"blocks.*.attention": Part("blocks_token_only.*.attn", _Q_K_V)}
 _CAIT_NAMES |= {f"blocks.*.scale{number}": f"blocks_token_only.*.gamma_{number}" for number in (1, 2)}
 _JEPA = options(embed_dim="features", qkv_bias="use_bias", norm_layer=None, init_std=None)
 _JEPA_NAMES = {name: f"cross_attention_block.{name}" for name in ("norm1", "norm2", "mlp")}
@@ -66,7 +67,9 @@ _JEPA_NAMES |= {"queries": Squeezed("query_tokens", 0), "blocks.*": Part("blocks
 _CAE = _CONFIG | {"attn_head_dim": "head_dim"}
 _CAE |= dict.fromkeys(("mlp_ratio", "init_values", "act_layer", "norm_layer", "window_size"))
 _CAE_NAMES = {"query": Squeezed("query_token", 0, 1), "norm_*": "norm1_*", "attention.out": "cross_attn.proj"}
-_CAE_NAMES |= {f"attention.{name}": Named("cross_attn", weight=f"{name}.weight", bias=f"{name}_bias") for name in "qkv"}
+for _name in ("query", "key", "value"):
+    _letter = _name[0]
+    _CAE_NAMES[f"attention.{_name}"] = Named("cross_attn", weight=f"{_letter}.weight", bias=f"{_letter}_bias")
 _COCA = options(dim="out_features", dim_head="head_dim", heads="num_heads", num_img_queries="num_queries")
 _COCA |= options(parallel_ff="feed_forward", ff_mult="mlp_ratio", norm_context="context_norm")
 _COCA |= {"context_dim": lambda given: {"features": given["context_dim"] or given["dim"]}}

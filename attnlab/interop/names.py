@@ -53,7 +53,8 @@ class Name:
 
     Args:
       base: names of the layers, "" for the state dict's own; several make up one of ours, its rows one after the other.
-      leaves: official names of a layer's arrays where they are others: `{"weight": "gamma"}`.
+      leaves: official names of a layer's arrays where they are others: `{"weight": "gamma"}`; for several of ours, one
+        for each where an array of theirs is not put together.
       there: from what a usual state dict would hold to the official weight; for a parameter that is no layer's, from
         the parameter itself.
       here: the inverse of `there`; None where `there` only changes the shape.
@@ -63,7 +64,7 @@ class Name:
     """
 
     base: str | tuple[str, ...]
-    leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     there: Transform | None = None
     here: Transform | None = None
     interleaved: bool = False
@@ -307,12 +308,18 @@ def _layer_rules(paths: Sequence[str], layers: Sequence[Any], name: Name, base: 
     groups = heads if name.interleaved else 1
     for leaf in held[0]:
         ours = [one[leaf] for one in held]
+        apart = name.leaves.get(leaf, leaf)
+        if not isinstance(apart, str):
+            for path, one, official in zip(paths, ours, apart, strict=True):
+                both = functools.partial(_here, [one], 1, Name("")), functools.partial(_there, [one], 1, Name(""))
+                yield Rule((join(path, one.path),), (one.variable,), (join(base, str(name.base), official),), *both)
+            continue
         bases = (name.base,) if isinstance(name.base, str) else name.base
         layout = name if leaf in ("", "weight") else dataclasses.replace(name, here=None, there=None)
         yield Rule(
             tuple(join(path, one.path) for path, one in zip(paths, ours, strict=True)),
             tuple(one.variable for one in ours),
-            tuple(join(base, b, name.leaves.get(leaf, leaf)) for b in bases),
+            tuple(join(base, b, apart) for b in bases),
             functools.partial(_here, ours, groups, layout),
             functools.partial(_there, ours, groups, layout),
         )

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.masking import masked_softmax
 from attnlab.pooling.grid import two_axes
-from attnlab.pooling.parts import CrossAttention, wide
+from attnlab.pooling.parts import wide
 from attnlab.registry import Cost, Paper, Source, register
 
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -102,7 +103,7 @@ class ABMILPPooling(Pooling):
             if x.shape[1] == 1:
                 raise ValueError(f"drop_first leaves no token of x of shape {x.shape}")
             x, mask = x[:, 1:], None if mask is None else mask[:, 1:]
-        mixed = x if self.attention is None else self.attention(x, x, mask=mask)[0]
+        mixed = x if self.attention is None else self.attention.with_weights(x, x, mask=mask)[0]
         read = mixed if self.grid is None else mixed + self._positions(x)
         for layer in self.layers[:-1]:
             read = _ACTIVATIONS[self.activation](layer(read))

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.heads import split_heads
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import BatchNorm
 from attnlab.nn.softmax import softmax_attention
-from attnlab.pooling.parts import given_queries, head_size, mean, split_heads
+from attnlab.pooling.parts import given_queries, head_size, mean
 from attnlab.registry import Cost, Paper, Source, register
 
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab.nn.cross_attention import CrossAttention
+from attnlab.nn.linear import trunc_normal
 from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention
 
 
 class SelfAttentionBlock(nnx.Module):
@@ -35,13 +36,15 @@ class SelfAttentionBlock(nnx.Module):
     ):
         options = {"param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = LayerNorm(features, eps=1e-5, **options)
-        self.attention = CrossAttention(features, num_heads=num_heads, use_bias=use_bias, **options)
+        self.attention = CrossAttention(
+            features, num_heads=num_heads, use_bias=use_bias, kernel_init=trunc_normal, **options
+        )
         self.norm2 = LayerNorm(features, eps=1e-5, **options)
         self.mlp = MLP(features, int(mlp_ratio * features), **options)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Tokens (B, N, C) and the weights (B, H, N, N); `mask` (B, N) says which tokens exist."""
         normed = self.norm1(x)
-        y, weights = self.attention(normed, normed, mask=mask)
+        y, weights = self.attention.with_weights(normed, normed, mask=mask)
         x = x + y
         return x + self.mlp(self.norm2(x)), weights

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -80,6 +80,6 @@ class CAEPooling(Pooling):
 
     def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:
         query = jnp.broadcast_to(self.norm_q(self.query[...].astype(x.dtype)), (x.shape[0], 1, self.features))
-        y, weights = self.attention(query, self.norm_k(x), self.norm_v(x), mask=mask)
+        y, weights = self.attention.with_weights(query, self.norm_k(x), self.norm_v(x), mask=mask)
         record(self, "attention", lambda: weights)
         return y[:, 0]

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.linear import trunc_normal, uniform_init
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention, given_queries
+from attnlab.pooling.parts import given_queries
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -56,7 +57,7 @@ class ClassAttentionBlock(nnx.Module):
         """The new class token, and the weights (B, H, 1, N + 1), the class token's own first."""
         keys = self.norm1(jnp.concatenate([cls, x], 1))
         seen = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
-        y, weights = self.attention(keys[:, :1], keys, mask=seen)
+        y, weights = self.attention.with_weights(keys[:, :1], keys, mask=seen)
         cls = cls + self.scale1(y)
         return cls + self.scale2(self.mlp(self.norm2(cls))), weights
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, Site, UnsupportedArgument, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention, given_queries, token_mean
+from attnlab.pooling.parts import given_queries, token_mean
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -106,6 +107,6 @@ class CLIPPooling(Pooling):
             first = given_queries(queries, x, 1)
         z = jnp.concatenate([first, x], 1) + self.positions[...].astype(x.dtype)
         seen = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
-        y, weights = self.attention(z[:, :1], z, mask=seen)
+        y, weights = self.attention.with_weights(z[:, :1], z, mask=seen)
         record(self, "attention", lambda: weights[..., 1:])
         return y[:, 0]

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.linear import trunc_normal
 from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
 from attnlab.pooling.block import SelfAttentionBlock
-from attnlab.pooling.parts import CrossAttention, given_queries
+from attnlab.pooling.parts import given_queries
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -77,7 +78,9 @@ class JEPAPooling(Pooling):
         self.queries = nnx.Param(
             trunc_normal(rngs.params(), (num_queries, features), param_dtype), logical_axes=(None, "embed")
         )
-        self.attention = CrossAttention(features, num_heads=num_heads, use_bias=use_bias, **options)
+        self.attention = CrossAttention(
+            features, num_heads=num_heads, use_bias=use_bias, kernel_init=trunc_normal, **options
+        )
         _shrink(self.attention.out, 1)
         self.norm1 = self.norm2 = self.mlp = nnx.data(None)
         if complete_block:
@@ -102,9 +105,9 @@ class JEPAPooling(Pooling):
         else:
             q = given_queries(queries, x, self.num_queries)
         if self.mlp is None:
-            q, weights = self.attention(q, x, mask=mask)
+            q, weights = self.attention.with_weights(q, x, mask=mask)
         else:
-            y, weights = self.attention(q, self.norm1(x), mask=mask)
+            y, weights = self.attention.with_weights(q, self.norm1(x), mask=mask)
             q = q + y
             q = q + self.mlp(self.norm2(q))
         record(self, "attention", lambda: weights)

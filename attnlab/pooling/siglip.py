@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
-from attnlab.pooling.parts import CrossAttention, mean
+from attnlab.pooling.parts import mean
 from attnlab.registry import Cost, Paper, Source, register
 
 
@@ -93,7 +94,7 @@ class SigLIPPooling(Pooling):
     ) -> jax.Array:
         # Latents do not see one another: those that are not read need not be computed.
         latents = self.latents[:1] if self.reduce == "first" else self.latents[...]
-        z, weights = self.attention(
+        z, weights = self.attention.with_weights(
             jnp.broadcast_to(latents.astype(x.dtype), (x.shape[0], *latents.shape)), x, mask=mask
         )
         record(self, "attention", lambda: weights)

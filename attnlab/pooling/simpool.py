@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Pooling, record
+from attnlab.nn.heads import split_heads
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.softmax import softmax_attention
-from attnlab.pooling.parts import given_queries, head_size, split_heads, token_mean, wide
+from attnlab.pooling.parts import given_queries, head_size, token_mean, wide
 from attnlab.registry import Cost, Paper, Source, register
 
 _PAPER = Paper(
