@@ -29,8 +29,8 @@ from attnlab.nn.cache import KVCache
 from attnlab.nn.dense_mixer import Heads, HeadSizes
 from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.masking import segment_pair
-from attnlab.nn.positions import Rotary
 from attnlab.nn.projected_mixer import ProjectedMixer
+from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
