@@ -1,12 +1,13 @@
 """Attention kernels for JAX: pure functions on arrays, one signature for every platform.
 
-`linear_attention`, `delta_rule_attention` and `neighborhood_attention` are the functions; their packages are
-`from pallas_kernels.linear_attention import ...`, and so on. Importing this package needs JAX and NumPy alone.
-`dispatch.explain` tells which implementations work on a machine and why others do not; `qualify` tries the kernels on
-the device at hand, and without it only `xla` is chosen there.
+`linear_attention`, `delta_rule_attention`, `block_sparse_attention` and `neighborhood_attention` are the functions;
+their packages are `from pallas_kernels.linear_attention import ...`, and so on. Importing this package needs JAX and
+NumPy alone. `dispatch.explain` tells which implementations work on a machine and why others do not; `qualify` tries the
+kernels on the device at hand, and without it only `xla` is chosen there.
 """
 
 from pallas_kernels import dispatch
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.delta_rule_attention import delta_rule_attention, delta_rule_attention_step
 from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention, linear_attention_step
 from pallas_kernels.neighborhood_attention import neighborhood_attention
@@ -14,6 +15,7 @@ from pallas_kernels.trials import qualify, qualify_new_device
 
 __all__ = [
     "NormalizedState",
+    "block_sparse_attention",
     "delta_rule_attention",
     "delta_rule_attention_step",
     "dispatch",

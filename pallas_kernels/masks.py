@@ -6,28 +6,28 @@ integer arrays of NumPy or JAX, inside a kernel too; and masks combine with `&`,
     prefix_lm = Causal() | Prefix(64)
     longformer = SlidingWindow(256, 256) | Prefix(4) | QueryPrefix(4)
 
-`lower` turns a mask into lists of blocks, once: for each block of queries the blocks of keys that hold an allowed pair,
-and which of them are allowed throughout, so that a kernel skips the empty ones and masks only the partial ones. Whole
-blocks are judged by interval arithmetic, in three-valued logic; elements are looked at only where that cannot decide,
-so that a mask of a million tokens is lowered without ever being built.
+`block_lists.lower` turns a mask into lists of blocks. Whole blocks are judged here by interval arithmetic, in
+three-valued logic; elements are looked at only where that cannot decide, so that a mask of a million tokens is lowered
+without ever being built. Masks that look at arrays, beside indices, are in `array_masks`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Index = np.ndarray | jax.Array
 """Integer indices; those of queries and of keys broadcast against each other."""
 
 EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
 """What a mask says about a block; UNKNOWN where interval arithmetic cannot tell."""
-
-_CHUNK = 1 << 22  # elements, or blocks, looked at together: tens of megabytes
 
 
 class Interval(NamedTuple):
@@ -51,10 +51,53 @@ class Mask:
         """
         return np.full(np.broadcast_shapes(q.lo.shape, k.lo.shape), UNKNOWN, np.int8)
 
+    @property
+    def heads(self) -> int:
+        """Heads that have rules of their own; 1 where all share one."""
+        return 1
+
+    def head(self, number: int) -> "Mask":
+        """The rule of one head."""
+        return self
+
+    @property
+    def static(self) -> bool:
+        """Whether it looks at indices alone, not at arrays."""
+        return True
+
+    @property
+    def period(self) -> int | None:
+        """Some p such that queries and keys that both move by p see what they saw; None where none is known."""
+        return None
+
     def dense(self, num_queries: int, num_keys: int | None = None) -> np.ndarray:
         """The mask as a boolean array (N, M); M = N when None."""
         num_keys = num_queries if num_keys is None else num_keys
         return np.asarray(self(np.arange(num_queries)[:, None], np.arange(num_keys)[None, :]))
+
+    def picture(self, num_queries: int, num_keys: int | None = None, *, columns: int = 32) -> str:
+        """A text picture of blocks with the sparsity; see `block_lists.BlockLists`.
+
+        Args:
+          num_queries: N.
+          num_keys: M; N when None.
+          columns: blocks of keys at most.
+        """
+        from pallas_kernels.block_lists import pictured
+
+        return pictured(self, num_queries, num_queries if num_keys is None else num_keys, columns)
+
+    def plot(self, num_queries: int, num_keys: int | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draws who sees whom with matplotlib, which must be installed; one panel shows the first head.
+
+        Args:
+          num_queries: N.
+          num_keys: M; N when None.
+          ax: axes to draw into; new ones when None.
+        """
+        from pallas_kernels.block_lists import plotted
+
+        return plotted(self.head(0), num_queries, num_queries if num_keys is None else num_keys, ax)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other) if isinstance(other, Mask) else NotImplemented
@@ -67,11 +110,34 @@ class Mask:
 
 
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
-    """Pairs that both masks allow; written `first & second`."""
+class _Pair(Mask):
+    """Two masks that are combined."""
 
     first: Mask
     second: Mask
+
+    @property
+    def heads(self) -> int:
+        a, b = self.first.heads, self.second.heads
+        if a != b and 1 not in (a, b):
+            raise ValueError(f"masks that are combined must agree in heads, got {a} and {b}")
+        return max(a, b)
+
+    def head(self, number: int) -> Mask:
+        return self if self.heads == 1 else type(self)(self.first.head(number), self.second.head(number))
+
+    @property
+    def static(self) -> bool:
+        return self.first.static and self.second.static
+
+    @property
+    def period(self) -> int | None:
+        return _common(self.first.period, self.second.period)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+    """Pairs that both masks allow; written `first & second`."""
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return self.first(q_idx, k_idx) & self.second(q_idx, k_idx)
@@ -83,11 +149,8 @@ class And(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """Pairs that either mask allows; written `first | second`."""
-
-    first: Mask
-    second: Mask
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return self.first(q_idx, k_idx) | self.second(q_idx, k_idx)
@@ -104,6 +167,21 @@ class Not(Mask):
 
     mask: Mask
 
+    @property
+    def heads(self) -> int:
+        return self.mask.heads
+
+    def head(self, number: int) -> Mask:
+        return self if self.heads == 1 else Not(self.mask.head(number))
+
+    @property
+    def static(self) -> bool:
+        return self.mask.static
+
+    @property
+    def period(self) -> int | None:
+        return self.mask.period
+
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return self.mask(q_idx, k_idx) ^ True
 
@@ -112,11 +190,43 @@ class Not(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
+class Transposed(Mask):
+    """Queries and keys swapped: who is seen by whom."""
+
+    mask: Mask
+
+    @property
+    def heads(self) -> int:
+        return self.mask.heads
+
+    def head(self, number: int) -> Mask:
+        return self if self.heads == 1 else Transposed(self.mask.head(number))
+
+    @property
+    def static(self) -> bool:
+        return self.mask.static
+
+    @property
+    def period(self) -> int | None:
+        return self.mask.period
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        return self.mask(k_idx, q_idx)
+
+    def judge(self, q: Interval, k: Interval) -> np.ndarray:
+        return self.mask.judge(k, q)
+
+
+@dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every pair; `~Full()` is none."""
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (q_idx == q_idx) & (k_idx == k_idx)
+
+    @property
+    def period(self) -> int | None:
+        return 1
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         return np.full(np.broadcast_shapes(q.lo.shape, k.lo.shape), FULL, np.int8)
@@ -133,6 +243,10 @@ class Causal(Mask):
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return k_idx <= q_idx + self.offset
+
+    @property
+    def period(self) -> int | None:
+        return 1
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         return _three(k.lo > q.hi + self.offset, k.hi <= q.lo + self.offset)
@@ -161,6 +275,10 @@ class SlidingWindow(Mask):
         if self.left is not None:
             inside = inside & (offset >= -self.left)
         return inside if self.right is None else inside & (offset <= self.right)
+
+    @property
+    def period(self) -> int | None:
+        return 1
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         lo, hi = k.lo - q.hi, k.hi - q.lo  # of k - q, every integer between them occurs
@@ -215,6 +333,10 @@ class Strided(Mask):
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (q_idx - k_idx) % self.stride == self.phase
 
+    @property
+    def period(self) -> int | None:
+        return 1
+
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         return _every(Interval(q.lo - k.hi, q.hi - k.lo), self.stride, self.phase)
 
@@ -233,6 +355,10 @@ class Columns(Mask):
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (k_idx % self.stride == self.phase) & (q_idx == q_idx)
 
+    @property
+    def period(self) -> int | None:
+        return self.stride
+
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         zero = q.lo - q.lo
         return _every(Interval(k.lo + zero, k.hi + zero), self.stride, self.phase)
@@ -249,6 +375,10 @@ class Block(Mask):
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return q_idx // self.size == k_idx // self.size
+
+    @property
+    def period(self) -> int | None:
+        return self.size
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
@@ -267,9 +397,207 @@ class BlockCausal(Mask):
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return k_idx // self.size <= q_idx // self.size
 
+    @property
+    def period(self) -> int | None:
+        return self.size
+
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
         return _three(k.lo > q.hi, k.hi <= q.lo)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWindow(Mask):
+    """Keys in blocks around the query's own block of `size` tokens: -before ≤ k // size - q // size ≤ after."""
+
+    size: int
+    before: int
+    after: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "size", least=1)
+        _require_int(self, "before", least=0)
+        _require_int(self, "after", least=0)
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        offset = k_idx // self.size - q_idx // self.size
+        return (offset >= -self.before) & (offset <= self.after)
+
+    @property
+    def period(self) -> int | None:
+        return self.size
+
+    def judge(self, q: Interval, k: Interval) -> np.ndarray:
+        q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
+        return SlidingWindow(self.before, self.after).judge(q, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Staircase(Mask):
+    """Keys from a stair on: k ≥ step · ⌊(q - width) / step⌋; `~Staircase(...)` are the keys before it.
+
+    `Causal() & Staircase(step, width)` sees the last keys, `width` at least; what lies before them falls into whole
+    runs of `step` keys, of which summaries can be made once.
+    """
+
+    step: int
+    width: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "step", least=1)
+        _require_int(self, "width")
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        return k_idx >= (q_idx - self.width) // self.step * self.step
+
+    @property
+    def period(self) -> int | None:
+        return self.step
+
+    def judge(self, q: Interval, k: Interval) -> np.ndarray:
+        first, last = ((x - self.width) // self.step * self.step for x in (q.lo, q.hi))
+        return _three(k.hi < first, k.lo >= last)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockArray(Mask):
+    """Pairs of blocks that a boolean array allows; made by `block_array`.
+
+    Attributes:
+      data: the array in row-major order, a byte for each block.
+      shape: blocks of queries and of keys; pairs beyond them are not allowed.
+      block_q: queries of a block.
+      block_k: keys of a block.
+    """
+
+    data: bytes = dataclasses.field(repr=False)
+    shape: tuple[int, int]
+    block_q: int
+    block_k: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "block_q", least=1)
+        _require_int(self, "block_k", least=1)
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        i, j = q_idx // self.block_q, k_idx // self.block_k
+        lib = (
+            np if isinstance(i, np.ndarray | np.generic | int) and isinstance(j, np.ndarray | np.generic | int) else jnp
+        )
+        inside = (i < self.shape[0]) & (j < self.shape[1])
+        blocks = lib.asarray(self._blocks())
+        return blocks[lib.minimum(i, self.shape[0] - 1), lib.minimum(j, self.shape[1] - 1)] & inside
+
+    def judge(self, q: Interval, k: Interval) -> np.ndarray:
+        total = np.pad(self._blocks().astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        top, bottom = q.lo // self.block_q, q.hi // self.block_q + 1
+        left, right = k.lo // self.block_k, k.hi // self.block_k + 1
+        size = (bottom - top) * (right - left)
+        (top, bottom), (left, right) = (
+            (np.minimum(a, most), np.minimum(b, most))
+            for a, b, most in ((top, bottom, self.shape[0]), (left, right, self.shape[1]))
+        )
+        allowed = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+        return _three(allowed == 0, allowed == size)
+
+    def _blocks(self) -> np.ndarray:
+        return np.frombuffer(self.data, bool).reshape(self.shape)
+
+
+def block_array(blocks: np.ndarray, block_q: int, block_k: int) -> BlockArray:
+    """The mask that allows the blocks where a boolean array (blocks of queries, blocks of keys) is True.
+
+    Args:
+      blocks: known when tracing; what is routed at run time are `block_sparse_attention.Blocks`.
+      block_q: queries of a block.
+      block_k: keys of a block.
+
+    Raises:
+      TypeError: if the array is traced, or not boolean.
+      ValueError: if it has not two axes.
+    """
+    if isinstance(blocks, jax.core.Tracer):
+        raise TypeError("blocks must be known when tracing; for traced ones there is block_sparse_attention.Blocks")
+    blocks = np.asarray(blocks)
+    if blocks.dtype != bool:
+        raise TypeError(f"blocks must be boolean, got {blocks.dtype}")
+    if blocks.ndim != 2 or 0 in blocks.shape:
+        raise ValueError(f"blocks must be (blocks of queries, blocks of keys), got shape {blocks.shape}")
+    return BlockArray(blocks.tobytes(), (int(blocks.shape[0]), int(blocks.shape[1])), block_q, block_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerHead(Mask):
+    """A rule of its own for each head; combines with other masks like any.
+
+    Attributes:
+      masks: one per query head.
+    """
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        if not self.masks or any(not isinstance(mask, Mask) or mask.heads != 1 for mask in self.masks):
+            raise ValueError(f"PerHead needs one mask per head, got {self.masks}")
+
+    @property
+    def heads(self) -> int:
+        return len(self.masks)
+
+    def head(self, number: int) -> Mask:
+        return self.masks[number]
+
+    @property
+    def static(self) -> bool:
+        return all(mask.static for mask in self.masks)
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        raise ValueError("PerHead has a rule per head: ask one of them, as in mask.head(0)(q_idx, k_idx)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Concatenated(Mask):
+    """Keys of several sources behind each other, each with a rule on its own indices.
+
+    Attributes:
+      masks: one per source.
+      lengths: keys of each source; further keys are seen by no query.
+    """
+
+    masks: tuple[Mask, ...]
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.masks) != len(self.lengths) or not self.masks or min(self.lengths) < 1:
+            raise ValueError(f"Concatenated needs a length of at least 1 per mask, got {self.masks}, {self.lengths}")
+        if any(mask.heads != 1 or not mask.static for mask in self.masks):
+            raise ValueError("Concatenated takes masks of indices that all heads share; put it inside of PerHead")
+
+    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
+        allowed = (q_idx != q_idx) & (k_idx != k_idx)
+        for mask, first, last in self._sources():
+            allowed = allowed | ((k_idx >= first) & (k_idx <= last) & mask(q_idx, k_idx - first))
+        return allowed
+
+    def judge(self, q: Interval, k: Interval) -> np.ndarray:
+        shape = np.broadcast_shapes(q.lo.shape, k.lo.shape)
+        empty, full, inside = np.ones(shape, bool), np.ones(shape, bool), np.zeros(shape, int)
+        alone = np.full(shape, EMPTY, np.int8)
+        for mask, first, last in self._sources():
+            touched = (k.hi >= first) & (k.lo <= last)
+            part = Interval(np.clip(k.lo - first, 0, last - first), np.clip(k.hi - first, 0, last - first))
+            its = mask.judge(q, part)
+            empty, full = empty & (~touched | (its == EMPTY)), full & (~touched | (its == FULL))
+            inside = inside + np.where(touched, part.hi - part.lo + 1, 0)
+            alone = np.where((k.lo >= first) & (k.hi <= last), its, np.where(touched, UNKNOWN, alone))
+        full = full & (inside == k.hi - k.lo + 1)
+        return np.where(empty, EMPTY, np.where(full, FULL, np.where(alone == FULL, UNKNOWN, alone))).astype(np.int8)
+
+    def _sources(self) -> Iterator[tuple[Mask, int, int]]:
+        first = 0
+        for mask, length in zip(self.masks, self.lengths, strict=True):
+            yield mask, first, first + length - 1
+            first += length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,142 +635,15 @@ class Grid(Mask):
             yield mask, length, math.prod(self.shape[axis + 1 :])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockLists:
-    """A mask lowered to blocks: those that are not empty, sorted by query block, then key block.
-
-    The last block of an axis is shorter where the block size does not divide the length; it is judged by the tokens
-    that exist.
-
-    Attributes:
-      num_q_blocks: blocks of queries.
-      num_k_blocks: blocks of keys.
-      offsets: (num_q_blocks + 1,) int32; the blocks of query block i are `offsets[i]:offsets[i + 1]`.
-      key_blocks: key block of each, int32.
-      is_full: whether the mask allows every pair of it, bool; the others are partial.
-    """
-
-    num_q_blocks: int
-    num_k_blocks: int
-    offsets: np.ndarray
-    key_blocks: np.ndarray
-    is_full: np.ndarray
-
-    def visited(self, i: int) -> np.ndarray:
-        """Key blocks with an allowed pair for query block `i`, ascending."""
-        return self.key_blocks[self.offsets[i] : self.offsets[i + 1]]
-
-    def full(self, i: int) -> np.ndarray:
-        """Key blocks that query block `i` sees whole."""
-        return self.visited(i)[self.is_full[self.offsets[i] : self.offsets[i + 1]]]
-
-    def partial(self, i: int) -> np.ndarray:
-        """Key blocks that query block `i` sees in part."""
-        return self.visited(i)[~self.is_full[self.offsets[i] : self.offsets[i + 1]]]
-
-    def empty(self, i: int) -> np.ndarray:
-        """Key blocks that query block `i` does not see."""
-        return np.setdiff1d(np.arange(self.num_k_blocks, dtype=np.int32), self.visited(i), assume_unique=True)
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Visited key blocks of each query block, (num_q_blocks,) int32."""
-        return np.diff(self.offsets).astype(np.int32)
-
-    @property
-    def fraction(self) -> float:
-        """Share of all blocks that is visited."""
-        return self.key_blocks.size / max(1, self.num_q_blocks * self.num_k_blocks)
-
-    def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lists as rectangles, as kernels prefetch them: visited key blocks and whether each is full.
-
-        Both are (num_q_blocks, max(1, max(counts))). A shorter row is filled up with its last key block (0 in an
-        empty row), marked as not full, so that a kernel that runs on fetches nothing new; it must stop at `counts`.
-        """
-        counts = self.counts
-        width = max(1, int(counts.max(initial=0)))
-        at = self.offsets[:-1, None] + np.minimum(np.arange(width), np.maximum(counts - 1, 0)[:, None])
-        inside = np.arange(width) < counts[:, None]
-        padded, full = np.append(self.key_blocks, 0), np.append(self.is_full, False)
-        at = np.where(counts[:, None] > 0, at, self.key_blocks.size)
-        return padded[at].astype(np.int32), full[at] & inside
-
-    def transpose(self) -> "BlockLists":
-        """The same blocks listed per key block, for the gradients of keys and values."""
-        q_blocks = np.repeat(np.arange(self.num_q_blocks, dtype=np.int32), self.counts)
-        order = np.argsort(self.key_blocks, kind="stable")
-        counts = np.bincount(self.key_blocks, minlength=self.num_k_blocks)
-        return _lists(self.num_k_blocks, self.num_q_blocks, counts, q_blocks[order], self.is_full[order])
-
-
-@functools.lru_cache(maxsize=256)
-def lower(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int) -> BlockLists:
-    """Lowers `mask` for N queries and M keys to lists of blocks; exact, and remembered for equal arguments.
-
-    Args:
-      mask: which pairs are allowed.
-      num_queries: N.
-      num_keys: M.
-      block_q: queries of a block.
-      block_k: keys of a block.
-
-    Raises:
-      TypeError: if `mask` is not a `Mask`.
-      ValueError: for a length or block size below 1.
-    """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask, got {type(mask).__name__}")
-    sizes = {"num_queries": num_queries, "num_keys": num_keys, "block_q": block_q, "block_k": block_k}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    q_blocks, k_blocks = -(-num_queries // block_q), -(-num_keys // block_k)
-    k = _block_intervals(np.arange(k_blocks), block_k, num_keys)
-    counts, found, full = [], [], []
-    rows = max(1, _CHUNK // k_blocks)
-    for first in range(0, q_blocks, rows):
-        q = _block_intervals(np.arange(first, min(first + rows, q_blocks))[:, None], block_q, num_queries)
-        verdict = np.array(mask.judge(q, k))
-        _look(mask, verdict, q, k)
-        counts.append((verdict != EMPTY).sum(1))
-        found.append(np.nonzero(verdict)[1])
-        full.append(verdict[verdict != EMPTY] == FULL)
-    return _lists(q_blocks, k_blocks, *(np.concatenate(x) for x in (counts, found, full)))
-
-
-def _look(mask: Mask, verdict: np.ndarray, q: Interval, k: Interval) -> None:
-    """Settles the UNKNOWN blocks of `verdict` by their elements."""
-    row, column = np.nonzero(verdict == UNKNOWN)
-    if not row.size:
-        return
-    q_size, k_size = int((q.hi - q.lo).max()) + 1, int((k.hi - k.lo).max()) + 1
-    together = max(1, _CHUNK // (q_size * k_size))
-    for at in range(0, row.size, together):
-        i, j = row[at : at + together], column[at : at + together]
-        # A shorter last block repeats its last token, which changes neither "any" nor "all".
-        q_idx = np.minimum(q.lo[i] + np.arange(q_size), q.hi[i])[:, :, None]
-        k_idx = np.minimum(k.lo[j][:, None] + np.arange(k_size), k.hi[j][:, None])[:, None, :]
-        allowed = np.asarray(mask(q_idx, k_idx))
-        verdict[i, j] = np.where(allowed.all((1, 2)), FULL, np.where(allowed.any((1, 2)), PARTIAL, EMPTY))
-
-
-def _lists(q_blocks: int, k_blocks: int, counts: np.ndarray, key_blocks: np.ndarray, is_full: np.ndarray) -> BlockLists:
-    arrays = np.append(0, np.cumsum(counts)).astype(np.int32), key_blocks.astype(np.int32), is_full.astype(bool)
-    for array in arrays:  # they are shared by all callers
-        array.setflags(write=False)
-    return BlockLists(q_blocks, k_blocks, *arrays)
-
-
-def _block_intervals(block: np.ndarray, size: int, length: int) -> Interval:
-    return Interval(block * size, np.minimum(block * size + size, length) - 1)
-
-
 def _coordinates(x: Interval, length: int, stride: int) -> Interval:
     """An interval that holds the coordinates, along one axis, of the flat indices of `x`."""
     lo, hi = x.lo // stride, x.hi // stride
     wraps = lo // length != hi // length
     return Interval(np.where(wraps, 0, lo % length), np.where(wraps, length - 1, hi % length))
+
+
+def _common(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else math.lcm(a, b)
 
 
 def _three(empty: np.ndarray, full: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import masks
+from pallas_kernels import block_lists, masks
+from pallas_kernels.block_lists import lower
 from pallas_kernels.masks import (
     Block,
     BlockCausal,
+    BlockWindow,
     Causal,
     Columns,
+    Concatenated,
     Full,
     Grid,
     Mask,
+    PerHead,
     Prefix,
     QueryPrefix,
     SlidingWindow,
+    Staircase,
     Strided,
-    lower,
+    block_array,
 )
 
 RULES = [
@@ -43,6 +49,10 @@ RULES = [
     (Columns(3, 2), lambda q, k: k % 3 == 2),
     (Block(4), lambda q, k: q // 4 == k // 4),
     (BlockCausal(4), lambda q, k: k // 4 <= q // 4),
+    (BlockWindow(3, 2, 1), lambda q, k: q // 3 - 2 <= k // 3 <= q // 3 + 1),
+    (Staircase(3, 2), lambda q, k: k >= 3 * ((q - 2) // 3)),
+    (Concatenated((Causal(-1), ~Prefix(1)), (4, 5)), lambda q, k: k < q if k < 4 else 4 < k < 9),
+    (block_array(np.eye(3, dtype=bool), 4, 3), lambda q, k: q // 4 == k // 3),
     (Causal() & SlidingWindow(2, 2), lambda q, k: q - 2 <= k <= q),
     (Causal() | Prefix(5), lambda q, k: k <= q or k < 5),
     (~Block(3), lambda q, k: q // 3 != k // 3),
@@ -91,9 +101,14 @@ PRIMITIVES = st.one_of(
     st.integers(1, 9).flatmap(lambda s: st.builds(Columns, st.just(s), st.integers(0, s - 1))),
     st.builds(Block, st.integers(1, 17)),
     st.builds(BlockCausal, st.integers(1, 17)),
+    st.builds(BlockWindow, st.integers(1, 9), st.integers(0, 2), st.integers(0, 2)),
+    st.builds(Staircase, st.integers(1, 9), st.integers(-3, 20)),
 )
+BLOCKS = st.integers(0, 2**12 - 1).map(lambda bits: np.array([bits >> n & 1 for n in range(12)], bool).reshape(3, 4))
+ARRAYS = st.builds(block_array, BLOCKS, st.integers(1, 20), st.integers(1, 20))
+SOURCES = st.lists(st.tuples(PRIMITIVES, st.integers(1, 20)), min_size=1, max_size=3)
 MASKS = st.recursive(
-    PRIMITIVES,
+    st.one_of(PRIMITIVES, ARRAYS, SOURCES.map(lambda pairs: Concatenated(*zip(*pairs, strict=True)))),
     lambda inner: st.one_of(
         st.builds(operator.and_, inner, inner), st.builds(operator.or_, inner, inner), st.builds(operator.invert, inner)
     ),
@@ -106,6 +121,17 @@ LENGTH, BLOCK = st.integers(1, 50), st.integers(1, 17)
 @given(MASKS, LENGTH, LENGTH, BLOCK, BLOCK)
 def test_blocks_equal_dense(mask, n, m, block_q, block_k):
     check_lists(mask, n, m, block_q, block_k)
+
+
+@settings(max_examples=50, deadline=None)
+@given(MASKS, st.integers(1, 3), st.integers(1, 3))
+def test_blocks_of_several_levels_equal_dense(mask, block_q, block_k):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_lists, "_TOP", 2)
+        patch.setattr(block_lists, "_FACTOR", 2)
+        lower.cache_clear()
+        check_lists(mask, 41, 37, block_q, block_k)
+        lower.cache_clear()
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,7 +159,7 @@ def test_a_mask_of_ones_own_needs_only_its_rule(monkeypatch):
         def __call__(self, q_idx, k_idx):
             return (q_idx * k_idx) % 5 > 2
 
-    monkeypatch.setattr(masks, "_CHUNK", 64)  # many chunks
+    monkeypatch.setattr(block_lists, "_CHUNK", 64)  # many chunks
     check_lists(Odd(), 37, 41, 8, 4)
     check_lists(Odd() & Causal(), 37, 41, 8, 4)
 
@@ -153,6 +179,37 @@ def test_long_masks_are_looked_at_only_where_needed(monkeypatch):
     assert lists.partial(500).tolist() == [484, 500]
     assert lists.full(500).tolist() == list(range(485, 500))
     assert sum(seen) <= 2 * n * block
+
+
+def test_a_window_over_a_million_tokens_is_lowered_in_small_memory():
+    n, block = 1 << 20, 128
+    lower.cache_clear()
+    tracemalloc.start()
+    lists = lower(SlidingWindow(4095, 0), n, n, block, block)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100e6
+    assert lists.counts.tolist() == [min(i, 32) + 1 for i in range(n // block)]
+
+
+def test_rules_per_head_combine():
+    mask = Causal() & ~PerHead((Block(2), Full(), ~Full()))
+    assert mask.heads == 3
+    assert [mask.head(h) for h in range(3)] == [Causal() & ~Block(2), Causal() & ~Full(), Causal() & ~~Full()]
+    with pytest.raises(ValueError, match="agree in heads, got 3 and 2"):
+        _ = (mask & PerHead((Full(), Causal()))).heads
+    with pytest.raises(ValueError, match="3 rules for 3 heads"):
+        lower(mask, 8, 8, 4, 4)
+
+
+def test_the_picture_shows_blocks_and_sparsity():
+    lists = lower(Causal(), 8, 8, 2, 2)
+    assert repr(lists) == "BlockLists(4×4 blocks, 62.5 % visited, 60 % of these full)\n▒···\n█▒··\n██▒·\n███▒"
+    assert Causal().picture(4096, columns=2).endswith("▒·\n█▒")
+    assert "head 1: " in PerHead((Causal(), Full())).picture(64)
+    ax = Causal().plot(64)
+    assert "50.8 %" in ax.get_title()
+    assert ax.images[0].get_array().shape == (64, 64)
 
 
 def test_table_pads_with_what_is_already_fetched():
@@ -192,6 +249,12 @@ def test_shared_lists_cannot_be_written_to():
         (lambda: Strided(0), ValueError, "stride must be at least 1, got 0"),
         (lambda: Strided(3, 3), ValueError, "phase must be at least 0 and below 3, got 3"),
         (lambda: Grid((4,), (Full(), Full())), ValueError, "one mask per axis"),
+        (lambda: BlockWindow(0, 1, 1), ValueError, "size must be at least 1, got 0"),
+        (lambda: Staircase(0, 1), ValueError, "step must be at least 1, got 0"),
+        (lambda: PerHead(()), ValueError, "one mask per head"),
+        (lambda: Concatenated((Full(),), (0,)), ValueError, "length of at least 1"),
+        (lambda: block_array(np.eye(3), 4, 4), TypeError, "blocks must be boolean"),
+        (lambda: block_array(np.ones(3, bool), 4, 4), ValueError, "got shape \\(3,\\)"),
         (lambda: Causal() & True, TypeError, "unsupported operand"),
         (lambda: lower(Causal(), 8, 8, 0, 4), ValueError, "block_q must be at least 1, got 0"),
         (lambda: lower(np.tri, 8, 8, 4, 4), TypeError, "mask must be a Mask"),
