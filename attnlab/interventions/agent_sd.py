@@ -2,8 +2,7 @@
 
 Two edits of the self-attention of Stable Diffusion. First, similar tokens are merged (as in ToMe for Stable Diffusion,
 Bolya and Hoffman, arXiv:2303.17604), at two rates: the attention runs on the tokens that remain at the lower rate, the
-few that remain at the higher rate are its agents. Of each cell of the grid one token is a destination and the others
-are sources; the sources most similar (by cosine) to any destination are averaged into it. Second, with the trained
+few that remain at the higher rate are its agents (`nn.token_merging.match_cells`). Second, with the trained
 projections, D the head size, and agents A projected like queries,
 
     Y = softmax(D^{-γ/2} Q Aᵀ) softmax(D^{-1/2} A Kᵀ) V + k V,    γ = 0.3, k = 0.075
@@ -19,11 +18,10 @@ Reference for names and defaults: LeapLabTHU/Agent-Attention, agentsd.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -31,61 +29,29 @@ from attnlab.attention.linear.agent_attention import PAPER, agent_attention
 from attnlab.nn.dense_mixer import Heads
 from attnlab.nn.grids import to_tokens
 from attnlab.nn.softmax import softmax_attention
+from attnlab.nn.token_merging import Merging, match_cells
 from attnlab.points import At, Intervention, Setting
 from attnlab.registry import Cost, Example, Kind, Source, register
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Merging:
-    """Which tokens are merged into which; what `match_tokens` finds.
+class AgentMerging(NamedTuple):
+    """Which tokens are merged into which, at two rates.
 
     Attributes:
-      sources: places of the source tokens of each example, the most similar first, `(B, S)`.
-      destinations: places of the destination tokens, `(T,)`.
-      nearest: for each source the destination that is most similar, `(B, S)` below T.
-      merged: how many sources are merged for the tokens.
-      agent_merged: how many are merged for the agents; None if there are no agents.
+      tokens: the merging at the lower rate.
+      agents: that at the higher rate; None if there are no agents.
     """
 
-    sources: jax.Array
-    destinations: jax.Array
-    nearest: jax.Array
-    merged: int = dataclasses.field(metadata={"static": True})
-    agent_merged: int | None = dataclasses.field(metadata={"static": True})
+    tokens: Merging
+    agents: Merging | None
 
     def merge(self, x: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
-        """Tokens `(B, N, ...)` to the merged ones `(B, N - merged, ...)` and to the agents, None if there are none.
-
-        The sources that remain come first, then the destinations.
-        """
-        x = jnp.asarray(x)
-        agents = None if self.agent_merged is None else self._merge(x, self.agent_merged)
-        return self._merge(x, self.merged), agents
+        """Tokens `(B, N, ...)` to the merged ones and to the agents, None if there are none."""
+        return self.tokens.merge(x), None if self.agents is None else self.agents.merge(x)
 
     def unmerge(self, y: ArrayLike) -> jax.Array:
-        """Merged tokens `(B, N - merged, ...)` to all of them `(B, N, ...)`, sources as their destinations."""
-        y = jnp.asarray(y)
-        kept = self.sources.shape[1] - self.merged
-        destinations = y[:, kept:]
-        copies = _rows(destinations, self.nearest[:, : self.merged])
-        whole = jnp.concatenate([copies, y[:, :kept], destinations], 1)
-        places = jnp.broadcast_to(self.destinations, (y.shape[0], self.destinations.shape[0]))
-        places = jnp.concatenate([self.sources, places], 1)
-        return jnp.zeros_like(whole).at[jnp.arange(y.shape[0])[:, None], places].set(whole)
-
-    def _merge(self, x: jax.Array, count: int) -> jax.Array:
-        sources = _rows(x, self.sources)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        batch, into = jnp.arange(x.shape[0])[:, None], self.nearest[:, :count]
-        total = x[:, self.destinations].astype(wide).at[batch, into].add(sources[:, :count].astype(wide))
-        members = jnp.ones(total.shape[:2], wide).at[batch, into].add(1)
-        members = members.reshape(members.shape + (1,) * (x.ndim - 2))
-        return jnp.concatenate([sources[:, count:], (total / members).astype(x.dtype)], 1)
-
-
-def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
-    return x[jnp.arange(x.shape[0])[:, None], places]
+        """Merged tokens to all of them `(B, N, ...)`, sources as their destinations."""
+        return self.tokens.unmerge(y)
 
 
 def match_tokens(
@@ -96,7 +62,7 @@ def match_tokens(
     agent_merged: int,
     cell: tuple[int, int] = (2, 2),
     key: jax.Array | None = None,
-) -> Merging:
+) -> AgentMerging:
     """Finds the tokens to merge; no gradient flows through the choice.
 
     Args:
@@ -110,30 +76,12 @@ def match_tokens(
     Raises:
       ValueError: if the grid does not hold N tokens, or a count is negative.
     """
-    metric = jax.lax.stop_gradient(jnp.asarray(metric))
-    metric = metric.astype(jnp.promote_types(metric.dtype, jnp.float32))
-    tokens = metric.shape[1]
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"grid {grid} holds {grid[0] * grid[1]} tokens, got {tokens}")
-    if merged < 0 or agent_merged < 0:
-        raise ValueError(f"merged and agent_merged must be at least 0, got {merged} and {agent_merged}")
-    counts = (grid[0] // cell[0], grid[1] // cell[1])
-    corners = (np.arange(counts[0])[:, None] * cell[0] * grid[1] + np.arange(counts[1]) * cell[1]).ravel()
-    destinations = jnp.asarray(corners)
-    if key is not None:
-        inside = jax.random.randint(key, corners.shape, 0, cell[0] * cell[1])
-        destinations = destinations + inside // cell[1] * grid[1] + inside % cell[1]
-    is_source = jnp.ones(tokens, bool).at[destinations].set(False)
-    places = jnp.nonzero(is_source, size=tokens - len(corners))[0]
-
-    length = jnp.linalg.norm(metric, axis=-1, keepdims=True)
-    unit = metric / jnp.maximum(length, jnp.finfo(metric.dtype).tiny)
-    similarity = jnp.einsum("bsc,btc->bst", unit[:, places], unit[:, destinations], precision=jax.lax.Precision.HIGHEST)
-    order = jnp.argsort(-similarity.max(-1), axis=-1)
-    nearest = jnp.take_along_axis(similarity.argmax(-1), order, 1)
-    merged, agent_merged = min(merged, len(places)), min(agent_merged, len(places))
-    has_agents = merged > 0 and 2 * (tokens - agent_merged) < tokens - merged
-    return Merging(places[order], destinations, nearest, merged, agent_merged if has_agents else None)
+    if agent_merged < 0:
+        raise ValueError(f"agent_merged must be at least 0, got {agent_merged}")
+    tokens = match_cells(metric, grid, merged, cell=cell, key=key)
+    agent_merged, count = min(agent_merged, tokens.sources.shape[1]), jnp.shape(metric)[1]
+    has_agents = tokens.merged > 0 and 2 * (count - agent_merged) < count - tokens.merged
+    return AgentMerging(tokens, dataclasses.replace(tokens, merged=agent_merged) if has_agents else None)
 
 
 def agent_sd_attention(
@@ -233,7 +181,7 @@ class AgentSD(Intervention):
             raise ValueError(f"AgentSD merges the tokens of an image all at once: there is no {at.phase}")
         return x, self._match(to_tokens(x), at.layer)
 
-    def qkv(self, heads: Heads, at: At, merging: Merging | None) -> tuple[Heads, Any]:
+    def qkv(self, heads: Heads, at: At, merging: AgentMerging | None) -> tuple[Heads, Any]:
         if merging is not None and heads.k.shape[1] != heads.q.shape[1]:
             raise ValueError(
                 f"AgentSD edits self-attention; here {heads.q.shape[1]} queries have {heads.k.shape[1]} keys"
@@ -249,7 +197,7 @@ class AgentSD(Intervention):
         options = {"broadcast_power": self.broadcast_power, "shortcut": self.shortcut}
         return merging.unmerge(agent_sd_attention(q, k, v, agents, **options)), memory
 
-    def _match(self, x: ArrayLike, layer: ArrayLike) -> Merging | None:
+    def _match(self, x: ArrayLike, layer: ArrayLike) -> AgentMerging | None:
         """The merging for the tokens `(B, N, C)` of a layer, before the norm; None if the layer is left alone."""
         batch, tokens, _ = jnp.shape(x)
         downsample = math.ceil(math.sqrt(self.image_grid[0] * self.image_grid[1] // tokens))

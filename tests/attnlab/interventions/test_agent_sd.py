@@ -34,9 +34,9 @@ def test_merging_keeps_the_mean_of_groups_and_unmerging_copies_it_back(tokens, k
 
 def test_one_destination_in_each_cell(tokens):
     merging = match_tokens(tokens, (9, 7), merged=1, agent_merged=1, key=jax.random.key(0))
-    rows, columns = np.divmod(np.asarray(merging.destinations), 7)
+    rows, columns = np.divmod(np.asarray(merging.tokens.destinations), 7)
     assert sorted(zip(rows // 2, columns // 2, strict=True)) == [(r, c) for r in range(4) for c in range(3)]
-    corners = match_tokens(tokens, (9, 7), merged=1, agent_merged=1).destinations
+    corners = match_tokens(tokens, (9, 7), merged=1, agent_merged=1).tokens.destinations
     rows, columns = np.divmod(np.asarray(corners), 7)
     assert not (rows % 2).any() and not (columns % 2).any()
 
@@ -45,7 +45,7 @@ def test_merges_the_most_similar_first():
     x = np.eye(16, dtype=np.float32)[None]
     x[0, 5] = 3 * x[0, 0]  # token 5 is a source in the direction of token 0, a destination
     merging = match_tokens(x, (4, 4), merged=1, agent_merged=0)
-    np.testing.assert_array_equal(merging.sources[0, 0], 5)
+    np.testing.assert_array_equal(merging.tokens.sources[0, 0], 5)
     merged, agents = merging.merge(x)
     assert agents is None
     np.testing.assert_allclose(merging.unmerge(merged)[0, 5], 2 * x[0, 0])
