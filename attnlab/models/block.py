@@ -506,14 +506,26 @@ class Blocks(nnx.Module):
     def __init__(self, blocks: Sequence[Block], *, remat: bool = False):
         self.blocks, self.remat = nnx.List(blocks), remat
 
-    def __call__(self, x: jax.Array, *, edits: Sequence[Edits | None] | None = None, **arguments: Any) -> jax.Array:
-        """Tokens through all blocks; `edits` one for each, `arguments` as `Block`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        edits: Sequence[Edits | None] | None = None,
+        behind: list[jax.Array] | None = None,
+        **arguments: Any,
+    ) -> jax.Array:
+        """Tokens through all blocks; `edits` one for each, `arguments` as `Block`.
+
+        What each block leaves is appended to `behind`.
+        """
         for block, edit in zip(self.blocks, self._each(edits), strict=True):
             # What is recorded or remembered inside a rematerialised block cannot leave it.
             if self.remat and edit is None and not hasattr(self, "__captures__"):
                 x = _recomputed(block, x, arguments)
             else:
                 x, arguments = hand_over(block, edit, block(x, edits=edit, **arguments), arguments)
+            if behind is not None:
+                behind.append(x)
         return x
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> tuple[Any, ...]:

@@ -97,7 +97,7 @@ class PyramidVisionTransformer(StagedBackbone):
                 Stage(
                     [staged.transformer_block(place, **block, **common) for place in places[stage]],
                     down=PatchEmbed(features[stage - 1], width, 2, norm=norm, **common) if stage else None,
-                    position=PositionTable(grids[stage], width, resize=True, param_dtype=param_dtype, rngs=rngs),
+                    position=PositionTable(grids[stage], width, resize="bilinear", param_dtype=param_dtype, rngs=rngs),
                     dropout=staged.dropout_or_none(dropout, rngs),
                 )
             )

@@ -56,6 +56,23 @@ class Prefix(nnx.Module):
         return jnp.concatenate([tokens, x.reshape(x.shape[0], -1, x.shape[-1])], 1)
 
 
+class BehindPrefix(nnx.Module):
+    """A pooling of the tokens behind a prefix alone; their mean when None is given.
+
+    Args:
+      count: tokens of the prefix.
+      pool: maps tokens `(B, N, C)` to one vector.
+    """
+
+    def __init__(self, count: int, pool: nnx.Module | None = None):
+        self.count, self.pool = count, nnx.data(None) if pool is None else pool
+
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """`(B, count + N, C)` to `(B, C')`."""
+        x = x[:, self.count :]
+        return token_mean(x) if self.pool is None else call(self.pool, x, deterministic)
+
+
 class Stage(Blocks):
     """Blocks on tokens of one grid, and what leads to that grid.
 
@@ -94,14 +111,17 @@ class Stage(Blocks):
         x: jax.Array,
         *,
         edits: Sequence[Edits | None] | None = None,
+        behind: list[jax.Array] | None = None,
         deterministic: bool = True,
         **arguments: Any,
     ) -> jax.Array:
         """What `enter` made to the same shape, or with a prefix to `(B, prefix + N, C)`."""
+        # Positions of tokens behind a prefix, which are a sequence, are told the grid.
+        grid = {"grid": x.shape[1:-1]} if getattr(self.position, "prefix", 0) else {}
         x = x if self.prefix is None else self.prefix(x)
-        x = x if self.position is None else x + call(self.position, x, deterministic)
+        x = x if self.position is None else x + call(self.position, x, deterministic, **grid)
         x = x if self.dropout is None else self.dropout(x, deterministic=deterministic)
-        x = super().__call__(x, edits=edits, deterministic=deterministic, **arguments)
+        x = super().__call__(x, edits=edits, behind=behind, deterministic=deterministic, **arguments)
         return x if self.norm is None else call(self.norm, x, deterministic)
 
 
@@ -164,6 +184,27 @@ class StagedBackbone(Editable):
             raise ValueError("an intervention leaves tokens out: there is no map of what is left")
         return maps
 
+    def features(
+        self, images: ArrayLike, *, layers: Sequence[int] | None = None, deterministic: bool = True
+    ) -> tuple[jax.Array, ...]:
+        """The stream behind chosen blocks, each as that block leaves it, prefix included and without the last norm.
+
+        Args:
+          images: `(B, H, W, channels)`.
+          layers: indices of the blocks through all stages, in any order; negative ones count from the last. All when
+            None.
+          deterministic: False in training.
+
+        Raises:
+          ValueError: for layers that do not exist, or images as `stages` refuses them.
+        """
+        behind: list[jax.Array] = []
+        self._through(images, self.edits(), deterministic, behind)
+        chosen = range(len(behind)) if layers is None else layers
+        if any(not -len(behind) <= layer < len(behind) for layer in chosen):
+            raise ValueError(f"layers must be among the {len(behind)} of the model, got {list(chosen)}")
+        return tuple(behind[layer] for layer in chosen)
+
     def tokens(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """The last stage's tokens `(B, prefix + N, C)`, normed unless the norm stands behind the pooling."""
         return self._through(images, self.edits(), deterministic)[1]
@@ -180,7 +221,9 @@ class StagedBackbone(Editable):
             return x
         return visit(self, edits.model, "logits", call(self.head, x, deterministic).astype(jnp.float32))
 
-    def _through(self, images: ArrayLike, edits: Pass, deterministic: bool) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def _through(
+        self, images: ArrayLike, edits: Pass, deterministic: bool, behind: list[jax.Array] | None = None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         x = jnp.asarray(images, self.dtype)
         if x.ndim != 4 or any(size not in (None, n) for size, n in zip(self.image_shape, x.shape[1:], strict=True)):
             sizes = zip(("H", "W", "C"), self.image_shape, strict=True)
@@ -192,7 +235,7 @@ class StagedBackbone(Editable):
                 raise ValueError(f"tokens were left out in stage {index - 1}: only the last stage can do without some")
             x = stage.enter(x, deterministic=deterministic)
             grid, last = x.shape[:-1], first + len(stage.blocks)
-            x = stage(x, edits=edits.of(first, last), deterministic=deterministic)
+            x = stage(x, edits=edits.of(first, last), behind=behind, deterministic=deterministic)
             count, first = 0 if stage.prefix is None else stage.prefix.count, last
             whole = x.ndim == 4 or x.shape[1] == count + math.prod(grid[1:])
             maps.append(x[:, count:].reshape(*grid, -1) if count and whole else x)

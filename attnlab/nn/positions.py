@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.linear import trunc_normal
-from attnlab.nn.resampling import resize_bilinear
+from attnlab.nn.resampling import RESIZES
 
 
 def grid_positions(grid: Sequence[int]) -> np.ndarray:
@@ -130,7 +130,10 @@ class PositionTable(nnx.Module):
     Args:
       grid: lengths of the token axes.
       features: channels C.
-      resize: whether tokens of another grid get a table that is interpolated linearly; else they are refused.
+      prefix: class tokens in front of the grid's, which have vectors of their own; the tokens are then a sequence, and
+        so is the table, `(prefix + N, C)`.
+      unplaced: further tokens of the prefix, behind those, that have none.
+      resize: `"bilinear"` or `"bicubic"`, how tokens of another grid get a table; None refuses them.
       init: initialiser, normal of deviation 0.02 (truncated) unless given.
       param_dtype: of the table.
       rngs: stream `params`.
@@ -141,27 +144,34 @@ class PositionTable(nnx.Module):
         grid: Sequence[int],
         features: int,
         *,
-        resize: bool = False,
+        prefix: int = 0,
+        unplaced: int = 0,
+        resize: str | None = None,
         init: nnx.Initializer = trunc_normal,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.resize = resize
-        table = init(rngs.params(), (*grid, features), param_dtype)
-        self.table = nnx.Param(table, logical_axes=(*[None] * len(grid), "embed"))
+        self.grid, self.placed, self.prefix = tuple(grid), prefix, prefix + unplaced
+        self.resize = _known_resize(resize)
+        shape = (prefix + math.prod(grid),) if self.prefix else self.grid
+        table = init(rngs.params(), (*shape, features), param_dtype)
+        self.table = nnx.Param(table, logical_axes=(*[None] * len(shape), "embed"))
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, grid: Sequence[int] | None = None) -> jax.Array:
         """The table for tokens `(B, *S, C)`, `(*S, C)` in their dtype.
+
+        Behind a prefix the tokens are a sequence: `grid` is then that of those behind it, the table's own when None.
 
         Raises:
           ValueError: for tokens of another grid, unless it is resized.
         """
-        x, table = jnp.asarray(x), self.table[...]
-        if x.shape[1:-1] != table.shape[:-1]:
-            if not self.resize:
-                raise ValueError(f"tokens must be (B, {', '.join(map(str, table.shape))}), got {x.shape}")
-            table = resize_bilinear(table[None], x.shape[1:-1])[0]
-        return table.astype(x.dtype)
+        x = jnp.asarray(x)
+        front, table = self.table[: self.placed], self.table[self.placed :] if self.prefix else self.table[...]
+        table = _fitted(table.reshape(*self.grid, -1), x, self.prefix, grid, self.resize)
+        if not self.prefix:
+            return table.astype(x.dtype)
+        unplaced = jnp.zeros((self.prefix - self.placed, x.shape[-1]), table.dtype)
+        return jnp.concatenate([front, unplaced, table.reshape(-1, x.shape[-1])]).astype(x.dtype)
 
 
 class SinePositions(nnx.Module):
@@ -170,13 +180,33 @@ class SinePositions(nnx.Module):
     Args:
       grid: lengths of the token axes.
       prefix: number of class tokens and registers in front, with which the tokens are a sequence.
+      resize: `"bilinear"` or `"bicubic"`, how tokens of another grid get a table; None refuses them.
     """
 
-    def __init__(self, grid: Sequence[int], *, prefix: int = 0):
-        self.grid, self.prefix = tuple(grid), prefix
+    def __init__(self, grid: Sequence[int], *, prefix: int = 0, resize: str | None = None):
+        self.grid, self.prefix, self.resize = tuple(grid), prefix, _known_resize(resize)
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
-        """The table for tokens `(B, *S, C)`, or with a prefix `(B, prefix + N, C)`, in their dtype."""
+    def __call__(self, x: ArrayLike, grid: Sequence[int] | None = None) -> jax.Array:
+        """The table for tokens `(B, *S, C)`, or with a prefix `(B, prefix + N, C)`; arguments as `PositionTable`."""
         x = jnp.asarray(x)
-        table = sincos_table(self.grid, x.shape[-1]).astype(x.dtype)
+        table = _fitted(sincos_table(self.grid, x.shape[-1]), x, self.prefix, grid, self.resize).astype(x.dtype)
         return jnp.pad(table.reshape(-1, x.shape[-1]), ((self.prefix, 0), (0, 0))) if self.prefix else table
+
+
+def _known_resize(resize: str | None) -> str | None:
+    if resize is not None and resize not in RESIZES:
+        raise ValueError(f"resize must be one of {', '.join(RESIZES)} or None, got {resize!r}")
+    return resize
+
+
+def _fitted(table: jax.Array, x: jax.Array, prefix: int, grid: Sequence[int] | None, resize: str | None) -> jax.Array:
+    """A table `(*S, C)` for the grid of tokens `x`, which is `grid` if they are a sequence behind a prefix."""
+    own = table.shape[:-1]
+    wanted = x.shape[1:-1] if not prefix else own if grid is None else tuple(grid)
+    if prefix and x.shape[1:-1] != (prefix + math.prod(wanted),):
+        raise ValueError(f"tokens must be (B, {prefix + math.prod(wanted)}, {table.shape[-1]}), got {x.shape}")
+    if wanted == own:
+        return table
+    if resize is None:
+        raise ValueError(f"tokens must be (B, {', '.join(map(str, table.shape))}), got {x.shape}")
+    return RESIZES[resize](table[None], wanted)[0]

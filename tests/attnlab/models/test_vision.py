@@ -6,8 +6,10 @@ from flax import nnx
 
 import attnlab
 from attnlab import Layout, Pattern, UnsupportedArgument
+from attnlab.measure import watch
 from attnlab.models.pyramid_vit import PyramidViT
 from attnlab.models.vit import ViT
+from attnlab.nn.resampling import resize_bicubic
 
 VISION = sorted(
     set(attnlab.names(kind=attnlab.Kind.MIXER, pattern=Pattern.SELF, layout=Layout.IMAGE))
@@ -62,6 +64,53 @@ def test_mixers_of_images_that_know_of_a_prefix_stand_behind_a_class_token():
     assert [block.mixer.prefix for block in model.blocks] == [1, 0]
     tokens, (grid,) = nnx.jit(lambda model: (model.tokens(images()), model.stages(images())))(model)
     assert tokens.shape == (2, 17, 16) and grid.shape == (2, 4, 4, 16)
+
+
+def test_registers_and_class_tokens_stand_in_front_and_are_not_pooled():
+    model, x = vit(registers=2, class_token=True), images()
+    tokens = model.tokens(x)
+    assert tokens.shape == (2, 19, 16) and model.stage[0].position.table.shape == (17, 16)
+    np.testing.assert_allclose(model.pooled(x), tokens[:, 3:].mean(1), atol=1e-5)
+    model.stage[0].position.table[...] *= 0
+    assert not model.stage[0].position(jnp.zeros((1, 19, 16))).any()
+    pooled = nnx.eval_shape(lambda: vit(registers=1, pooling="efficient_probing"))
+    assert nnx.eval_shape(lambda model: model(x), pooled).shape == (2, 10)
+    classes = vit(registers=2, pooling="cls")
+    np.testing.assert_array_equal(classes.pooled(x), classes.tokens(x)[:, 0])
+    for options, message in (
+        ({"pooling": "cls", "class_token": False}, "class_token"),
+        ({"registers": -1}, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vit(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "cls", "registers": 1}, {"position": "sincos", "pooling": "cls"}])
+def test_tables_are_resized_for_images_of_other_sizes(options):
+    model, fixed = vit(resize="bicubic", **options), vit(**options)
+    np.testing.assert_allclose(model(images()), fixed(images()), atol=1e-6)
+    position, prefix = model.stage[0].position, model.stage[0].position.prefix
+    (grid,) = model.stages(images((8, 12)))
+    assert grid.shape == (2, 4, 6, 16)
+    table = position(jnp.zeros((1, prefix + 24, 16) if prefix else (1, 4, 6, 16)), (4, 6)).reshape(-1, 16)[prefix:]
+    own = position(jnp.zeros((1, prefix + 16, 16) if prefix else (1, 4, 4, 16))).reshape(-1, 16)[prefix:]
+    want = resize_bicubic(own.reshape(1, 4, 4, 16), (4, 6)).reshape(-1, 16)
+    np.testing.assert_allclose(table, want, atol=1e-6)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        model(images((8, 11)))
+
+
+def test_features_are_the_streams_behind_blocks():
+    model, x = vit(pooling="cls"), images()
+    features = model.features(x)
+    assert [part.shape for part in features] == [(2, 17, 16)] * 2
+    np.testing.assert_allclose(model.norm(features[-1]), model.tokens(x), atol=1e-5)
+    np.testing.assert_allclose(model.stage[0].blocks[1](features[0]), features[1], atol=1e-5)
+    np.testing.assert_array_equal(model.features(x, layers=(-1, 0))[1], features[0])
+    streams = watch(model, x)[1]["stream"]
+    np.testing.assert_allclose(streams[1], features[0], atol=1e-5)
+    with pytest.raises(ValueError, match="among the 2 of the model"):
+        model.features(x, layers=(2,))
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])

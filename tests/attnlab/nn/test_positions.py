@@ -28,7 +28,7 @@ def test_a_table_of_positions_has_the_grid_of_the_tokens():
     np.testing.assert_array_equal(table(draw(5, 2, 4, 6, 3)), table.table[...])
     with pytest.raises(ValueError, match=r"tokens must be \(B, 4, 6, 3\), got \(2, 2, 3, 3\)"):
         table(draw(5, 2, 2, 3, 3))
-    resized = p.PositionTable((4, 6), 3, resize=True, rngs=nnx.Rngs(0))(draw(5, 2, 2, 3, 3))
+    resized = p.PositionTable((4, 6), 3, resize="bilinear", rngs=nnx.Rngs(0))(draw(5, 2, 2, 3, 3))
     pairs = np.asarray(table.table[...]).reshape(2, 2, 3, 2, 3)
     np.testing.assert_allclose(resized, pairs.mean((1, 3)), atol=1e-6)
 

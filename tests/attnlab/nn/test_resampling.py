@@ -113,3 +113,25 @@ def test_gradients_go_to_what_was_read():
 def test_what_does_not_fit_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_bicubic_is_the_sum_of_keys_kernel_over_repeated_edges(align_corners):
+    """Written out for each place, with the kernel as a function of the distance."""
+
+    def kernel(s, a=-0.75):
+        s = abs(s)
+        if s <= 1:
+            return (a + 2) * s**3 - (a + 3) * s**2 + 1
+        return a * (s**3 - 5 * s**2 + 8 * s - 4) if s < 2 else 0.0
+
+    x = np.random.default_rng(0).standard_normal((1, 5, 2))
+    for target in (3, 5, 8):
+        got = resampling.resize_bicubic(x.astype(np.float32), target, align_corners=align_corners)
+        for place in range(target):
+            at = place * 4 / (target - 1) if align_corners else (place + 0.5) * 5 / target - 0.5
+            taps = range(int(np.floor(at)) - 1, int(np.floor(at)) + 3)
+            want = sum(kernel(at - tap) * x[0, min(max(tap, 0), 4)] for tap in taps)
+            np.testing.assert_allclose(got[0, place], want, atol=1e-5)
+    flat = resampling.resize_bicubic(np.ones((1, 4, 3, 1), np.float32), (7, 2))
+    np.testing.assert_allclose(flat, np.ones((1, 7, 2, 1)), atol=1e-6)
