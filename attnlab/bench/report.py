@@ -120,7 +120,7 @@ def throughput(results: Sequence[Result], theme: figures.Theme) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="tokens in a sequence (N)", ylabel="tokens per second")
     axes.set_title(f"{title}: {tokens} tokens, H{first.shape.heads} D{first.shape.key_size}, {first.dtype}")
     lengths = sorted({result.problem.shape.length for result in results})
-    axes.set_xticks(lengths, [_short(length) for length in lengths])
+    axes.set_xticks(lengths, [short(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -128,7 +128,8 @@ def throughput(results: Sequence[Result], theme: figures.Theme) -> Figure:
     return figure
 
 
-def _short(length: int) -> str:
+def short(length: int) -> str:
+    """A length as it stands at an axis: 4096 is 4k."""
     for size, suffix in ((2**20, "M"), (2**10, "k")):
         if length % size == 0:
             return f"{length // size}{suffix}"

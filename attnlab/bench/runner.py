@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -156,8 +157,6 @@ def _structs(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
 
 def save(results: Sequence[Result], path: Path, command: str) -> None:
     """Writes everything that was measured, and on what, as JSON."""
-    versions = {"attnlab": attnlab.__version__, "python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
     rows = [
         dataclasses.asdict(result)
         | {
@@ -170,6 +169,13 @@ def save(results: Sequence[Result], path: Path, command: str) -> None:
         }
         for result in results
     ]
+    write(rows, path, command)
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path, command: str) -> None:
+    """Writes rows of results with the versions that made them, as JSON."""
+    versions = {"attnlab": attnlab.__version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
     text = json.dumps({"command": command, "versions": versions, "results": rows}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")

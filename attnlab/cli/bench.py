@@ -1,4 +1,4 @@
-"""`attnlab bench`: kernels against their peers and against the machine."""
+"""`attnlab bench`: kernels against their peers and against the machine; `attnlab bench mixer`: see `bench_mixer`."""
 
 import dataclasses
 import os
@@ -14,14 +14,16 @@ from attnlab.suggest import suggestion
 
 EXPLANATION = f"""\
 usage: attnlab bench OP [OPTIONS]
+       attnlab bench mixer --mixers NAME NAME ... [OPTIONS]
 
 Times every implementation of an op that runs on this machine, and every peer that is installed: JAX's softmax
 attention, PyTorch's, and those of flash-linear-attention (in a process of their own). A result that is wrong is not
 timed. Prints milliseconds, bytes and operations per second, the share of this machine's bound, and the time over that
 of the first line; writes results.json and drawings of tokens per second against length to --out-dir.
+`mixer` times registered mixers instead, of any names, forward and with the gradient, in one run.
 
 Ops: {", ".join(OPS)}
-`attnlab bench OP --help` prints every option."""
+`attnlab bench OP --help` and `attnlab bench mixer --help` print every option."""
 
 # The shapes of flash-linear-attention's own benchmark, and one layer for a CPU.
 SHAPES = {
@@ -76,8 +78,12 @@ def run(arguments: list[str]) -> int:
         print(EXPLANATION, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     op, *rest = arguments
+    if op == "mixer":
+        from attnlab.cli import bench_mixer
+
+        return bench_mixer.run(rest)
     if op not in OPS:
-        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, OPS)}")
+        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, 'mixer'])}")
     options = tyro.cli(BenchOptions, args=rest, prog=f"attnlab bench {op}")
     # Peers in another process need memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
