@@ -106,6 +106,7 @@ def train(
     experiment: Any = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
+    trainable: Any = nnx.Param,
     progress: bool = True,
 ) -> TrainResult:
     """Trains a model, or goes on where an earlier call in the same directory stopped.
@@ -122,6 +123,8 @@ def train(
       mesh: devices, made by `config.mesh` when None. With several processes, `jax.distributed.initialize` comes first,
         and all of them make the same call and see the same `out_dir`.
       rules: mesh axes by the logical axis names of parameters.
+      trainable: a filter of nnx for the parameters that are trained, such as `adapter_parameters("name")` of
+        `attnlab.nn.lora`; all others stay as they are, and have no gradient and no optimizer state.
       progress: whether to show progress on standard error.
 
     Returns:
@@ -134,12 +137,12 @@ def train(
       ConfigMismatch: if `out_dir` holds a run with other settings.
       CheckpointMismatch: if its checkpoint is of another model.
       CheckpointError: if none of its checkpoints can be read.
-      ValueError: for settings that fit neither the data nor the devices.
+      ValueError: for settings that fit neither the data nor the devices, or if nothing is trainable.
     """
     mesh = sharding.mesh_from(config.mesh) if mesh is None else mesh
     axes = partition.mesh_axes(batch=sharding.BATCH_AXES, heads=rules.get("heads") or ())
     with jax.set_mesh(mesh), axes, StopRequests() as stop, contextlib.ExitStack() as stack:
-        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, progress, stack)
+        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, trainable, progress, stack)
         run.train(stop)
         return run.result()
 
@@ -150,6 +153,7 @@ def load_model(
     *,
     step: int | Literal["newest", "best"] = "newest",
     ema: bool | None = None,
+    trainable: Any = nnx.Param,
 ) -> nnx.Module:
     """The model of a run with the parameters of a checkpoint, on one device.
 
@@ -158,6 +162,7 @@ def load_model(
       directory: of the run.
       step: number of steps, or which one.
       ema: averaged parameters or not; where the run has them, when None.
+      trainable: as in `train`.
 
     Raises:
       FileNotFoundError: if the directory has no such checkpoint.
@@ -171,7 +176,7 @@ def load_model(
     if ema and settings["ema"] is None:
         raise ValueError(f"{directory} was trained without ema")
     ema = settings["ema"] is not None if ema is None else ema
-    graphdef, params, other = _split(model, settings["dtype"], settings["seed"])
+    graphdef, params, other = _split(model, settings["dtype"], settings["seed"], trainable)
     parts = {"params": params, "other": other}
     trees = {"model": parts, "ema": {"params": params}} if ema else {"model": parts}
     device = SingleDeviceSharding(jax.local_devices()[0])
@@ -202,6 +207,7 @@ class _Run:
         experiment: Any,
         mesh: Mesh,
         rules: sharding.Rules,
+        trainable: Any,
         progress: bool,
         stack: contextlib.ExitStack,
     ):
@@ -214,7 +220,9 @@ class _Run:
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.steps)
 
-        self.graphdef, params, other = _split(model, config.dtype, config.seed)
+        self.graphdef, params, other = _split(model, config.dtype, config.seed, trainable)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"trainable chooses none of the model's parameters, got {trainable}")
 
         def init(params: nnx.State, other: nnx.State) -> TrainState:
             return init_state(params, other, optimizer, with_ema=config.ema is not None)
@@ -224,7 +232,14 @@ class _Run:
         self.shardings = sharding.shardings(abstract, mesh, rules)
         self.abstract = sharding.with_shardings(abstract, self.shardings)
         whole = NamedSharding(mesh, P())
-        train_step = make_train_step(self.graphdef, task, optimizer, accumulate=config.accumulate, ema_decay=config.ema)
+        train_step = make_train_step(
+            self.graphdef,
+            task,
+            optimizer,
+            accumulate=config.accumulate,
+            ema_decay=config.ema,
+            trainable=trainable,
+        )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings, whole))
         self.eval_step = jax.jit(make_eval_step(self.graphdef, task), out_shardings=whole)
         self.all_finite = jax.jit(all_finite, out_shardings=whole)
@@ -243,7 +258,7 @@ class _Run:
             if isinstance(model, nnx.Module):
                 self.state = jax.jit(init, out_shardings=self.shardings)(params, other)
             else:
-                build = lambda: init(*_build(model, config.dtype, config.seed)[1:])  # noqa: E731
+                build = lambda: init(*_build(model, config.dtype, config.seed, trainable)[1:])  # noqa: E731
                 self.state = jax.jit(build, out_shardings=self.shardings)()
         else:
             self.step, trees, saved = found
@@ -411,20 +426,20 @@ class _Run:
         self.saved_step = self.step
 
 
-def _build(model: ModelSource, dtype: str, seed: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def _build(model: ModelSource, dtype: str, seed: int, trainable: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     module = model if isinstance(model, nnx.Module) else model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))
-    return nnx.split(module, nnx.Param, ...)
+    return nnx.split(module, trainable, ...)
 
 
-def _split(model: ModelSource, dtype: str, seed: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Graph, parameters and other state; the states of a module that is still to be built are abstract."""
+def _split(model: ModelSource, dtype: str, seed: int, trainable: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Graph, what is trained and other state; the states of a module that is still to be built are abstract."""
     if isinstance(model, nnx.Module):
         if dtype != "float32":
             raise ValueError(
                 f"dtype={dtype!r} needs a function that builds the model; a module computes as it was built"
             )
-        return _build(model, dtype, seed)
-    return nnx.split(nnx.eval_shape(lambda: model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))), nnx.Param, ...)
+        return _build(model, dtype, seed, trainable)
+    return nnx.split(nnx.eval_shape(lambda: model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))), trainable, ...)
 
 
 def _number_of_steps(config: TrainConfig, data: Data, task: Task) -> int:

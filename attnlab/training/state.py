@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, optimizer steps done.
-      params: the `nnx.Param`s of the model.
+      params: what is trained: the `nnx.Param`s of the model, or those that were chosen.
       other: the rest of its state, such as statistics of batch norms and counters of dropout.
       optimizer: of optax.
       ema: moving average of `params`, or None.
@@ -48,8 +48,11 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema_decay: float | None = None,
+    trainable: Any = nnx.Param,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """A pure function from a state and a batch to the next state and the sums of the task.
+
+    `trainable` is the filter by which the model's state was split into `params` and `other`.
 
     The sums have two more entries: `grad_norm`, the global norm of the gradient before clipping, and, for a model with
     auxiliary losses, `aux_loss`, which like "loss" is to be divided by the weight.
@@ -62,7 +65,7 @@ def make_train_step(
         if (aux := total_aux_loss(model)) is not None:
             sums = sums | {"aux_loss": aux * sums["weight"]}
             objective = objective + sums["aux_loss"]
-        return objective, (sums, nnx.state(model, nnx.Not(nnx.Param)))
+        return objective, (sums, nnx.state(model, nnx.Not(trainable)))
 
     def gradient(params: nnx.State, other: nnx.State, batch: Batch) -> tuple[nnx.State, Sums, nnx.State]:
         grads, (sums, other) = jax.grad(loss_sum, has_aux=True)(params, other, batch)

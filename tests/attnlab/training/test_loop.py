@@ -270,3 +270,19 @@ def test_a_program_that_is_signalled_saves_exits_and_goes_on(tmp_path):
     assert f"going on from step {max(steps)} of 8" in again.stderr
     assert f"batch {max(steps) + 1}\n" in again.stdout and "batch 3\n" not in again.stdout
     assert len(json.loads(again.stdout.splitlines()[-1])["losses"]) == 8
+
+
+def test_chosen_parameters_alone_are_trained(tmp_path):
+    """The others stay what they were to the bit, through a checkpoint too, though weights would decay."""
+    start = Classifier(dtype=np.float32, rngs=nnx.Rngs(1))
+    only_head = nnx.All(nnx.Param, nnx.PathContains("head"))
+    settings = config(steps=4, eval_every=None, checkpoint_every=None)
+    result = train(start, TASK, images(), settings, tmp_path, trainable=only_head, progress=False)
+    assert result.parameters == 16 * 4 + 4
+    loaded = load_model(start, tmp_path, trainable=only_head)
+    for model in (result.model, loaded):
+        np.testing.assert_array_equal(model.hidden.kernel[...], start.hidden.kernel[...])
+        assert not np.array_equal(model.head.kernel[...], start.head.kernel[...])
+    assert not np.array_equal(result.model.norm.mean[...], start.norm.mean[...])  # statistics go on
+    with pytest.raises(ValueError, match="trainable chooses none"):
+        train(start, TASK, images(), settings, tmp_path / "no", trainable=nnx.PathContains("hed"), progress=False)
