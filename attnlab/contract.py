@@ -126,8 +126,9 @@ class View:
     """Who sees whom; what is None has its usual value. As an argument it stands in the place of `mask`.
 
     Attributes:
-      rule: a static rule of `pallas_kernels.masks` on the order of the tokens, or `attnlab.nn.masking.SameLabel`. It
-        takes the place of the causal rule: `Causal() | SameLabel()` opens spans of equal label to be seen both ways.
+      rule: a static rule of `pallas_kernels.masks` on the order of the tokens, or one of `attnlab.nn.visibility` on
+        their labels. It takes the place of the causal rule: `Causal() | SameLabel()` opens spans of equal label to be
+        seen both ways.
       q_at: positions of the queries, `(B|1, N)` or `(B|1, N, axes)`, for rotary positions and ALiBi.
       k_at: positions of the keys, those of the queries in self-attention.
       q_idx: order of the queries, `(B|1, N)`, which `rule` looks at; 0..N-1, counted in each segment.

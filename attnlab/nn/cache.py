@@ -9,6 +9,23 @@ import numpy as np
 from jax.typing import ArrayLike
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises `ValueError` if a size is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def slots_of(real: jax.Array, length: jax.Array) -> jax.Array:
+    """Places `(B, N)` that new tokens have in the order of all tokens; padding has that of the token before it.
+
+    Args:
+      real: `(B, N)` boolean, False at padding.
+      length: `(B,)` int32, tokens so far.
+    """
+    return length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -20,7 +37,7 @@ class KVCache:
 
     Attributes:
       keys: `(B, max_length, G, D)`.
-      values: `(B, max_length, G, E)`.
+      values: `(B, max_length, G, E)`; E = 0 where values are made of the keys, as those of a shared latent are.
       at: `(B, max_length)` int32, positions of the stored tokens.
       labels: `(B, max_length)` int32, see `attnlab.contract.View`; -1 for none.
       length: `(B,)` int32, tokens stored.
@@ -41,12 +58,12 @@ class KVCache:
         """An empty cache for `num_heads` key heads; float32 when `dtype` is None.
 
         Raises:
-          ValueError: if a size is below 1.
+          ValueError: if a size is below 1, `value_size` below 0.
         """
-        sizes = {"batch_size": batch_size, "max_length": max_length, "num_heads": num_heads}
-        for name, size in (sizes | {"key_size": key_size, "value_size": value_size}).items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        sizes = {"batch_size": batch_size, "max_length": max_length, "num_heads": num_heads, "key_size": key_size}
+        check_sizes(**sizes)
+        if value_size < 0:
+            raise ValueError(f"value_size must be at least 0, got {value_size}")
         dtype = jnp.float32 if dtype is None else dtype
         keys = jnp.zeros((batch_size, max_length, num_heads, key_size), dtype)
         values = jnp.zeros((batch_size, max_length, num_heads, value_size), dtype)
@@ -70,11 +87,11 @@ class KVCache:
         Raises:
           ValueError: if the mask has another shape.
         """
-        return self.length[:, None] + self._seen(num_tokens, mask) - 1
+        return slots_of(self._real(num_tokens, mask), self.length)
 
     def positions(self, num_tokens: int, mask: ArrayLike | None = None) -> jax.Array:
         """Positions `(B, N)` of the next N tokens if none are given: one after the other; arguments as `order`."""
-        return self.next_at[:, None] + self._seen(num_tokens, mask) - 1
+        return slots_of(self._real(num_tokens, mask), self.next_at)
 
     def append(
         self,
@@ -125,9 +142,6 @@ class KVCache:
             self.length + real.sum(1, dtype=jnp.int32),
             jnp.maximum(self.next_at, last + 1),
         )
-
-    def _seen(self, tokens: int, mask: ArrayLike | None) -> jax.Array:
-        return jnp.cumsum(self._real(tokens, mask), axis=1, dtype=jnp.int32)
 
     def _real(self, tokens: int, mask: ArrayLike | None) -> jax.Array:
         shape = (self.keys.shape[0], tokens)

@@ -40,15 +40,26 @@ def both(*masks: jax.Array | None) -> jax.Array | None:
     return combined
 
 
-@dataclasses.dataclass(frozen=True)
-class SameLabel(Mask):
-    """Pairs of tokens with one label of at least 0: `Causal() | SameLabel()` opens such spans to be seen both ways.
+class LabelRule(Mask):
+    """Base of rules on the labels of query and key, which a `View` brings, not on indices; `allowed_by` evaluates them.
 
-    It looks at labels, which a `View` brings, not at indices; `allowed_by` evaluates rules that hold it.
+    A subclass is a frozen dataclass that defines `on_labels`. More of them are in `attnlab.nn.visibility`.
     """
 
     def __call__(self, q_idx: Any, k_idx: Any) -> Any:
-        raise ValueError("SameLabel looks at labels: give them in a View, with q_labels")
+        raise ValueError(f"{type(self).__name__} looks at labels: give them in a View, with q_labels")
+
+    def on_labels(self, q_labels: jax.Array, k_labels: jax.Array) -> jax.Array:
+        """Booleans of the shape that the labels broadcast to; a negative label is none."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SameLabel(LabelRule):
+    """Pairs of tokens with one label of at least 0: `Causal() | SameLabel()` opens such spans to be seen both ways."""
+
+    def on_labels(self, q_labels: jax.Array, k_labels: jax.Array) -> jax.Array:
+        return (q_labels == k_labels) & (q_labels >= 0)
 
 
 def allowed_by(
@@ -60,10 +71,11 @@ def allowed_by(
       ValueError: if the rule looks at labels and there are none.
     """
     match rule:
-        case SameLabel():
+        case LabelRule():
             if q_labels is None or k_labels is None:
-                raise ValueError("the rule SameLabel needs labels: give the View q_labels, and k_labels with a context")
-            return (q_labels == k_labels) & (jnp.asarray(q_labels) >= 0)
+                name = type(rule).__name__
+                raise ValueError(f"the rule {name} needs labels: give the View q_labels, and k_labels with a context")
+            return rule.on_labels(jnp.asarray(q_labels), jnp.asarray(k_labels))
         case And(first, second):
             parts = (allowed_by(part, q_idx, k_idx, q_labels, k_labels) for part in (first, second))
             return next(parts) & next(parts)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Layout, View, record
 from attnlab.nn.cache import ContextCache, KVCache
 from attnlab.nn.dense_mixer import Core, Heads, HeadSizes
-from attnlab.nn.masking import SameLabel, masked_softmax, segment_pair, visible_keys
+from attnlab.nn.masking import LabelRule, masked_softmax, segment_pair, visible_keys
 from attnlab.nn.position_bias import alibi_bias, alibi_slopes
 from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax import attention_scores, softmax_attention, weighted_values
@@ -28,6 +28,8 @@ class ProductCore(Core):
     Args:
       rotary: rotary positions along the axes of the layout, or theta for `Rotary(theta)`; none when None.
       rotate_keys: whether keys are rotated too.
+      cache_rotated: whether the cache holds rotated keys; else they are rotated when read, at the positions that stand
+        in it, which may have changed since.
       dropout: rate on the weights.
       rngs: stream `dropout` if there is any.
 
@@ -42,6 +44,7 @@ class ProductCore(Core):
         *,
         rotary: Rotary | float | None = None,
         rotate_keys: bool = True,
+        cache_rotated: bool = True,
         dropout: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ):
@@ -50,7 +53,7 @@ class ProductCore(Core):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float) else rotary
-        self.rotate_keys, self.dropout = rotate_keys, dropout
+        self.rotate_keys, self.cache_rotated, self.dropout = rotate_keys, cache_rotated, dropout
         self.dropout_rngs = rngs["dropout"].fork() if dropout > 0 else nnx.data(None)
         self.looks_at_positions = self.rotary is not None
         self.permutation_equivariant = self.rotary is None
@@ -152,7 +155,8 @@ class ProductCore(Core):
                 cache, length=cache.length + seen[:, -1], next_at=jnp.maximum(cache.next_at, last + 1)
             )
             return q, cache.keys, cache.values, view, cache
-        cache = cache.append(self._rotate_keys(k, q_at), v, real, at=q_at, labels=view.q_labels)
+        k = self._rotate_keys(k, q_at) if self.cache_rotated else k
+        cache = cache.append(k, v, real, at=q_at, labels=view.q_labels)
         slots = jnp.arange(cache.max_length)[None]
         q_labels = -jnp.ones((1, tokens), jnp.int32) if view.q_labels is None else view.q_labels
         view = View(
@@ -166,7 +170,8 @@ class ProductCore(Core):
             # Slots are in order, so the causal rule hides those that are still empty; another one need not.
             mask=None if view.rule == Causal() else slots < cache.length[:, None],
         )
-        return q, cache.keys, cache.values, view, cache
+        keys = cache.keys if self.cache_rotated else self._rotate_keys(cache.keys, cache.at)
+        return q, keys, cache.values, view, cache
 
     def _rotate(self, x: jax.Array, at: ArrayLike) -> jax.Array:
         return x if self.rotary is None else self.rotary(x, at)
@@ -299,7 +304,7 @@ def _last_row(view: View) -> View:
 
 def _looks_at_labels(rule: Mask) -> bool:
     match rule:
-        case SameLabel():
+        case LabelRule():
             return True
         case And(first, second) | Or(first, second):
             return _looks_at_labels(first) or _looks_at_labels(second)

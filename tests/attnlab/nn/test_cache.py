@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.nn.cache import KVCache
+from attnlab.nn.dense_mixer import with_core
+from attnlab.nn.softmax_core import SoftmaxCore
 
 
 def draw(seed, *shape):
@@ -54,3 +58,22 @@ def test_what_is_beyond_the_last_slot_is_not_stored_under_jit():
 def test_what_does_not_fit_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(KVCache.create(2, 4, 1, 2, 2))
+
+
+def test_keys_alone():
+    cache = KVCache.create(1, 3, 1, 4, 0).append(draw(0, 1, 2, 1, 4), np.zeros((1, 2, 1, 0)))
+    assert cache.values.shape == (1, 3, 1, 0)
+    np.testing.assert_array_equal(cache.keys[0, :2], draw(0, 1, 2, 1, 4)[0])
+
+
+def test_unrotated_keys_are_rotated_when_read():
+    x = draw(0, 2, 6, 8)
+    mixer = SoftmaxAttention(8, num_heads=2, num_kv_heads=1, causal=True, rotary=100.0, rngs=nnx.Rngs(0))
+    read = with_core(mixer, SoftmaxCore(2, rotary=100.0, cache_rotated=False))
+    positions = np.array([[0, 2, 3, 5, 6, 9]])
+    want = mixer(x, positions=positions)
+    state = read.init_state(2, 6)
+    first, state = read.prefill(x[:, :4], state, positions=positions[:, :4])
+    np.testing.assert_array_equal(state.keys[:, :4], mixer.key(x[:, :4]))
+    rest, _ = read.prefill(x[:, 4:], state, positions=positions[:, 4:])
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), want, atol=1e-6)
