@@ -122,6 +122,15 @@ def _chosen_by_ids(arrays: Arrays, rng: np.random.Generator) -> Arrays:
     return {"mask": Chosen(rng.random((1, g, n, 5)) < 0.4, np.sort(rng.integers(-1, 6, (b, m)), 1))}
 
 
+def _before(i: Any, j: Any, length: Any) -> Any:
+    return j < length
+
+
+def _lengths(arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    (b, n, h, _), m = arrays["q"].shape, arrays["k"].shape[1]
+    return {"mask": ArrayMask(_before, (np.broadcast_to(rng.integers(0, m + 1, (b, h, 1)), (b, h, n)),))}
+
+
 def _bend(score: Any, b: Any, h: Any, i: Any, j: Any, slope: Any, row: Any, column: Any, table: Any, by_id: Any) -> Any:
     return jnp.tanh(score + slope * abs(i - j) / 100 + row * column) + table * by_id + 0.1 * jnp.cos(i + 2 * j + h + b)
 
@@ -169,6 +178,7 @@ SMALL = (
     Case("array_mask", heads=4, kv_heads=2, options=_array_mask),
     Case("chosen", heads=2, options=_chosen),
     Case("chosen_by_ids", heads=4, kv_heads=2, options=_chosen_by_ids),
+    Case("decode", queries=1, keys=700, heads=4, kv_heads=2, options=_lengths),
     Case("score_mod", Causal(), heads=4, kv_heads=2, options=_score_mod, extra=MODS),
     Case("score_mod_routed", heads=4, kv_heads=2, options=_routed_score_mod, extra=MODS),
     Case("long_window", SlidingWindow(199, 0), batch=1, queries=1500, heads=2, key_size=32),
