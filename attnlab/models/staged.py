@@ -224,12 +224,21 @@ class StagedBackbone(Editable):
     def _through(
         self, images: ArrayLike, edits: Pass, deterministic: bool, behind: list[jax.Array] | None = None
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        return self._through_stages(self._embedded(images, deterministic), edits, deterministic, behind)
+
+    def _embedded(self, images: ArrayLike, deterministic: bool) -> jax.Array:
+        """The first stage's tokens."""
         x = jnp.asarray(images, self.dtype)
         if x.ndim != 4 or any(size not in (None, n) for size, n in zip(self.image_shape, x.shape[1:], strict=True)):
             sizes = zip(("H", "W", "C"), self.image_shape, strict=True)
             wanted = ", ".join(name if size is None else str(size) for name, size in sizes)
             raise ValueError(f"images must be (B, {wanted}), got {x.shape}")
-        x, maps, first = call(self.stem, x, deterministic), [], 0
+        return call(self.stem, x, deterministic)
+
+    def _through_stages(
+        self, x: jax.Array, edits: Pass, deterministic: bool, behind: list[jax.Array] | None = None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        maps, first = [], 0
         for index, stage in enumerate(self.stage):
             if index and x.ndim != 4:
                 raise ValueError(f"tokens were left out in stage {index - 1}: only the last stage can do without some")

@@ -1,5 +1,6 @@
 """Convolutions as the parts of backbones: with a norm, in a row as a stem, of patches, and the merging of tokens."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,6 +135,23 @@ def folded(model: nnx.Module) -> nnx.Module:
         if isinstance(part, ConvNorm):
             part.fold()
     return model
+
+
+def redraw_convolutions(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
+    """Draws the kernels of all convolutions in a module anew, normal of variance 2 / fan-out, and clears their biases.
+
+    For models whose authors initialise them so: the families of PVTv2 and what follows them.
+    """
+    for _, part in nnx.iter_modules(module):
+        if not isinstance(part, Conv | DepthwiseConv):
+            continue
+        shape = part.kernel.shape
+        taps = math.prod(part.kernel_size)
+        outputs = taps if isinstance(part, DepthwiseConv) else taps * shape[-1] // part.feature_group_count
+        draw = nnx.initializers.normal((2 / outputs) ** 0.5)
+        part.kernel[...] = draw(rngs.params(), shape, part.kernel.dtype)
+        if part.bias is not None:
+            part.bias[...] = jnp.zeros_like(part.bias[...])
 
 
 class ConvStem(Chain):

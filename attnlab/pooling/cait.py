@@ -24,22 +24,35 @@ from attnlab.registry import Cost, Paper, Source, register
 
 
 class ClassAttentionBlock(nnx.Module):
-    """One iteration: the class token (B, 1, C) and the tokens (B, N, C) to the class token."""
+    """One iteration: the class token (B, 1, C) and the tokens (B, N, C) to the class token.
+
+    Args:
+      features: channels C.
+      num_heads: heads H.
+      mlp_ratio: hidden channels of the feed-forward over C, rounded down.
+      use_bias: whether the maps to queries, keys and values have a bias.
+      scale: of the scores; D^-1/2 when None.
+      init: γ at the start; None for none.
+      norm_eps: of both norms.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+    """
 
     def __init__(
         self,
         features: int,
         *,
         num_heads: int,
-        mlp_ratio: float,
-        use_bias: bool,
-        scale: float | None,
-        init: float,
-        param_dtype: Any,
+        mlp_ratio: float = 4.0,
+        use_bias: bool = True,
+        scale: float | None = None,
+        init: float | None = 1e-5,
+        norm_eps: float = 1e-6,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.norm1 = LayerNorm(features, eps=1e-6, **options)
+        self.norm1 = LayerNorm(features, eps=norm_eps, **options)
         self.attention = CrossAttention(
             features,
             num_heads=num_heads,
@@ -48,18 +61,20 @@ class ClassAttentionBlock(nnx.Module):
             kernel_init=uniform_init(features),
             **options,
         )
-        self.scale1 = LayerScale(features, init=init, **options)
-        self.norm2 = LayerNorm(features, eps=1e-6, **options)
+        self.norm2 = LayerNorm(features, eps=norm_eps, **options)
         self.mlp = MLP(features, int(mlp_ratio * features), **options)
-        self.scale2 = LayerScale(features, init=init, **options)
+        self.scale1, self.scale2 = (
+            nnx.data(None) if init is None else LayerScale(features, init=init, **options) for _ in range(2)
+        )
 
     def __call__(self, cls: jax.Array, x: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """The new class token, and the weights (B, H, 1, N + 1), the class token's own first."""
         keys = self.norm1(jnp.concatenate([cls, x], 1))
         seen = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         y, weights = self.attention.with_weights(keys[:, :1], keys, mask=seen)
-        cls = cls + self.scale1(y)
-        return cls + self.scale2(self.mlp(self.norm2(cls))), weights
+        cls = cls + (y if self.scale1 is None else self.scale1(y))
+        y = self.mlp(self.norm2(cls))
+        return cls + (y if self.scale2 is None else self.scale2(y)), weights
 
 
 @register(

@@ -2,7 +2,7 @@
 
 import attnlab
 from tests.conformance.subjects import FEATURES, Subject, at_home, parameters, those
-from tests.conformance.two_devices import traffic
+from tests.conformance.two_devices import has_heads, traffic
 
 
 @those(often=at_home)
@@ -10,12 +10,12 @@ def test_devices_only_sum(subject: Subject):
     """The call needs no collective but all-reduce, and those that a mechanism that itself mixes heads declares.
 
     Its gradient may also gather: what every device holds whole and its heads use in parts, as a norm over all heads or
-    the tokens' own channels, has a gradient in parts. A mixer whose parameters are all smaller than a token has nothing
-    to cut: every device computes it whole, and exchanges nothing.
+    the tokens' own channels, has a gradient in parts. A mixer without heads, or whose parameters are all smaller than a
+    token, has nothing to cut: every device computes it whole, and exchanges nothing.
     """
     declared = attnlab.get(subject.name).cls.collectives
     found = traffic(subject)
-    if all(leaf.size < FEATURES for leaf in parameters(subject.abstract()).values()):
+    if not has_heads(subject) or all(leaf.size < FEATURES for leaf in parameters(subject.abstract()).values()):
         assert not (found.cut | found.call | found.gradient | declared)
         return
     assert found.cut, "no parameter is cut over the devices"

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import attnlab
+from attnlab.contract import constructor_parameters
 from attnlab.training.sharding import MeshConfig, mesh_from, shardings, with_shardings
 from tests.conformance.subjects import Subject, named, subjects_of
 
@@ -62,9 +63,14 @@ def _child() -> concurrent.futures.ProcessPoolExecutor:
     return executor
 
 
+def has_heads(subject: Subject) -> bool:
+    """Whether the mixer has heads, which are what is cut over devices."""
+    return "num_heads" in constructor_parameters(attnlab.get(subject.name).cls)
+
+
 def _measure(subject: Subject) -> Traffic:
     mesh = mesh_from(MeshConfig(data=1, tensor=2))
-    graph, state = nnx.split(subject.abstract(num_heads=HEADS))
+    graph, state = nnx.split(subject.abstract(**({"num_heads": HEADS} if has_heads(subject) else {})))
     where = shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = tuple(
