@@ -58,14 +58,16 @@ def decay_of_chunk(size: int, log_decay: jax.Array, weights: Decay) -> Decay:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (log_decay.shape[0], *x.shape[1:])), weights)
 
 
-def _decay_of_chunk_backward(size: int, weights: Decay, dweights: Decay):
+def _decay_of_chunk_backward(size: int, residuals: tuple[jax.Array, Decay], dweights: Decay):
+    log_decay, shared = residuals
+    weights = decay_of_chunk(size, log_decay, shared)  # a function of the log decays here too: for second derivatives
     times = *_distances(size, weights.between.dtype), size
     parts = [jnp.sum(d * (w * t), axis=range(3, d.ndim)) for d, w, t in zip(dweights, weights, times, strict=True)]
-    return sum(parts), jax.tree.map(jnp.zeros_like, weights)
+    return sum(parts), jax.tree.map(jnp.zeros_like, shared)
 
 
 decay_of_chunk.defvjp(
-    lambda size, log_decay, weights: (decay_of_chunk(size, log_decay, weights), weights),
+    lambda size, log_decay, weights: (decay_of_chunk(size, log_decay, weights), (log_decay, weights)),
     _decay_of_chunk_backward,
 )
 

@@ -41,7 +41,7 @@ class Arguments:
       q: (B, N, H, D), float.
       k: (B, M, G, D), dtype of q; G divides H, and head h reads key head h // (H / G).
       v: (B, M, G, E), dtype of q.
-      log_decay: None, (H,), (B, N, H) or (B, N, H, D); values at most 0, in `accumulator`.
+      log_decay: None, (H,), (B, N, H) or (B, N, H, D); values at most 0, in `accumulator`, finite.
       scale: scalar in `accumulator`, or None for 1.
       causal: whether token i reads tokens j ≤ i alone (then M = N).
       normalize: whether to divide by q·Σk.
@@ -150,8 +150,12 @@ def decay_of_segments(args: Arguments, ids: jax.Array) -> jax.Array:
 
 
 def normal_log_decay(log_decay: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    """Log decays in `dtype`; values above 0 are read as 0, so that no exponent is positive."""
-    log_decay = jnp.asarray(log_decay).astype(dtype)
+    """Log decays in `dtype`; values above 0 are read as 0, so that no exponent is positive.
+
+    Those whose decay is 0 are brought to the least that is needed for it: -inf times no step would be NaN.
+    """
+    log_decay, floor = jnp.asarray(log_decay).astype(dtype), decay_floor(dtype)
+    log_decay = jnp.where(log_decay < -floor, -floor, log_decay)
     return jnp.where(log_decay > 0, 0, log_decay)  # not minimum: its gradient is halved at 0
 
 

@@ -72,7 +72,7 @@ def neighborhood_attention(
       is_causal: one flag or one per axis: along that axis a query sees no later key, and windows end at the query.
       scale: factor of q·k, a number; D^-1/2 when None or 0.
       bias: relative position bias (H, 2k-1, …), an axis of tokens each: entry (j - i)/d + k - 1 is added to the score
-        of query i and key j. Odd kernel sizes, no stride, not causal.
+        of query i and key j; -inf hides that offset. Odd kernel sizes, no stride, not causal.
       additional_keys: (B, A, G, D), in the dtype of q: seen by every query beside its neighborhood.
       additional_values: (B, A, G, E), with `additional_keys`.
       key_mask: (B, *S) booleans, False for keys that no query sees, such as padding; additional keys are always there.
@@ -83,7 +83,7 @@ def neighborhood_attention(
 
     Returns:
       y (B, *S, H, E) in the dtype of q; with `return_lse` the pair (y, lse), lse (B, *S, H) in float32 (or float64).
-      A query that `key_mask` leaves no key has y = 0 and lse = -inf, and gives no gradient.
+      A query that `key_mask` and `bias` leave no key has y = 0 and lse = -inf, and gives no gradient.
 
     Raises:
       ValueError: for shapes, options or combinations that have no meaning; the message names the argument.

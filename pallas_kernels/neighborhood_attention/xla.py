@@ -294,13 +294,18 @@ def _corner(plan: _Plan, index: jax.Array) -> list[jax.Array]:
     return [jnp.asarray(axis.corner, jnp.int32)[i] for axis, i in zip(plan.axes, index, strict=True)]
 
 
+def _start(plan: _Plan, index: jax.Array, before: int, after: int) -> list[jax.Array]:
+    """Where the box of a tile starts in an array with other axes before and after those of the tokens."""
+    zero = jnp.zeros((), jnp.int32)  # of the type of the corners: Python's 0 is wider in 64-bit mode
+    return [zero] * before + _corner(plan, index) + [zero] * after
+
+
 def _boxes(plan: _Plan, x: _Tensors, index: jax.Array):
     """Keys and values of the box of a tile, (B, P, G, U, D|E), each with the additional ones."""
     sizes = [axis.keys for axis in plan.axes]
     pairs = []
     for array, extra in ((x.k, x.additional_keys), (x.v, x.additional_values)):
-        start = (0, 0, 0, *_corner(plan, index), 0)
-        box = jax.lax.dynamic_slice(array, start, (*array.shape[:3], *sizes, array.shape[-1]))
+        box = jax.lax.dynamic_slice(array, _start(plan, index, 3, 1), (*array.shape[:3], *sizes, array.shape[-1]))
         pairs.append((box.reshape(*box.shape[:3], -1, box.shape[-1]), extra))
     return pairs
 
@@ -313,14 +318,18 @@ def _with_extra(box: jax.Array, extra: jax.Array | None) -> jax.Array:
 
 
 def _scores(plan: _Plan, x: _Tensors, index: jax.Array, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores (B, P, G, R, T, U + A), the least number where not allowed, and what is allowed (B, P, 1, 1, T, U + A)."""
+    """Scores (B, P, G, R, T, U + A), the least number where not allowed, and what is allowed, broadcastable to it."""
     scores = plan.scale * _dot(plan, "bpgnd,bpgud->bpgnu", q, k)
     scores = scores.reshape(*scores.shape[:3], plan.group, -1, scores.shape[-1])
     extra = scores.shape[-1] - math.prod(axis.keys for axis in plan.axes)
-    if x.bias is not None:
-        added = _tile_bias(plan, index, x.bias.astype(plan.dtype))
-        scores = scores + jnp.pad(added, [*[(0, 0)] * 3, (0, extra)])
     allowed = jnp.pad(_allowed(plan, index, x.key_mask), [*[(0, 0)] * 5, (0, extra)], constant_values=True)
+    if x.bias is not None:
+        bias = x.bias.astype(plan.dtype)
+        hides = bias == -jnp.inf  # apart from the numbers: a sum of products would make NaN of it
+        added = _tile_bias(plan, index, jnp.where(hides, 0, bias))
+        scores = scores + jnp.pad(added, [*[(0, 0)] * 3, (0, extra)])
+        hidden = _tile_bias(plan, index, hides.astype(plan.dtype)) > 0.5
+        allowed = allowed & ~jnp.pad(hidden, [*[(0, 0)] * 3, (0, extra)])
     return jnp.where(allowed, scores, jnp.finfo(plan.dtype).min), allowed
 
 
@@ -339,7 +348,7 @@ def _allowed(plan: _Plan, index: jax.Array, key_mask: jax.Array | None) -> jax.A
     if key_mask is None:
         return allowed
     box = (*key_mask.shape[:2], *(axis.keys for axis in plan.axes))
-    box = jax.lax.dynamic_slice(key_mask, (0, 0, *_corner(plan, index)), box)
+    box = jax.lax.dynamic_slice(key_mask, _start(plan, index, 2, 0), box)
     return allowed & box.reshape(*box.shape[:2], 1, 1, 1, keys)
 
 
@@ -359,7 +368,7 @@ def _tile_bias(plan: _Plan, index: jax.Array, bias: jax.Array) -> jax.Array:
 def _add(plan: _Plan, sums: _Tensors, index: jax.Array, dk: jax.Array, dv: jax.Array, dscores: jax.Array) -> _Tensors:
     """The sums of gradients with those of one tile, dk and dv (B, P, G, U + A, D|E), added in their box."""
     keys = math.prod(axis.keys for axis in plan.axes)
-    start = (0, 0, 0, *_corner(plan, index), 0)
+    start = _start(plan, index, 3, 1)
 
     def into_box(total, part):
         box = (*total.shape[:3], *(axis.keys for axis in plan.axes), total.shape[-1])

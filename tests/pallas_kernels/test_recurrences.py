@@ -153,12 +153,23 @@ def test_extreme_decays_stay_finite(op, decay, dtype):
     assert all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(pullback(y)))
 
 
-@by_op
-def test_a_complete_decay_forgets_everything(op):
-    arguments, _ = op.case("forget", batch=1, length=100).arguments()
+@pytest.mark.parametrize(
+    ("op", "decay"),
+    quick([pair for pair in DECAYS if pair[1]], ("linear-head", "linear-channel", "delta_rule-head"), name),
+)
+def test_a_complete_decay_forgets_everything(op, decay):
+    arguments, _ = op.case("forget", batch=1, length=100, decay=decay).arguments()
+    decays = arguments.pop("log_decay")
     own = jnp.sum(arguments["q"] * arguments["k"], axis=-1, keepdims=True) * arguments["v"]
     want = arguments.get("beta", jnp.ones((1, 100, 2)))[..., None] * own
-    assert_close(op.run(**arguments, log_decay=jnp.full((1, 100, 2), -jnp.inf)), want)
+    nothing = jnp.full_like(decays, -jnp.inf)
+    y, pullback = jax.vjp(lambda g: op.run(**arguments, log_decay=g), nothing)
+    assert_close(y, want)
+    assert not np.any(pullback(y)[0])
+    token = [arguments[name][:, 50] for name in op.tokens]
+    last = nothing if decay == "head" else nothing[:, 50]
+    state = jnp.ones_like(op.init_state(1, 2, arguments["q"].shape[-1], arguments["v"].shape[-1]))
+    assert_close(op.step(*token, state, log_decay=last)[0], want[:, 50])
 
 
 @by_op

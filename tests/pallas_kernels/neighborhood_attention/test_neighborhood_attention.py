@@ -263,6 +263,25 @@ def test_masked_keys_have_no_influence():
     assert np.all(np.isclose(rows, 1) | (rows == 0)) and np.any(rows == 0)
 
 
+def test_a_bias_of_minus_infinity_hides_its_offset():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 1, 4)), jnp.float32) for _ in range(3))
+    bias = rng.normal(size=(1, 5)).astype(np.float32)
+    hidden = np.where(np.arange(5) == 4, -np.inf, bias).astype(np.float32)
+
+    def run(bias, implementation):
+        return neighborhood_attention(q, k, v, 3, bias=bias, implementation=implementation)
+
+    y, pullback = jax.vjp(lambda b: run(b, "xla"), jnp.asarray(hidden))
+    corner = jnp.asarray([k[0, j, 0] @ q[0, 0, 0] / 2 + bias[0, j + 2] for j in (0, 1)])  # key 2 is hidden from query 0
+    assert relative_rms(y[0, 0, 0], jax.nn.softmax(corner) @ v[0, :2, 0]) < 1e-6
+    assert relative_rms(y, run(hidden, "reference")) < 1e-6
+    gradient = pullback(y)[0]
+    assert np.isfinite(gradient).all() and gradient[0, 4] == 0 and gradient[0, 3] != 0
+    for implementation in ("xla", "reference"):
+        assert not np.any(run(np.full((1, 5), -np.inf, np.float32), implementation))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_large_scores_stay_finite(dtype):
     q, k, v = (100 * jax.random.normal(jax.random.key(i), (1, 6, 5, 2, 8)).astype(dtype) for i in range(3))
