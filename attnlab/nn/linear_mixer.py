@@ -121,7 +121,10 @@ class LinearMixer(TokenMixer):
         raise NotImplementedError
 
     def merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """From the op's result `(B, N, H, E)` and the tokens `x` `(B, N, C)` to the mixer's `(B, N, C)`."""
+        """From the op's result `(B, N, H, E)` and the tokens `x` `(B, N, C)` to the mixer's `(B, N, C)`.
+
+        The result has the dtype of the tokens, or float32 where that is float16, and so may what is returned.
+        """
         raise NotImplementedError
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
@@ -132,7 +135,7 @@ class LinearMixer(TokenMixer):
         parts = self._without_padding(visit(self, given.edits, "qkv", parts), given.mask)
         record(self, "attention", lambda: self._map(parts, given.segment_ids))
         y = visit(self, given.edits, "heads", self._recur(parts, given.segment_ids))
-        return self.merge(y, tokens).reshape(x.shape)
+        return self.merge(y, tokens).astype(x.dtype).reshape(x.shape)
 
     def init_state(
         self,
@@ -143,15 +146,21 @@ class LinearMixer(TokenMixer):
         context_mask: ArrayLike | None = None,
         dtype: Any = None,
     ) -> LinearState | ContextState:
-        """An empty memory, or that of the context; its size does not depend on `max_length`, and it is float32."""
+        """An empty memory, or that of the context; its size does not depend on `max_length`, and it is float32.
+
+        For a `dtype` of float64, that of the tokens to come, it is float64.
+        """
         self.check_decodes(context is not None)
         # Each an array of its own, so that all can be donated.
         length, next_at = jnp.zeros((batch_size,), jnp.int32), jnp.zeros((batch_size,), jnp.int32)
-        empty = init_state(batch_size, self.num_heads, self.key_size, self.value_size, normalize=self.normalize)
+        wide = jnp.promote_types(jnp.float32, jnp.float32 if dtype is None else dtype)
+        sizes = (batch_size, self.num_heads, self.key_size, self.value_size)
+        empty = init_state(*sizes, normalize=self.normalize, dtype=wide)
+        carry = self._first_carry(batch_size, wide)
         if context is None:
             if context_mask is not None:
                 raise ValueError("context_mask is given without a context")
-            return LinearState(empty, length, next_at, self.carry(batch_size))
+            return LinearState(empty, length, next_at, carry)
         source = jnp.asarray(context, self.dtype)
         x = jnp.zeros((batch_size, source.shape[1], self.features), source.dtype)
         exists = None if context_mask is None else jnp.asarray(context_mask)
@@ -159,7 +168,6 @@ class LinearMixer(TokenMixer):
             raise ValueError(f"context_mask must be boolean {source.shape[:2]}, got {exists.dtype} {exists.shape}")
         parts, _ = self.project(x, source, self._places(x, source, Given(mask=exists)), self.carry(batch_size))
         parts = self._without_padding(parts, exists)
-        carry = self.carry(batch_size)  # of the queries, of which there were none
         if self.causal:
             return ContextState(empty, length, next_at, parts._replace(q=cast(jax.Array, None)), carry)
         _, memory = linear_attention(
@@ -197,7 +205,7 @@ class LinearMixer(TokenMixer):
         record(self, "attention", lambda: self._map(parts, None))
         y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
         y = visit(self, edits, "heads", y)
-        return self.merge(y, x), LinearState(memory, *_advanced(state, at, seen, mask), carry)
+        return self.merge(y, x).astype(x.dtype), LinearState(memory, *_advanced(state, at, seen, mask), carry)
 
     def step(
         self,
@@ -220,7 +228,9 @@ class LinearMixer(TokenMixer):
         parts = visit(self, edits, "qkv", parts)
         y, memory = self._recur_step(parts, state.memory)
         y = visit(self, edits, "heads", y[:, None])
-        return self.merge(y, x)[:, 0], LinearState(memory, *_advanced(state, at, jnp.ones_like(at), None), carry)
+        return self.merge(y, x).astype(x.dtype)[:, 0], LinearState(
+            memory, *_advanced(state, at, jnp.ones_like(at), None), carry
+        )
 
     def _read(
         self, x: jax.Array, state: ContextState, at: jax.Array, seen: jax.Array, mask: Any, edits: Edits | None
@@ -239,11 +249,19 @@ class LinearMixer(TokenMixer):
             y, memory = self._recur(parts, None, initial_state=state.memory, return_state=True)
             state = ContextState(memory, *counts, state.coming, carry)
         else:
-            y = _read_memory(parts.q, state.memory, self.scale)
+            y = _read_memory(_with_room(parts).q, state.memory, self.scale)
             state = ContextState(state.memory, *counts, carry=carry)
-        return self.merge(visit(self, edits, "heads", y), x), state
+        return self.merge(visit(self, edits, "heads", y), x).astype(x.dtype), state
+
+    def _first_carry(self, batch_size: int, dtype: Any) -> Any:
+        """What `project` is handed before the first token, in float64 where it would become so."""
+        carry = self.carry(batch_size)
+        if dtype != jnp.float64:
+            return carry
+        return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, carry)
 
     def _recur(self, parts: Recurrence, segment_ids: Any, **state: Any) -> Any:
+        parts = _with_room(parts)
         if parts.beta is not None:
             return delta_rule_attention(
                 parts.q,
@@ -268,6 +286,7 @@ class LinearMixer(TokenMixer):
         )
 
     def _recur_step(self, parts: Recurrence, memory: Any) -> tuple[jax.Array, Any]:
+        parts = _with_room(parts)
         q, k, v = (array[:, 0] for array in parts[:3])
         decay = parts.log_decay
         decay = decay if decay is None or decay.ndim == 1 else decay[:, 0]
@@ -318,6 +337,14 @@ class LinearMixer(TokenMixer):
     @property
     def _source_features(self) -> int:
         return self.features if self.context_features is None else self.context_features
+
+
+def _with_room(parts: Recurrence) -> Recurrence:
+    """Sums of many values in float32 where the tokens' own range ends at 65504: what follows may be a norm of them."""
+    if parts.q.dtype != jnp.float16:
+        return parts
+    q, k, v = (array.astype(jnp.float32) for array in parts[:3])
+    return parts._replace(q=q, k=k, v=v)
 
 
 def _advanced(

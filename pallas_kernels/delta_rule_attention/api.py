@@ -67,8 +67,8 @@ def delta_rule_attention(
       k: keys, (B, N, G, D), in the dtype of q; H is a multiple of G, and query head h reads key head h // (H / G).
       v: values, (B, N, G, E), in the dtype of q.
       beta: strength of each token's correction, (B, N, H), floating. A token with β = 0 writes nothing.
-      log_decay: log of the decay, at most 0 (a positive value is read as 0; -inf forgets everything): None for no decay, (H,) constant per
-        head, (B, N, H) per token.
+      log_decay: log of the decay, at most 0 (a positive value is read as 0), and -inf forgets everything: None for no
+        decay, (H,) constant per head, (B, N, H) per token.
       scale: scalar that multiplies the outputs; 1 when None.
       initial_state: state before the first token, (B, H, D, E).
       return_state: also return the state after the last token.

@@ -79,8 +79,9 @@ def linear_attention(
       q: queries, (B, N, H, D); float16, bfloat16, float32 or float64.
       k: keys, (B, M, G, D), in the dtype of q; H is a multiple of G, and query head h reads key head h // (H / G).
       v: values, (B, M, G, E), in the dtype of q.
-      log_decay: log of the decay, at most 0 (a positive value is read as 0; -inf forgets everything): None for no decay, (H,) constant per
-        head, (B, N, H) per token, (B, N, H, D) per token and key channel (D after the feature map). Causal only.
+      log_decay: log of the decay, at most 0 (a positive value is read as 0), and -inf forgets everything: None for no
+        decay, (H,) constant per head, (B, N, H) per token, (B, N, H, D) per token and key channel (D after the feature
+        map). Causal only.
       scale: scalar that multiplies q·k; 1 when None.
       causal: token i reads tokens j ≤ i, itself included. If False it reads every key, and M may differ from N.
       normalize: divides by the sum of the weights, n / (d + sign(d) 1e-12). A row whose denominator is exactly 0, such

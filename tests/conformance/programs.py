@@ -60,6 +60,10 @@ class Programs:
         params, rest = nnx.split_state(state, nnx.Param, ...)
         return Pulled(*jax.device_get(self._pull(params, rest, arguments, cotangent, given)))
 
+    def traced(self, params: Any, rest: Any, arguments: Any) -> Any:
+        """What `pull` compiles, to be traced in another setting of JAX."""
+        return self._call_and_gradient(params, rest, arguments, None, {})
+
     def _call_and_gradient(self, params: Any, rest: Any, arguments: Any, cotangent: Any, given: Any) -> Any:
         real = all(jnp.issubdtype(a.dtype, jnp.floating) for a in arguments)
 

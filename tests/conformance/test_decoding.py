@@ -97,11 +97,44 @@ def test_prompts_padded_on_the_left(subject: Subject):
 
 
 @every_decoder
+def test_padding_inside_a_run(subject: Subject):
+    """Wherever padding stands in a prefill, its tokens are as if they were not there."""
+    its = decoder(subject)
+    real = np.array([[1, 0, 1, 1], [1, 1, 0, 0]], bool)
+    y = its.run(functools.partial(its.prefill, mask=real), its.steps, x=its.x[:, : 2 * RUN])
+    full = np.concatenate([real, np.ones_like(real)], axis=1)
+    for example, keep in enumerate(map(np.flatnonzero, full)):
+        moved = np.zeros_like(its.x)
+        moved[example, : len(keep)] = its.x[example, keep]
+        want = its.its.pull((moved, *its.its.arguments[1:])).y
+        close(y[example, keep], want[example, : len(keep)], what=f"example {example}")
+
+
+@every_decoder
 def test_bfloat16_decoding(subject: Subject):
     its = decoder(subject)
     y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     close(y, its.its.half.y, 3e-2)
+
+
+@every_decoder
+def test_in_64_bits_too_the_state_stays_as_it_is(subject: Subject):
+    """Traced alone, which costs no compilation: integers and floats of several widths do not meet in a step."""
+    its = programs(subject)
+    with jax.enable_x64(True):
+        x, *context = (a.astype(np.float64) for a in its.arguments)
+        options = {"context": context[0]} if context else {}
+        state = its.module.init_state(BATCH, x.shape[1], dtype=np.float64, **options)
+
+        def decode(weights, x, state):
+            mixer = nnx.merge(its.graph, weights)
+            _, state = mixer.prefill(x[:, :RUN], state)
+            return jax.lax.scan(lambda state, x_t: mixer.step(x_t, state)[::-1], state, x.swapaxes(0, 1)[RUN:])
+
+        after, y = jax.eval_shape(decode, its.state, x, state)
+    assert y.dtype == np.float64
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
 
 
 @those(lambda subject: not decodes(subject))

@@ -47,6 +47,17 @@ def test_shape_and_dtype(subject: Subject):
 
 
 @those()
+def test_in_64_bits_too(subject: Subject):
+    """The call and its gradient, traced alone, which costs no compilation."""
+    its = programs(subject)
+    params, rest = nnx.split_state(its.state, nnx.Param, ...)
+    with jax.enable_x64(True):
+        wide = tuple(a.astype(np.float64) for a in its.arguments)
+        y, _, gradients = jax.eval_shape(its.traced, params, rest, wide)
+    assert {y.dtype, *(g.dtype for g in gradients)} == {np.dtype(np.float64)}
+
+
+@those()
 def test_bfloat16_is_near_float32(subject: Subject):
     its = programs(subject)
     want = its.pull(rounded(rounded(its.arguments), np.float32))
@@ -123,6 +134,7 @@ def test_odd_sizes(subject: Subject):
 @those()
 def test_large_inputs_stay_finite(subject: Subject):
     its = programs(subject)
+    assert finite(its.call(*(20 * a.astype(np.float16) for a in its.arguments))), "its own range ends at 65504"
     for dtype in (np.float32, jnp.bfloat16):
         large = tuple((100 * a).astype(dtype) for a in its.arguments)
         pulled = its.pull(large)

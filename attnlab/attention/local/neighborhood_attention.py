@@ -202,14 +202,15 @@ class NeighborhoodAttention(TokenMixer):
         x = jnp.asarray(x, self.dtype)
         mask = mask.mask if isinstance(mask, View) else mask
         count, past = x.shape[1], self._past
+        q, k, v = self._project(x, edits)
         if mask is None:
-            real = jnp.full(x.shape[:1], count, jnp.int32)
+            order, real = None, jnp.full(x.shape[:1], count, jnp.int32)
         elif jnp.shape(mask) != x.shape[:2]:
             raise ValueError(f"mask must be (B, N) = {x.shape[:2]}, got {jnp.shape(mask)}")
         else:
-            real = jnp.asarray(mask, bool).sum(1, dtype=jnp.int32)
-        q, k, v = self._project(x, edits)
-        # Past tokens and new ones in one run, with what is not a token in front of both.
+            order, real = jnp.argsort(mask, axis=1, stable=True), jnp.sum(mask, axis=1, dtype=jnp.int32)
+            q, k, v = (jnp.take_along_axis(part, order[:, :, None, None], 1) for part in (q, k, v))
+        # Past tokens and new ones in one run, with padding, wherever it stood, in front of both.
         index = jnp.arange(past + count)
         source = index - jnp.where(index < (past + count - real)[:, None], (count - real)[:, None], 0)
         source = jnp.maximum(source, 0)[:, :, None, None]
@@ -219,6 +220,8 @@ class NeighborhoodAttention(TokenMixer):
         q = jnp.pad(q, ((0, 0), (past, 0), (0, 0), (0, 0)))
         q, padded_k, padded_v, known = self._padded(q, k, v, known)
         y = neighborhood_attention(q, padded_k, padded_v, **self._options(), key_mask=known)[:, past : past + count]
+        if order is not None:
+            y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[:, :, None, None], 1)
         return self._merge(y, x.shape, edits), _advance(state, k[:, count:], v[:, count:], real)
 
     def step(
