@@ -301,9 +301,7 @@ def run(
     dataset = experiment.open() if dataset is None else dataset
     build = functools.partial(experiment.model.build, dataset.info)
     directory = Path(directory)
-    # Threads and processes that read the data change no number, and may differ when a run goes on.
-    data = {name: value for name, value in as_dict(experiment.data).items() if name != "loading"}
-    settings = {"model": as_dict(experiment.model), "data": data}
+    settings = _settings(experiment)
     file = directory / EXPERIMENT_FILE
     before = file.read_text() if file.exists() else None
     task = experiment.task_for(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
@@ -314,6 +312,41 @@ def run(
         if before is not None:
             file.write_text(before)
         raise
+
+
+def save_trained(
+    model: nnx.Module,
+    experiment: Experiment,
+    directory: str | Path,
+    *,
+    dataset: attnlab.data.Dataset,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Writes a model that was made elsewhere as the finished run of an experiment, for `load_trained` and `run`.
+
+    Args:
+      model: of the kind that `experiment.model` builds.
+      experiment: whose steps count as done; with `steps`, and without `ema`.
+      directory: of the run; it may not hold one yet.
+      dataset: of the experiment, open.
+      metrics: of the model's evaluation.
+
+    Raises:
+      FileExistsError: if the directory holds checkpoints.
+      ValueError: for an experiment with averages, or without `steps`.
+    """
+    from attnlab.training.handover import save_as_run
+
+    settings, task = _settings(experiment), experiment.task_for(model)
+    save_as_run(model, task, dataset, experiment.train, directory, experiment=settings, metrics=metrics)
+    save(experiment, dataset.info, Path(directory))
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What makes a run of an experiment what it is, besides its task and training."""
+    # Threads and processes that read the data change no number, and may differ when a run goes on.
+    data = {name: value for name, value in as_dict(experiment.data).items() if name != "loading"}
+    return {"model": as_dict(experiment.model), "data": data}
 
 
 def load_trained(directory: str | Path, *, step: int | Literal["newest", "best"] = "newest") -> nnx.Module:

@@ -252,7 +252,7 @@ class _Run:
         changes = self._changed_settings(settings)
         self.batches = data.train(config.batch_size, config.seed, **task.data_options())
         stack.callback(_close, self.batches)
-        found = self.checkpoints.restore_newest(_trees(self.abstract))
+        found = self.checkpoints.restore_newest(checkpoint_trees(self.abstract))
         if found is None:
             self.step, seconds = 0, 0.0
             if isinstance(model, nnx.Module):
@@ -266,7 +266,7 @@ class _Run:
             self.batches.set_state(saved["data"])
         self.saved_step = self.step if found else None
         if self.first:
-            _write_json(self.directory / "config.json", settings)
+            write_json(self.directory / "config.json", settings)
         self.step_bytes: int | None = None
         self.watch = Stopwatch(seconds)
         self.seconds_before = seconds
@@ -422,7 +422,7 @@ class _Run:
         progress = {"seconds": self.watch.seconds, "data": self.batches.get_state()}
         if score is not None and not math.isfinite(score):
             score = None
-        self.checkpoints.save(self.step, _trees(self.state), progress, score=score)
+        self.checkpoints.save(self.step, checkpoint_trees(self.state), progress, score=score)
         self.saved_step = self.step
 
 
@@ -454,7 +454,7 @@ def _close(batches: Any) -> None:
         batches.close()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there as a whole or not at all."""
     new = path.with_suffix(".json.new")
     new.write_text(json.dumps(value, indent=2) + "\n")
@@ -465,7 +465,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def checkpoint_trees(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint."""
     trees = {
         "model": {"params": state.params, "other": state.other},

@@ -191,7 +191,8 @@ class HedgehogAttention(LinearMixer):
       normalize: divide by the sum of weights; if False, RMSNorm over each head's result instead, as fla's layer has it.
       scale: of the products; matters only without normalisation. 1 when None.
       rotary: rotary positions of queries and keys before the map, as options or as their base alone; None for none.
-      use_bias: whether the four projections have biases.
+      qkv_bias: whether the maps to queries, keys and values have biases.
+      out_bias: whether the map out of the heads has a bias.
       eps: least feature.
       dtype: of the computation; that of the tokens when None.
       param_dtype: of the parameters.
@@ -220,7 +221,8 @@ class HedgehogAttention(LinearMixer):
         normalize: bool = True,
         scale: float | None = None,
         rotary: Rotary | float | None = None,
-        use_bias: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
         eps: float = 1e-12,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -245,11 +247,11 @@ class HedgehogAttention(LinearMixer):
             self.rotary.check(head_dim, 1)
             self.accepts = self.accepts | {"positions"}
         source = features if context_features is None else context_features
-        common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = ToHeads(features, num_heads, head_dim, **common)
-        self.key = ToHeads(source, groups, head_dim, **common)
-        self.value = ToHeads(source, groups, head_dim, **common)
-        self.out = FromHeads(num_heads, head_dim, features, **common)
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = ToHeads(features, num_heads, head_dim, use_bias=qkv_bias, **common)
+        self.key = ToHeads(source, groups, head_dim, use_bias=qkv_bias, **common)
+        self.value = ToHeads(source, groups, head_dim, use_bias=qkv_bias, **common)
+        self.out = FromHeads(num_heads, head_dim, features, use_bias=out_bias, **common)
         mapping = {
             "feature_dim": feature_dim,
             "activation": activation,

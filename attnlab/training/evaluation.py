@@ -1,0 +1,37 @@
+"""What a model reaches on the evaluation split, outside of a training run."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.training.loop import Data
+from attnlab.training.state import make_eval_step
+from attnlab.training.task import Sums, Task
+
+
+def evaluate(model: nnx.Module, task: Task, data: Data, batch_size: int) -> dict[str, float]:
+    """The metrics of the task over all examples, on one device.
+
+    Args:
+      model: it is not changed.
+      task: what is measured.
+      data: opened dataset.
+      batch_size: examples at a time.
+
+    Raises:
+      ValueError: if the evaluation split holds no examples.
+    """
+    graphdef, params, other = nnx.split(model, nnx.Param, ...)
+    step = jax.jit(make_eval_step(graphdef, task))
+    total: Sums | None = None
+    batches = data.eval(batch_size, **task.data_options())
+    try:
+        for batch in batches:
+            sums = step(params, other, dict(batch))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+    if total is None:
+        raise ValueError("the evaluation split holds no examples")
+    return task.metrics({name: float(value) for name, value in jax.device_get(total).items()})
