@@ -121,6 +121,19 @@ def _(layer: WithinHeads) -> dict[str, Leaf]:
 @leaves.register(DepthwiseConv)
 def _(layer: CausalConv | DepthwiseConv) -> dict[str, Leaf]:
     size, channels = layer.kernel_size, layer.channels
+    form = layer.form if isinstance(layer, CausalConv) else "depthwise"
+    if form == "dense":
+        heads, within = channels
+        return _leaves(
+            layer,
+            weight=(
+                "kernel",
+                lambda weight: weight.reshape(heads, within, within, *size).transpose(3, 0, 2, 1),
+                lambda kernel: kernel.transpose(1, 3, 2, 0).reshape(heads * within, within, *size),
+            ),
+            bias=("bias", lambda bias: bias.reshape(channels), jnp.ravel),
+        )
+    channels = channels[-1:] if form == "shared" else channels
     return _leaves(
         layer,
         weight=(

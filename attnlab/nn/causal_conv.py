@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.masking import segment_positions
 
+FORMS = ("depthwise", "shared", "dense")
+
 
 def causal_conv(
     x: ArrayLike,
@@ -23,6 +25,7 @@ def causal_conv(
     state: ArrayLike | None = None,
     real: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
+    before: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Convolves each sequence with the tokens before.
 
@@ -34,6 +37,7 @@ def causal_conv(
       state: `(B, K-1, *channels)` in float32, the last tokens before these; zeros when None.
       real: `(B, N)` boolean; tokens that are not are as if they were not there, and get zeros.
       segment_ids: `(B, N)`, each run of equal ids is a sequence of its own; the state is that before the first.
+      before: what stands before the first token of a sequence, broadcastable to `(*channels)`; zeros when None.
 
     Returns:
       The convolved tokens, in the dtype of `x`, and the new state.
@@ -48,8 +52,9 @@ def causal_conv(
         raise ValueError(f"kernel of shape {kernel.shape} does not fit tokens of shape {x.shape}")
     wide = jnp.promote_types(x.dtype, jnp.float32)
     reach = kernel.shape[0] - 1
+    before = jnp.zeros((), wide) if before is None else jnp.asarray(before, wide)
     if state is None:
-        state = jnp.zeros((batch, reach, *channels), wide)
+        state = jnp.broadcast_to(before, (batch, reach, *channels))
     inputs, ids, rank = x.astype(wide), segment_ids, None
     count = jnp.full((batch,), tokens)
     if real is not None:
@@ -65,7 +70,7 @@ def causal_conv(
     for tap in range(reach + 1):
         source = padded[:, tap : tap + tokens]
         if place is not None:
-            source = jnp.where((place >= reach - tap).reshape(batch, tokens, *(1,) * len(channels)), source, 0)
+            source = jnp.where((place >= reach - tap).reshape(batch, tokens, *(1,) * len(channels)), source, before)
         weight = kernel[tap].astype(wide)
         y = y + (jnp.einsum("bnhd,hde->bnhe", source, weight) if dense else source * weight)
     y = y if bias is None else y + jnp.asarray(bias, wide)
@@ -86,15 +91,20 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 class CausalConv(nnx.Module):
-    """A depthwise `causal_conv` with learned weights.
+    """A `causal_conv` with learned weights.
 
     Args:
       channels: C, or heads and head size (H, D).
       kernel_size: tokens K that are read, the present one included.
-      use_bias: whether a bias is added.
+      form: of heads, `"depthwise"` with a kernel `(K, H, D)`, `"shared"` by the heads, `(K, D)`, or `"dense"` in each
+        head, `(K, H, D, D)`; channels C are depthwise, `(K, C)`.
+      use_bias: whether a bias `(C,)`, `(H, D)` or, shared, `(D,)` is added.
       dtype: of the result; that of the tokens when None.
-      param_dtype: of the kernel `(K, *channels)` and the bias; uniform in ±K^-1/2 and zero at the start.
+      param_dtype: of the kernel, uniform in ±1/√fan_in at the start, and the bias, zero.
       rngs: stream `params`.
+
+    Raises:
+      ValueError: for a kernel size below 1, or a form that the channels do not have.
     """
 
     def __init__(
@@ -102,6 +112,7 @@ class CausalConv(nnx.Module):
         channels: int | Sequence[int],
         kernel_size: int = 4,
         *,
+        form: str = "depthwise",
         use_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -111,18 +122,25 @@ class CausalConv(nnx.Module):
             raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
         self.kernel_size, self.dtype = (kernel_size,), dtype
         self.channels = (channels,) if isinstance(channels, int) else tuple(channels)
-        axes = ("embed",) if isinstance(channels, int) else ("heads", None)
-        kernel = uniform_init(kernel_size)(rngs.params(), (kernel_size, *self.channels), param_dtype)
-        self.kernel = nnx.Param(kernel, logical_axes=(None, *axes))
+        if form not in (FORMS if len(self.channels) == 2 else FORMS[:1]):
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, the latter two of heads, got {form!r}")
+        self.form, size = form, self.channels[-1]
+        within: tuple[int, ...] = (size,) if form == "shared" else self.channels
+        axes: tuple[str | None, ...] = (None,)
+        if form != "shared":
+            axes = ("embed",) if len(self.channels) == 1 else ("heads", None)
+        out, fan_in = ((size,), kernel_size * size) if form == "dense" else ((), kernel_size)
+        kernel = uniform_init(fan_in)(rngs.params(), (kernel_size, *within, *out), param_dtype)
+        self.kernel = nnx.Param(kernel, logical_axes=(None, *axes, *(None for _ in out)))
         self.bias = nnx.data(None)
         if use_bias:
-            self.bias = nnx.Param(jnp.zeros(self.channels, param_dtype), logical_axes=axes)
+            self.bias = nnx.Param(jnp.zeros(within, param_dtype), logical_axes=axes)
 
     def init_state(self, batch_size: int) -> jax.Array:
         """Before the first token: zeros `(B, K-1, *channels)` float32."""
         return jnp.zeros((batch_size, self.kernel_size[0] - 1, *self.channels), jnp.float32)
 
     def __call__(self, x: ArrayLike, state: ArrayLike | None = None, **tokens: Any) -> tuple[jax.Array, jax.Array]:
-        """Convolved tokens and the new state; further arguments are `real` and `segment_ids` of `causal_conv`."""
+        """Convolved tokens and the new state; more arguments are `real`, `segment_ids`, `before` of `causal_conv`."""
         bias = None if self.bias is None else self.bias[...]
         return causal_conv(jnp.asarray(x, self.dtype), self.kernel[...], bias, state=state, **tokens)

@@ -73,6 +73,25 @@ class HeadSizes(NamedTuple):
         return cls(groups, head_dim, head_dim if value_dim is None else value_dim)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CarriedState:
+    """The decode state of a mixer whose projections look at the tokens before, such as convolutions.
+
+    Attributes:
+      cache: of the core.
+      carry: what the projections remember.
+    """
+
+    cache: Any
+    carry: Any
+
+    @property
+    def length(self) -> jax.Array:
+        """`(B,)` int32, tokens stored."""
+        return self.cache.length
+
+
 class Core(nnx.Module):
     """Base of cores: everything between the projections of a `DenseMixer`.
 
@@ -159,6 +178,17 @@ class DenseMixer(TokenMixer):
         """Heads of the queries' tokens `(B, N, C)` and of the tokens `(B, M, C')` that keys and values are made of."""
         raise NotImplementedError
 
+    def init_carry(self, batch_size: int) -> Any:
+        """What `project_run` remembers before the first token; None for projections of each token alone."""
+        return None
+
+    def project_run(self, x: jax.Array, source: jax.Array, given: Given, carry: Any) -> tuple[Heads, Any]:
+        """`project` for a mixer that carries something from run to run, and what it carries on.
+
+        In a call `carry` is None; in `prefill` and `step` the mask of `given` says which tokens `(B, N)` are real.
+        """
+        return self.project(x, source, given), carry
+
     def merge(self, y: jax.Array, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """From the core's `(B, N, H, E)` and the tokens `x` `(B, N, C)` to the mixer's `(B, N, C)`."""
         raise NotImplementedError
@@ -206,7 +236,8 @@ class DenseMixer(TokenMixer):
                 raise ValueError("context_mask is given without a context")
             if max_length is None:
                 raise ValueError(f"{type(self).__name__} caches keys and values: init_state needs max_length")
-            return self.core.init_cache(self.sizes, batch_size, max_length, dtype)
+            cache, carry = self.core.init_cache(self.sizes, batch_size, max_length, dtype), self.init_carry(batch_size)
+            return cache if carry is None else CarriedState(cache, carry)
         x = self._no_tokens(batch_size, self.features, jnp.result_type(context))
         source = self._source(x, context)
         heads = self.project(x, source, Given(context=source))
@@ -241,7 +272,7 @@ class DenseMixer(TokenMixer):
         if view.rule is None and self.causal:
             view = dataclasses.replace(view, rule=Causal())
         source = self._no_tokens(x.shape[0], self._source_features, x.dtype) if cross else x
-        return self._attend(x, source, view, state, Given(edits=edits))
+        return self._attend(x, source, view, state, Given(mask=view.mask, edits=edits))
 
     def step(
         self, x_t: ArrayLike, state: Any, *, positions: ArrayLike | None = None, edits: Edits | None = None
@@ -252,11 +283,14 @@ class DenseMixer(TokenMixer):
         return y[:, 0], state
 
     def _attend(self, x: jax.Array, source: jax.Array, view: View, cache: Any, given: Given) -> tuple[jax.Array, Any]:
-        edits, deterministic = given.edits, given.deterministic
-        heads = visit(self, edits, "qkv", self.project(x, source, given))
+        edits, deterministic, carry = given.edits, given.deterministic, None
+        if carried := isinstance(cache, CarriedState):
+            cache, carry = cache.cache, cache.carry
+        heads, carry = self.project_run(x, source, given, carry)
+        heads = visit(self, edits, "qkv", heads)
         y, cache = self.core(heads, view, cache, edits=edits, deterministic=deterministic, owner=self)
-        y = visit(self, edits, "heads", y)
-        return self.merge(y, x, deterministic=deterministic), cache
+        y = self.merge(visit(self, edits, "heads", y), x, deterministic=deterministic)
+        return y, CarriedState(cache, carry) if carried else cache
 
     @property
     def _source_features(self) -> int:

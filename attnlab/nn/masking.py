@@ -31,6 +31,15 @@ def full_mask(mask: ArrayLike) -> jax.Array:
     return mask[:, None, None, :] if mask.ndim == 2 else mask
 
 
+def existing_keys(mask: ArrayLike | None) -> jax.Array | None:
+    """Which keys exist, `(B|1, M)`: those that any query of any head may see. None if all do.
+
+    Args:
+      mask: a key mask `(B, M)` or a full mask `(B|1, H|1, N|1, M)`.
+    """
+    return None if mask is None else jnp.any(full_mask(mask), axis=(1, 2))
+
+
 def both(*masks: jax.Array | None) -> jax.Array | None:
     """Logical and of the masks that are not None; None if all are."""
     combined = None

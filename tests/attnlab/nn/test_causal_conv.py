@@ -46,8 +46,18 @@ def test_segments_and_padding_are_as_if_alone():
     assert not gradient[~real].any() and gradient[real].all()
 
 
-def test_module_decodes_and_refuses():
-    conv = CausalConv((2, 3), 4, use_bias=True, rngs=nnx.Rngs(0))
+def test_what_stands_before_a_sequence():
+    x, kernel, before = draw(0, 1, 6, 4), draw(1, 3, 4), draw(2, 4)
+    ids = np.array([[1, 1, 1, 1, 2, 2]])
+    y, _ = causal_conv(x, kernel, segment_ids=ids, before=before)
+    for part in (slice(0, 4), slice(4, 6)):
+        longer = np.concatenate([np.broadcast_to(before, (1, 2, 4)), x[:, part]], 1)
+        np.testing.assert_allclose(y[:, part], causal_conv(longer, kernel)[0][:, 2:], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_module_decodes_and_refuses(form):
+    conv = CausalConv((2, 3), 4, form=form, use_bias=True, rngs=nnx.Rngs(0))
     x, state = draw(0, 2, 5, 2, 3), conv.init_state(2)
     rows = []
     for t in range(5):
@@ -56,5 +66,7 @@ def test_module_decodes_and_refuses():
     np.testing.assert_allclose(jnp.concatenate(rows, 1), conv(x)[0], atol=1e-6)
     with pytest.raises(ValueError, match="kernel_size must be at least 1"):
         CausalConv(4, 0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="form must be one of"):
+        CausalConv(4, 2, form="dense", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="does not fit"):
         causal_conv(draw(0, 2, 5, 4), draw(1, 3, 2, 2))
