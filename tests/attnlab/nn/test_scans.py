@@ -63,7 +63,7 @@ def test_windows_and_sub_grids():
     np.testing.assert_array_equal(scan_segments("window", (2, 5), 2), [0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     np.testing.assert_array_equal(scan_order("dilated", (3, 3), size=2), [0, 2, 6, 8, 1, 7, 3, 5, 4])
     np.testing.assert_array_equal(scan_segments("dilated", (3, 3), 2), [0, 0, 0, 0, 1, 1, 2, 2, 3])
-    np.testing.assert_array_equal(scan_order("window", (5, 2), size=(1, 2), transpose=True)[:2], [0, 2])
+    np.testing.assert_array_equal(scan_order("window", (5, 2), size=(2, 1), transpose=True)[:2], [0, 2])
 
 
 def test_tokens_go_there_and_back():
