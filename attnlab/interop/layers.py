@@ -1,7 +1,8 @@
 """The kinds of layers: where their arrays stand, and in which layout, in the authors' PyTorch modules and in ours.
 
 A Linear's weight is (out, in) there and (in, out) here, a convolution's (out, in/groups, *k) there and
-(*k, in/groups, out) here, a norm's weight is called `scale` here, heads have an axis of their own here.
+(*k, in/groups, out) here, that of a transposed one (in, out, *k) there and (*k, in, out) here, a norm's weight is
+called `scale` here, heads have an axis of their own here.
 """
 
 import functools
@@ -16,7 +17,8 @@ from attnlab.nn.causal_conv import CausalConv
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.heads import FromHeads, ToHeads, WithinHeads
 from attnlab.nn.mlp import LayerScale
-from attnlab.nn.norms import LayerNorm, RMSNorm
+from attnlab.nn.norms import GroupNorm, LayerNorm, RMSNorm
+from attnlab.nn.upsampling import ConvTranspose
 
 Transform = Callable[[jax.Array], jax.Array]
 
@@ -71,6 +73,17 @@ def _(layer: Any) -> dict[str, Leaf]:
 
     def there(kernel: jax.Array) -> jax.Array:
         return jnp.moveaxis(kernel, (-1, -2), (0, 1))
+
+    return _leaves(layer, weight=("kernel", here, there), bias="bias")
+
+
+@leaves.register(ConvTranspose)
+def _(layer: ConvTranspose) -> dict[str, Leaf]:
+    def here(weight: jax.Array) -> jax.Array:
+        return jnp.moveaxis(weight, (0, 1), (-2, -1))
+
+    def there(kernel: jax.Array) -> jax.Array:
+        return jnp.moveaxis(kernel, (-2, -1), (0, 1))
 
     return _leaves(layer, weight=("kernel", here, there), bias="bias")
 
@@ -159,6 +172,7 @@ def _(layer: LayerNorm | RMSNorm) -> dict[str, Leaf]:
 @leaves.register(nnx.LayerNorm)
 @leaves.register(nnx.RMSNorm)
 @leaves.register(nnx.GroupNorm)
+@leaves.register(GroupNorm)
 def _(layer: Any) -> dict[str, Leaf]:
     return _leaves(layer, weight="scale", bias="bias")
 

@@ -277,3 +277,42 @@ class PatchMerging(nnx.Module):
         x = x.reshape(batch, rows // 2, 2, columns // 2, 2, channels)
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, rows // 2, columns // 2, 4 * channels)
         return self.reduction(self.norm(x))
+
+
+class SqueezeExcite(nnx.Module):
+    """x · gate(fc2(activation(fc1(mean(x))))), the mean over the grid (Hu et al., 2018, arXiv:1709.01507).
+
+    Args:
+      features: channels C.
+      hidden_features: of the mean's feed-forward.
+      activation: between its maps.
+      gate: of its result.
+      use_bias: whether its maps have a bias.
+      dtype: of the computation and the result; that of the input when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        gate: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation, self.gate, self.dtype = activation, gate, dtype
+        self.fc1 = Linear(features, hidden_features, axes=("embed", "mlp"), **options)
+        self.fc2 = Linear(hidden_features, features, axes=("mlp", "embed"), **options)
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """`(B, *S, C)` to the same shape; mean and gate are float32 (or wider)."""
+        x = jnp.asarray(x, self.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        weight = self.gate(self.fc2(self.activation(self.fc1(wide.mean(tuple(range(1, x.ndim - 1)), keepdims=True)))))
+        return (wide * weight).astype(x.dtype)

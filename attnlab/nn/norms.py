@@ -94,6 +94,68 @@ def _parameter(features: int | tuple[int, int]) -> tuple[tuple[int, ...], tuple[
     return ((features,), ("embed",)) if isinstance(features, int) else (tuple(features), ("heads", None))
 
 
+def group_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+) -> jax.Array:
+    """(x - mean) / √(variance + eps) · scale + bias over the grid and a group of channels (arXiv:1803.08494).
+
+    One group is a layer norm over a whole image; as many as there are channels, an instance norm.
+
+    Args:
+      x: `(B, *S, C)`; statistics are over S and C / groups channels side by side.
+      scale: `(C,)`, or None.
+      bias: `(C,)`, or None.
+      groups: of channels.
+      eps: added to the variance.
+
+    Raises:
+      ValueError: if the groups do not divide the channels.
+    """
+    wide = _wide(x)
+    if groups < 1 or wide.shape[-1] % groups:
+        raise ValueError(f"groups must divide the {wide.shape[-1]} channels, got {groups}")
+    split = wide.reshape(*wide.shape[:-1], groups, -1)
+    over = (*range(1, wide.ndim - 1), wide.ndim)
+    centred = split - split.mean(over, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.square(centred).mean(over, keepdims=True) + eps)
+    y = y.reshape(wide.shape)
+    y = y if scale is None else y * _wide(scale)
+    y = y if bias is None else y + _wide(bias)
+    return y.astype(jnp.result_type(x))
+
+
+class GroupNorm(nnx.Module):
+    """`group_norm` with learned `scale` and `bias` unless switched off; as many groups as channels when None."""
+
+    def __init__(
+        self,
+        features: int,
+        groups: int | None = 1,
+        *,
+        eps: float = 1e-5,
+        use_scale: bool = True,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.groups, self.eps = features if groups is None else groups, eps
+        if self.groups < 1 or features % self.groups:
+            raise ValueError(f"groups must divide the {features} channels, got {groups}")
+        shape, names = _parameter(features)
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype), logical_axes=names) if use_scale else nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros(shape, param_dtype), logical_axes=names) if use_bias else nnx.data(None)
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        return group_norm(x, scale, bias, groups=self.groups, eps=self.eps)
+
+
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, statistics in float32, result in the dtype of the input.
 

@@ -132,6 +132,47 @@ def resize_bicubic(x: ArrayLike, size: Lengths, *, align_corners: bool = False) 
 RESIZES = {"bilinear": resize_bilinear, "bicubic": resize_bicubic}
 
 
+def gaussian_blur(x: ArrayLike, sigma: float, *, radius: int | None = None, edge: str = "reflect") -> jax.Array:
+    """Convolution with a Gaussian along each axis, its weights cut off at a radius and made to sum to 1.
+
+    Args:
+      x: `(B, *S, C)`.
+      sigma: standard deviation in tokens; 0 changes nothing.
+      radius: of the kernel; ⌈3 sigma⌉ when None.
+      edge: what is beyond the edge: "reflect", the image mirrored at its last tokens, "repeat", the last tokens, or
+        "zero".
+
+    Returns:
+      The shape of `x`.
+
+    Raises:
+      ValueError: for a negative sigma or radius, or another edge.
+    """
+    x = jnp.asarray(x)
+    radius = math.ceil(3 * sigma) if radius is None else radius
+    if sigma < 0 or radius < 0:
+        raise ValueError(f"sigma and radius must be at least 0, got {sigma} and {radius}")
+    if edge not in ("reflect", "repeat", "zero"):
+        raise ValueError(f"edge must be 'reflect', 'repeat' or 'zero', got {edge!r}")
+    if sigma == 0:
+        return x
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum()
+    matrices = []
+    for length in x.shape[1:-1]:
+        place = np.arange(length)[:, None] + offsets
+        inside = (place >= 0) & (place < length) if edge == "zero" else np.ones(place.shape, bool)
+        if edge == "reflect":
+            period = max(2 * length - 2, 1)
+            place = length - 1 - np.abs(length - 1 - place % period)
+        matrix = np.zeros((length, length))
+        rows = np.broadcast_to(np.arange(length)[:, None], place.shape)
+        np.add.at(matrix, (rows, np.clip(place, 0, length - 1)), np.where(inside, weights, 0))
+        matrices.append(matrix)
+    return _apply(x, matrices)
+
+
 def resize_nearest(x: ArrayLike, size: Lengths) -> jax.Array:
     """Token floor(i·n/m) at place i of m, as `torch.nn.functional.interpolate(mode="nearest")`."""
     y = jnp.asarray(x)
