@@ -53,6 +53,7 @@ def causal_conv(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     reach = kernel.shape[0] - 1
     before = jnp.zeros((), wide) if before is None else jnp.asarray(before, wide)
+    kept = wide if state is None else jnp.result_type(state)
     if state is None:
         state = jnp.broadcast_to(before, (batch, reach, *channels))
     inputs, ids, rank = x.astype(wide), segment_ids, None
@@ -76,7 +77,7 @@ def causal_conv(
     y = y if bias is None else y + jnp.asarray(bias, wide)
     if rank is not None:
         y = jnp.where(real.reshape(batch, tokens, *(1,) * len(channels)), _take(y, rank), 0)
-    return y.astype(x.dtype), _take(padded, count[:, None] + jnp.arange(reach))
+    return y.astype(x.dtype), _take(padded, count[:, None] + jnp.arange(reach)).astype(kept)
 
 
 def _places(ids: jax.Array, reach: int) -> jax.Array:
