@@ -331,7 +331,8 @@ class Strided(Mask):
         _require_int(self, "phase", least=0, below=self.stride)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return (q_idx - k_idx) % self.stride == self.phase
+        # Of numbers that are not negative, for which kernels have a division.
+        return _mod(_mod(q_idx, self.stride) - _mod(k_idx, self.stride) + self.stride, self.stride) == self.phase
 
     @property
     def period(self) -> int | None:
@@ -353,7 +354,7 @@ class Columns(Mask):
         _require_int(self, "phase", least=0, below=self.stride)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return (k_idx % self.stride == self.phase) & (q_idx == q_idx)
+        return (_mod(k_idx, self.stride) == self.phase) & (q_idx == q_idx)
 
     @property
     def period(self) -> int | None:
@@ -374,7 +375,7 @@ class Block(Mask):
         _require_int(self, "size", least=1)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return q_idx // self.size == k_idx // self.size
+        return _div(q_idx, self.size) == _div(k_idx, self.size)
 
     @property
     def period(self) -> int | None:
@@ -395,7 +396,7 @@ class BlockCausal(Mask):
         _require_int(self, "size", least=1)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return k_idx // self.size <= q_idx // self.size
+        return _div(k_idx, self.size) <= _div(q_idx, self.size)
 
     @property
     def period(self) -> int | None:
@@ -420,7 +421,7 @@ class BlockWindow(Mask):
         _require_int(self, "after", least=0)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        offset = k_idx // self.size - q_idx // self.size
+        offset = _div(k_idx, self.size) - _div(q_idx, self.size)
         return (offset >= -self.before) & (offset <= self.after)
 
     @property
@@ -448,7 +449,8 @@ class Staircase(Mask):
         _require_int(self, "width")
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return k_idx >= (q_idx - self.width) // self.step * self.step
+        stairs = -(-self.width // self.step) if self.width > 0 else 0  # so that nothing negative is divided
+        return k_idx >= (_div(q_idx - self.width + stairs * self.step, self.step) - stairs) * self.step
 
     @property
     def period(self) -> int | None:
@@ -644,6 +646,16 @@ def _coordinates(x: Interval, length: int, stride: int) -> Interval:
 
 def _common(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else math.lcm(a, b)
+
+
+def _div(x: Index, size: int) -> Index:
+    """x // size for x of at least 0."""
+    return jax.lax.div(x, jnp.full_like(x, size)) if isinstance(x, jax.Array) else x // size
+
+
+def _mod(x: Index, size: int) -> Index:
+    """x mod size for x of at least 0."""
+    return jax.lax.rem(x, jnp.full_like(x, size)) if isinstance(x, jax.Array) else x % size
 
 
 def _three(empty: np.ndarray, full: np.ndarray) -> np.ndarray:

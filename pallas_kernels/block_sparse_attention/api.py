@@ -27,9 +27,11 @@ SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
 dispatch.register(
     OP,
     [
+        dispatch.Implementation("tpu", "pallas_kernels.block_sparse_attention.tpu.op", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.block_sparse_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.block_sparse_attention.reference"),
     ],
+    trials="pallas_kernels.block_sparse_attention.cases:trials",
 )
 
 

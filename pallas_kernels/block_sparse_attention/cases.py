@@ -15,8 +15,8 @@ from pallas_kernels.block_sparse_attention.arguments import Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
 from pallas_kernels.masks import (
     Block,
-    BlockCausal,
     Causal,
+    Columns,
     Concatenated,
     Full,
     Mask,
@@ -166,7 +166,7 @@ SMALL = (
     Case("full", queries=40, keys=70, heads=4, kv_heads=2, value_size=24),
     Case("window", SlidingWindow(25, 3) | Prefix(4) | QueryPrefix(3), queries=300, heads=4, kv_heads=1),
     Case("staircase", Causal() & Staircase(16, 40), queries=200, fixed={"softcap": 2.0, "scale": 0.7}),
-    Case("empty_rows", Causal(-40) & ~BlockCausal(7), queries=130, extra={"sinks": (2,)}),
+    Case("empty_rows", Causal(-40) & ~Columns(7), queries=130, extra={"sinks": (2,)}),
     Case("more_keys", Concatenated((Causal(-1), Full()), (150, 37)), keys=190, heads=3),
     Case("boolean_blocks", block_array(np.arange(20).reshape(4, 5) % 3 == 0, 30, 20), queries=110, keys=95),
     Case("per_head", MIXED_HEADS, heads=4, kv_heads=2, extra={"bias": (1, 4, 150, 150)}),
@@ -175,6 +175,7 @@ SMALL = (
     Case("routed", queries=150, keys=130, heads=4, kv_heads=2, options=_blocks(32, 24)),
     Case("routed_shared", Causal(), options=_blocks(17, 11, per_head=False, per_batch=False)),
     Case("routed_segments", ~Causal(20), heads=4, kv_heads=2, options=_routed_segments),
+    Case("routed_128", None, 2, 300, 290, 4, 2, options=_blocks(128, 128), extra={"bias": (1, 2, 300, 290)}),
     Case("array_mask", heads=4, kv_heads=2, options=_array_mask),
     Case("chosen", heads=2, options=_chosen),
     Case("chosen_by_ids", heads=4, kv_heads=2, options=_chosen_by_ids),
@@ -194,7 +195,7 @@ SPEED = (
 )
 
 # What a kernel must be right in to qualify on a device.
-TRIED = ("full", "window", "staircase", "per_head", "segments", "routed", "routed_segments")
+TRIED = ("full", "window", "staircase", "per_head", "segments", "routed_128", "chosen")
 
 
 def trials() -> tuple[Trial, ...]:

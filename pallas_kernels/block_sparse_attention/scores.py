@@ -38,7 +38,7 @@ def modified(rules: Rules, products: jax.Array, x: Extras, at: Indices) -> jax.A
         scores = scores + x.bias.astype(scores.dtype)
     if rules.function is not None:
         values = [
-            _looked_up(table, ids, scores.dtype) if value is None else value
+            looked_up(table, ids, scores.dtype) if value is None else value
             for value, table, ids in zip(x.mods, x.mod_tables, x.mod_ids, strict=True)
         ]
         scores = jnp.asarray(rules.function(scores, *at, *values)).astype(scores.dtype)
@@ -79,7 +79,7 @@ def _place(mask: Mask, number: int, x: Extras, at: Indices) -> jax.Array:
     return _gathered(table, jnp.where(inside, groups, 0)) & inside
 
 
-def _looked_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def looked_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """(B|1, G|1, R|1, N|1, S) at (B|1, 1, 1, 1, M): (B|1, G|1, R|1, N|1, M)."""
     if not jnp.issubdtype(table.dtype, jnp.floating) or table.shape[-1] > LARGEST_ONE_HOT:
         return _gathered(table, ids)

@@ -1,8 +1,9 @@
 """Pallas' interpreter of TPUs, for the tests of every op."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
@@ -14,7 +15,11 @@ from pallas_kernels import dispatch
 
 @contextlib.contextmanager
 def interpreted(
-    device_kind: str | None = "TPU v5e", plan: ModuleType | None = None, **limits: int
+    device_kind: str | None = "TPU v5e",
+    plan: ModuleType | None = None,
+    *,
+    recorder: Callable[..., Any] | None = None,
+    **limits: Any,
 ) -> Iterator[list[RaceDetectionState]]:
     """Chooses for a TPU and interprets its kernels.
 
@@ -23,6 +28,7 @@ def interpreted(
     Args:
       device_kind: of the TPU.
       plan: module whose limits of blocks are others inside.
+      recorder: is called as `recorder(token, grid point, core)` for each grid point, and returns the token.
       **limits: those, by name.
 
     Yields:
@@ -34,7 +40,7 @@ def interpreted(
         kernels.append(RaceDetectionState(**options))  # the interpreter itself remembers those of its last kernel
         return kernels[-1]
 
-    parameters = pltpu.InterpretParams(detect_races=True)
+    parameters = pltpu.InterpretParams(detect_races=True, grid_point_recorder=recorder)
     with (
         pytest.MonkeyPatch.context() as patch,
         dispatch.target("tpu", device_kind, qualified_only=False),

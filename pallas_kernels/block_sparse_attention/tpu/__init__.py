@@ -1,0 +1,1 @@
+"""Block-sparse attention on TPU: a grid over the list of visited tiles."""
