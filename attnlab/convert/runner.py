@@ -33,7 +33,7 @@ from attnlab.experiment import Experiment, ModelConfig
 from attnlab.nn.lora import adapter_parameters, merge_adapters, with_adapter
 from attnlab.suggest import suggestion
 from attnlab.training import OptimizerConfig, TrainConfig, train
-from attnlab.training.evaluation import evaluate
+from attnlab.training.evaluation import evaluate, on_one_device
 
 PREFIX = "to_"
 ADAPTER = "conversion"
@@ -175,6 +175,7 @@ def convert(options: ConvertOptions, *, progress: bool = True) -> Report:
 
     judge(STAGES[0], teacher)
     config, model = to.convert(given, options, directory)
+    model = on_one_device(model)
     judge(STAGES[1], model)
     if options.tune_steps:
         model = _tuned(given, model, options, directory / "tune")
@@ -223,7 +224,7 @@ def _tuned(given: Given, model: nnx.Module, options: ConvertOptions, directory: 
         trainable=trainable,
         progress=given.progress,
     )
-    return merge_adapters(result.model)
+    return merge_adapters(on_one_device(result.model))
 
 
 def _of_mixers(path: tuple[Any, ...]) -> bool:

@@ -1,5 +1,7 @@
 """What a model reaches on the evaluation split, outside of a training run."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,14 @@ from flax import nnx
 from attnlab.training.loop import Data
 from attnlab.training.state import make_eval_step
 from attnlab.training.task import Sums, Task
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+def on_one_device(model: ModelT) -> ModelT:
+    """The same model with all of its arrays on the first device of this process."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.device_put(state, jax.local_devices()[0]))
 
 
 def evaluate(model: nnx.Module, task: Task, data: Data, batch_size: int) -> dict[str, float]:
@@ -21,7 +31,7 @@ def evaluate(model: nnx.Module, task: Task, data: Data, batch_size: int) -> dict
     Raises:
       ValueError: if the evaluation split holds no examples.
     """
-    graphdef, params, other = nnx.split(model, nnx.Param, ...)
+    graphdef, params, other = nnx.split(on_one_device(model), nnx.Param, ...)
     step = jax.jit(make_eval_step(graphdef, task))
     total: Sums | None = None
     batches = data.eval(batch_size, **task.data_options())

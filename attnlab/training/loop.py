@@ -256,7 +256,9 @@ class _Run:
         if found is None:
             self.step, seconds = 0, 0.0
             if isinstance(model, nnx.Module):
-                self.state = jax.jit(init, out_shardings=self.shardings)(params, other)
+                # Its arrays may be on one device, as `load_model` leaves them.
+                parts = jax.device_put((params, other), (self.shardings.params, self.shardings.other))
+                self.state = jax.jit(init, out_shardings=self.shardings)(*parts)
             else:
                 build = lambda: init(*_build(model, config.dtype, config.seed, trainable)[1:])  # noqa: E731
                 self.state = jax.jit(build, out_shardings=self.shardings)()

@@ -85,7 +85,8 @@ def test_eight_devices_compute_what_one_does_and_checkpoints_move_between_them(t
     assert program.returncode == 0, program.stderr
     results = json.loads(program.stdout.splitlines()[-1])
     assert results["1"]["shard"] == results["moved"]["shard"] == [16, 16]
-    assert results["8"]["shard"] == [8, 8]
+    assert results["8"]["shard"] == results["loaded"]["shard"] == [8, 8]
+    assert results["loaded"]["losses"]["1"] < results["1"]["losses"]["1"]  # it begins where that ended
     for name in ("8", "moved"):
         assert list(results[name]["losses"]) == list(map(str, range(1, 11)))
         for step, loss in results["1"]["losses"].items():

@@ -17,7 +17,7 @@ from attnlab.data.dataset import Dataset, Loading
 from attnlab.data.images import ArrayImages, Augment, array_dataset
 from attnlab.data.text import text_dataset
 from attnlab.nn.linear import Linear
-from attnlab.training import ClassificationTask, MeshConfig, OptimizerConfig, TrainConfig, train
+from attnlab.training import ClassificationTask, MeshConfig, OptimizerConfig, TrainConfig, load_model, train
 from pallas_kernels import dispatch, partition
 
 CLASSES = 4
@@ -160,14 +160,17 @@ def main(directory: str, mode: str, address: str = "", process: str = "") -> Non
     results["moved"] = _train_on(MeshConfig(2, -1, 2), 8, f"{directory}/moved", steps=4)
     results["moved"] = _train_on(MeshConfig(1, 2, 2), 4, f"{directory}/moved", steps=7)
     results["moved"] = _train_on(MeshConfig(), 1, f"{directory}/moved", steps=10)
+    # A loaded module, which stands on one device, trained on eight.
+    start = load_model(Classifier, f"{directory}/1")
+    results["loaded"] = _train_on(MeshConfig(2, -1, 2), 8, f"{directory}/loaded", steps=4, model=start)
     print(json.dumps(results))
 
 
-def _train_on(mesh: MeshConfig, count: int, directory: str, steps: int) -> dict[str, Any]:
+def _train_on(mesh: MeshConfig, count: int, directory: str, steps: int, model: Any = Classifier) -> dict[str, Any]:
     from attnlab.training import mesh_from
 
     devices = mesh_from(mesh, jax.devices()[:count])
-    result = train(Classifier, ClassificationTask(), images(), config(steps=steps, mesh=mesh), directory, mesh=devices)
+    result = train(model, ClassificationTask(), images(), config(steps=steps, mesh=mesh), directory, mesh=devices)
     kernel = result.model.hidden.kernel[...]
     shard = kernel.addressable_shards[0].data.shape
     return {"losses": losses(result.history), "eval": result.metrics["eval"]["loss"], "shard": shard}
