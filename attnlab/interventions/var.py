@@ -13,7 +13,7 @@ are generated are never sinks. Rows are edited behind the last image token. Ever
 
 Reference: seilk/VisAttnSink, `DimProspector`, `HeadFork`, `VARProcessor`. There the first two layers are left out
 (`layers=range(2, L)`) and weights are detached; here they have gradients. A row without attention on V∖S, which the
-authors' code divides by, cannot be selected with `summ` above 0 and ρ below 1; here it stays finite with others too.
+authors' code divides by, cannot be selected with `summ` above 0 and ρ below 1; here it stays as it is.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from attnlab.interventions.parts import move_mass
 from attnlab.points import At, Intervention, Setting
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
 
@@ -66,11 +67,7 @@ def redistribute(weights: ArrayLike, image: ArrayLike, sinks: ArrayLike, selecte
       p: what sinks keep of their attention.
     """
     weights, image, sinks = jnp.asarray(weights), _of_keys(image), _of_keys(sinks)
-    rest = image & ~sinks
-    budget = (1 - p) * jnp.where(sinks, weights, 0).sum(-1, keepdims=True)
-    mass = jnp.where(rest, weights, 0).sum(-1, keepdims=True)
-    grown = weights * (1 + budget / jnp.where(mass == 0, 1, mass))
-    moved = jnp.where(sinks, p * weights, jnp.where(rest, grown, weights))
+    moved = move_mass(weights, sinks, image & ~sinks, kept=p)
     return jnp.where(jnp.asarray(selected)[..., None], moved, weights)
 
 
