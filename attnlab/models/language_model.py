@@ -299,8 +299,8 @@ class LanguageModel(Editable):
     def _logits(self, x: jax.Array, edits: Edits | None) -> jax.Array:
         x = x if self.norm is None else self.norm(x)
         if self.head is not None:
-            logits = self.head(x).astype(jnp.float32)
+            logits = self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         else:
-            table = self.embedding[...].astype(x.dtype)
-            logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=jnp.float32)
+            table, wide = self.embedding[...].astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
+            logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=wide)
         return visit(self, edits, "logits", logits)
