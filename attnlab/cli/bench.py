@@ -12,6 +12,8 @@ import tyro
 from attnlab.bench.problem import OPS, Problem, Shape
 from attnlab.suggest import suggestion
 
+SPARSE = ("block_sparse_attention", "neighborhood_attention")
+
 EXPLANATION = f"""\
 usage: attnlab bench OP [OPTIONS]
        attnlab bench mixer --mixers NAME NAME ... [OPTIONS]
@@ -20,9 +22,10 @@ Times every implementation of an op that runs on this machine, and every peer th
 attention, PyTorch's, and those of flash-linear-attention (in a process of their own). A result that is wrong is not
 timed. Prints milliseconds, bytes and operations per second, the share of this machine's bound, and the time over that
 of the first line; writes results.json and drawings of tokens per second against length to --out-dir.
+Ops of sparse attention are held against dense attention, and JAX's own under a mask: --help tells their options.
 `mixer` times registered mixers instead, of any names, forward and with the gradient, in one run.
 
-Ops: {", ".join(OPS)}
+Ops: {", ".join((*OPS, *SPARSE))}
 `attnlab bench OP --help` and `attnlab bench mixer --help` print every option."""
 
 # The shapes of flash-linear-attention's own benchmark, and one layer for a CPU.
@@ -82,8 +85,12 @@ def run(arguments: list[str]) -> int:
         from attnlab.cli import bench_mixer
 
         return bench_mixer.run(rest)
+    if op in SPARSE:
+        from attnlab.cli import bench_sparse
+
+        return bench_sparse.run(op, rest)
     if op not in OPS:
-        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, 'mixer'])}")
+        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, *SPARSE, 'mixer'])}")
     options = tyro.cli(BenchOptions, args=rest, prog=f"attnlab bench {op}")
     # Peers in another process need memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
