@@ -137,10 +137,11 @@ def folded(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def redraw_convolutions(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
-    """Draws the kernels of all convolutions in a module anew, normal of variance 2 / fan-out, and clears their biases.
+def redraw_convolutions(module: nnx.Module, init: nnx.Initializer | None = None, *, rngs: nnx.Rngs) -> None:
+    """Draws the kernels of all convolutions in a module anew, and clears their biases.
 
-    For models whose authors initialise them so: the families of PVTv2 and what follows them.
+    For models whose authors initialise them otherwise than `Conv` does: by `init`, or when None by a normal of variance
+    2 / fan-out, as PVTv2 and what follows it.
     """
     for _, part in nnx.iter_modules(module):
         if not isinstance(part, Conv | DepthwiseConv):
@@ -148,7 +149,7 @@ def redraw_convolutions(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
         shape = part.kernel.shape
         taps = math.prod(part.kernel_size)
         outputs = taps if isinstance(part, DepthwiseConv) else taps * shape[-1] // part.feature_group_count
-        draw = nnx.initializers.normal((2 / outputs) ** 0.5)
+        draw = nnx.initializers.normal((2 / outputs) ** 0.5) if init is None else init
         part.kernel[...] = draw(rngs.params(), shape, part.kernel.dtype)
         if part.bias is not None:
             part.bias[...] = jnp.zeros_like(part.bias[...])
