@@ -160,7 +160,8 @@ class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, statistics in float32, result in the dtype of the input.
 
     `deterministic=True` uses the running statistics; otherwise the batch's, and the running ones are updated with
-    `momentum` (weight of the old value; 0.9 where PyTorch says 0.1).
+    `momentum` (weight of the old value; 0.9 where PyTorch says 0.1). As there the variance that is kept is unbiased,
+    that of n entries n / (n - 1) times what the batch is divided by.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class BatchNorm(nnx.BatchNorm):
             momentum=momentum,
             use_scale=use_affine,
             use_bias=use_affine,
+            use_fast_variance=False,
             dtype=jnp.promote_types(param_dtype, jnp.float32),
             param_dtype=param_dtype,
             rngs=rngs,
@@ -186,5 +188,18 @@ class BatchNorm(nnx.BatchNorm):
 
     def __call__(self, x: ArrayLike, *, deterministic: bool = True, mask: ArrayLike | None = None) -> jax.Array:
         """Normalises; entries where `mask`, of the shape of `x` without channels, is False are in no statistic."""
+        x = jnp.asarray(x)
         where = None if mask is None else jnp.asarray(mask)[..., None]
-        return super().__call__(x, use_running_average=deterministic, mask=where).astype(jnp.result_type(x))
+        before = self.var[...]
+        y = super().__call__(x, use_running_average=deterministic, mask=where).astype(x.dtype)
+        if not deterministic:
+            entries = x.size // x.shape[-1] if mask is None else jnp.sum(jnp.asarray(mask))
+            after = self.var[...]
+            self.var[...] = after + (after - self.momentum * before) / jnp.maximum(entries - 1, 1)
+        return y
+
+    def keep(self, mean: jax.Array, var: jax.Array, entries: int) -> None:
+        """Updates the running statistics by those of a batch that was normalised elsewhere, its variance biased."""
+        m, unbiased = self.momentum, var * (entries / max(entries - 1, 1))
+        for held, new in ((self.mean, mean), (self.var, unbiased)):
+            held[...] = (m * held[...] + (1 - m) * jax.lax.stop_gradient(new)).astype(held[...].dtype)

@@ -250,5 +250,5 @@ def _reduce(x, start, operation, size, stride, padding, out) -> jax.Array:
         for n, k, s, p, count in zip(x.shape[1:-1], size, stride, padding, out, strict=True)
     ]
     widths = [(0, 0), *zip(padding, high, strict=True), (0, 0)]
-    y = jax.lax.reduce_window(x, jnp.asarray(start, x.dtype), operation, (1, *size, 1), (1, *stride, 1), widths)
+    y = jax.lax.reduce_window(x, np.asarray(start, x.dtype), operation, (1, *size, 1), (1, *stride, 1), widths)
     return y[(slice(None), *(slice(count) for count in out))]

@@ -1,0 +1,7 @@
+"""Golden adapter of `ulsam`."""
+
+from attnlab.interop.ulsam import OFFICIAL
+
+from attnlab.interop.official import runner
+
+run = runner(OFFICIAL)
