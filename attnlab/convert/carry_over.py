@@ -9,13 +9,20 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 Path = tuple[Any, ...]
 
 
-def carry_over(source: nnx.Module, target: ModelT, *, new: Callable[[Path], bool]) -> ModelT:
+def carry_over(
+    source: nnx.Module,
+    target: ModelT,
+    *,
+    new: Callable[[Path], bool],
+    gone: Callable[[Path], bool] = lambda path: False,
+) -> ModelT:
     """The target with the source's parameters, by their paths, in place of its own.
 
     Args:
       source: where parameters come from.
       target: where they go; it is not changed.
       new: whether the parameter at a path of the target is its own and stays.
+      gone: whether the parameter at a path of the source is left behind.
 
     Returns:
       A new structure; what was carried over is the source's arrays.
@@ -26,7 +33,8 @@ def carry_over(source: nnx.Module, target: ModelT, *, new: Callable[[Path], bool
     target = nnx.clone(target)
     there = dict(nnx.to_flat_state(nnx.state(source, nnx.Param)))
     here = dict(nnx.to_flat_state(nnx.state(target, nnx.Param)))
-    problems = [f"{_words(path)} has no place in it" for path in there if path not in here or new(path)]
+    kept = (path for path in there if not gone(path))
+    problems = [f"{_words(path)} has no place in it" for path in kept if path not in here or new(path)]
     for path, variable in here.items():
         if new(path):
             continue
