@@ -1,7 +1,6 @@
 """Golden adapter of `raptor`."""
 
-from attnlab.interop.raptor import OFFICIAL
-
 from attnlab.interop.official import runner
+from attnlab.interop.raptor import OFFICIAL
 
 run = runner(OFFICIAL)

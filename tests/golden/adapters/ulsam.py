@@ -1,7 +1,6 @@
 """Golden adapter of `ulsam`."""
 
-from attnlab.interop.ulsam import OFFICIAL
-
 from attnlab.interop.official import runner
+from attnlab.interop.ulsam import OFFICIAL
 
 run = runner(OFFICIAL)
