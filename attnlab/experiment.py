@@ -14,6 +14,7 @@ experiment again. Sizes that follow from the data (image size, classes, vocabula
 
 import dataclasses
 import functools
+import importlib
 import json
 import types
 import typing
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import nnx
 
@@ -33,7 +36,6 @@ from attnlab.models.vit import ViT
 from attnlab.suggest import suggestion
 from attnlab.training import (
     ClassificationTask,
-    ConfigMismatch,
     LanguageTask,
     TrainConfig,
     TrainResult,
@@ -51,7 +53,7 @@ def _parse_json(arguments: list[str]) -> Any:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError('not a JSON object, such as \'{"softmax_attention": {"qk_norm": true}}\'')
-    return value
+    return _decode_options(value, "options")
 
 
 Options = Annotated[
@@ -61,7 +63,7 @@ Options = Annotated[
         metavar="JSON",
         instance_from_str=_parse_json,
         is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: [json.dumps(value)],
+        str_from_instance=lambda value: [json.dumps(as_dict(value))],
     ),
 ]
 
@@ -222,14 +224,41 @@ class Experiment:
         return dataclasses.replace(self.task, positions=False)
 
 
-def as_dict(value: Any) -> Any:
-    """An experiment, or a part of one, as JSON has it; each dataclass says its `type`."""
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: as_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+def as_dict(value: Any, where: str = "experiment", *, free: bool = False) -> Any:
+    """An experiment, or a part of one, as JSON has it: what `from_dict` makes the same of again.
+
+    Each dataclass says its `type`; among free options, which may hold any (a `Rotary`, a mask), with its module.
+
+    Args:
+      value: what to write.
+      where: it stands, for messages.
+      free: whether it is an option of no known type.
+
+    Raises:
+      ValueError: for a value that could not be read again, naming where it stands.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        name = f"{cls.__module__}.{cls.__qualname__}" if free else cls.__name__
+        if free and _value_class(name) is not cls:
+            raise ValueError(f"{where}: a {name} cannot be read again from {EXPERIMENT_FILE}")
+        names = [field.name for field in dataclasses.fields(value)]
+        return {"type": name} | {n: as_dict(getattr(value, n), f"{where}.{n}", free=free) for n in names}
     if isinstance(value, Mapping):
-        return {key: as_dict(item) for key, item in value.items()}
-    return [as_dict(item) for item in value] if isinstance(value, list | tuple) else value
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{where}: keys must be text, not {wrong[0]!r}")
+        if isinstance(kind := value.get("type"), str) and (kind == "dtype" or "." in kind):
+            raise ValueError(f"{where}: the option type={kind!r} would be taken for a value's class when read again")
+        return {key: as_dict(item, f"{where}.{key}", free=True) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_dict(item, f"{where}[{index}]", free=free) for index, item in enumerate(value)]
+    if isinstance(value, np.generic):
+        return as_dict(value.item(), where, free=free)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if free and _is_dtype(value):
+        return {"type": "dtype", "name": jnp.dtype(value).name}
+    raise ValueError(f"{where}: {value!r} cannot be read again from {EXPERIMENT_FILE}")
 
 
 def from_dict(raw: Mapping[str, Any]) -> Experiment:
@@ -241,15 +270,17 @@ def from_dict(raw: Mapping[str, Any]) -> Experiment:
     return _decode(Experiment, raw, "experiment")
 
 
-def save(experiment: Experiment, info: attnlab.data.DatasetInfo, directory: Path) -> None:
-    """Writes `experiment.json`: the experiment, and the facts about its data that a model is built from."""
-    directory.mkdir(parents=True, exist_ok=True)
-    saved = {"experiment": as_dict(experiment), "dataset": dataclasses.asdict(info)}
-    (directory / EXPERIMENT_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+def document(experiment: Experiment, info: attnlab.data.DatasetInfo) -> dict[str, Any]:
+    """What `experiment.json` holds: the experiment, and the facts about its data that a model is built from.
+
+    Raises:
+      ValueError: as `as_dict`.
+    """
+    return {"experiment": as_dict(experiment), "dataset": dataclasses.asdict(info)}
 
 
 def load(path: str | Path) -> tuple[Experiment, attnlab.data.DatasetInfo]:
-    """Reads what `save` wrote.
+    """Reads what `document` says, from the `experiment.json` of a run.
 
     Args:
       path: of the file, or of its directory.
@@ -268,7 +299,7 @@ def load(path: str | Path) -> tuple[Experiment, attnlab.data.DatasetInfo]:
         info = info | {"image_shape": info["image_shape"] and tuple(info["image_shape"])}
         info = attnlab.data.DatasetInfo(**info | {"class_names": tuple(info["class_names"])})
         return from_dict(raw["experiment"]), info
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an experiment ({type(error).__name__}: {error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -293,7 +324,7 @@ def run(
       KeyError: for a mixer that is not registered.
       DataError: if files are missing or broken.
       ConfigMismatch: if the directory holds another run.
-      ValueError: for settings that do not fit together.
+      ValueError: for settings that do not fit together, or that could not be read again.
       TrainingInterrupted: after SIGTERM or Ctrl-C, when the state is saved.
       NonFiniteError: at a loss that is infinite or NaN.
     """
@@ -301,17 +332,9 @@ def run(
     dataset = experiment.open() if dataset is None else dataset
     build = functools.partial(experiment.model.build, dataset.info)
     directory = Path(directory)
-    settings = _settings(experiment)
-    file = directory / EXPERIMENT_FILE
-    before = file.read_text() if file.exists() else None
+    settings, files = _settings(experiment), {EXPERIMENT_FILE: document(experiment, dataset.info)}
     task = experiment.task_for(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
-    save(experiment, dataset.info, directory)
-    try:
-        return train(build, task, dataset, experiment.train, directory, experiment=settings, progress=progress)
-    except ConfigMismatch:
-        if before is not None:
-            file.write_text(before)
-        raise
+    return train(build, task, dataset, experiment.train, directory, experiment=settings, files=files, progress=progress)
 
 
 def save_trained(
@@ -333,13 +356,13 @@ def save_trained(
 
     Raises:
       FileExistsError: if the directory holds checkpoints.
-      ValueError: for an experiment with averages, or without `steps`.
+      ValueError: for an experiment with averages, or without `steps`, or that could not be read again.
     """
     from attnlab.training.handover import save_as_run
 
     settings, task = _settings(experiment), experiment.task_for(model)
-    save_as_run(model, task, dataset, experiment.train, directory, experiment=settings, metrics=metrics)
-    save(experiment, dataset.info, Path(directory))
+    files = {EXPERIMENT_FILE: document(experiment, dataset.info)}
+    save_as_run(model, task, dataset, experiment.train, directory, experiment=settings, files=files, metrics=metrics)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -376,7 +399,40 @@ def _decode(annotation: Any, raw: Any, where: str) -> Any:
             return cls(**given)
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from error
-    return tuple(_decode(None, item, where) for item in raw) if isinstance(raw, list) else raw
+    if isinstance(raw, list):
+        return tuple(_decode(None, item, where) for item in raw)
+    return _decode_options(raw, where) if isinstance(raw, Mapping) else raw
+
+
+def _decode_options(raw: Mapping[str, Any], where: str) -> Any:
+    """A mapping of options, or the value of a class that `as_dict` wrote among them."""
+    kind = raw.get("type")
+    items = {name: _decode(None, item, f"{where}.{name}") for name, item in raw.items() if name != "type"}
+    if kind == "dtype":
+        return jnp.dtype(items["name"])
+    if not isinstance(kind, str) or "." not in kind:
+        return items | ({} if kind is None else {"type": kind})
+    cls = _value_class(kind)
+    if cls is None:
+        raise ValueError(f"{where}: no value class is called {kind!r}")
+    return cls(**items)
+
+
+def _value_class(name: str) -> type | None:
+    """The dataclass of that module and name, if it is one of these packages; nothing else is imported or called."""
+    module, _, cls = name.rpartition(".")
+    if module.partition(".")[0] not in ("attnlab", "pallas_kernels"):
+        return None
+    try:
+        found = getattr(importlib.import_module(module), cls, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether it is a dtype, or a scalar type such as `jnp.bfloat16`."""
+    return isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype"))
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

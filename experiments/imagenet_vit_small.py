@@ -19,7 +19,7 @@ CONFIG = Experiment(
         resize=256,
         scale="symmetric",
         augment=Augment(flip=True),
-        loading=Loading(worker_count=16),
+        loading=Loading(num_threads=8, worker_count=None),
     ),
     task=ClassificationTask(label_smoothing=0.1),
     train=TrainConfig(

@@ -12,6 +12,7 @@ put together are the batch that a single process would read, whatever their numb
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,21 +28,30 @@ SPLITS = ("train", "eval")
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How examples are read; never which, or in what order.
+    """How examples are read; never which, or in what order: a run may go on with other numbers.
 
     Attributes:
       num_threads: threads that prepare batches ahead; 0 reads in the calling thread, best for data in memory.
-      worker_count: processes that prepare batches ahead, for heavy decoding; 0 stays in this process. The program's
-        entry point must then be guarded by `if __name__ == "__main__"`.
+      worker_count: processes that prepare batches ahead, for heavy decoding; 0 stays in this process, and None is one
+        for each of the machine's processors but the first two, up to 16. The program's entry point must then be guarded
+        by `if __name__ == "__main__"`.
     """
 
     num_threads: int = 0
-    worker_count: int = 0
+    worker_count: int | None = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) < 0:
+            value = getattr(self, field.name)
+            if value is not None and value < 0:
                 raise ValueError(f"{field.name} must be at least 0, not {value}")
+
+    @property
+    def workers(self) -> int:
+        """Processes that prepare batches ahead on this machine."""
+        if self.worker_count is not None:
+            return self.worker_count
+        return min(16, max(0, len(os.sched_getaffinity(0)) - 2)) if hasattr(os, "sched_getaffinity") else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +91,20 @@ class Batches(Iterator[Batch]):
     every process, and it may be restored under another number of processes.
     """
 
-    def __init__(self, dataset: Any, stream: Mapping[str, Any]):
-        self._iterator = iter(dataset)
-        self._stream = dict(stream)
+    def __init__(self, start: Callable[[int], Any], stream: Mapping[str, Any]):
+        self._start, self._stream = start, dict(stream)
+        self._taken, self._iterator = 0, None
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if self._iterator is None:
+            self._iterator = self._start(self._taken)
+        batch = next(self._iterator)
+        self._taken += 1
+        return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch taken."""
-        return {"stream": dict(self._stream), "position": self._iterator.get_state()}
+        """The position after the last batch taken: how many there were, whoever prepared them."""
+        return {"stream": dict(self._stream), "position": self._taken}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves to a position that `get_state` gave, of this iterator or of one made by the same call.
@@ -105,11 +119,16 @@ class Batches(Iterator[Batch]):
         if differing:
             changes = ", ".join(f"{key} was {then.get(key)!r} and is now {now.get(key)!r}" for key in differing)
             raise ValueError(f"the saved data position belongs to another stream of batches: {changes}")
-        self._iterator.set_state(state["position"])
+        if not isinstance(state["position"], int) or state["position"] < 0:
+            raise ValueError(f"a data position is the number of batches taken, not {state['position']!r}")
+        self.close()
+        self._taken = state["position"]
 
     def close(self) -> None:
         """Ends the threads and processes that prepare batches ahead."""
-        self._iterator.close()
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,15 +241,22 @@ class Dataset:
         import grain
 
         shard_index, shard_count = shard
-        threads, workers = self.loading.num_threads, self.loading.worker_count
+        threads, workers = self.loading.num_threads, self.loading.workers
         # Batches first, slice second: a process takes a run of consecutive rows from each step's batch.
         local = dataset.batch(batch_size // shard_count)[shard_index::shard_count]
-        batches = local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-        if workers:
-            _mark_flags_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        stream = {"name": self.info.name, "digest": self.info.digest, "batch_size": batch_size, **stream}
-        return Batches(batches, stream | {"worker_count": workers})
+
+        def start(taken: int) -> Any:
+            if taken >= len(local):
+                return iter(local[:0])
+            rest = local[taken:] if taken else local
+            batches = rest.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+            if workers:
+                _mark_flags_as_parsed()
+                options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+                batches = batches.mp_prefetch(options)
+            return iter(batches)
+
+        return Batches(start, {"name": self.info.name, "digest": self.info.digest, "batch_size": batch_size, **stream})
 
 
 class _PaddedExamples:

@@ -8,6 +8,7 @@ ImageNet (ILSVRC 2012) is such a folder once its archives are unpacked, with the
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from attnlab.data.dataset import Dataset, DatasetInfo, Example, Loading
-from attnlab.data.errors import data_error, existing
+from attnlab.data.errors import DataError, data_error, existing
 from attnlab.data.images import Augment, ImageTransform, Scale, stratified_split
 from attnlab.suggest import suggestion
 
@@ -34,7 +35,8 @@ class ImageFolder:
     """Labelled images in directories, decoded when they are read; labels number the sorted directory names.
 
     An image is resized, its shorter side to `resize` pixels, and cut to the middle square. A square of `size` pixels
-    of it is used: at a random place in training, the middle one in evaluation. The digest is that of the relative
+    of it is used: at a random place in training, the middle one in evaluation. It stands upright, as the camera's note
+    of its orientation says (EXIF). The digest is that of the relative
     paths and sizes of all files, not of their contents.
 
     Attributes:
@@ -48,6 +50,8 @@ class ImageFolder:
       channels: 3 for colours, 1 for grey.
       scale: of the values, "unit" for [0, 1] or "symmetric" for [-1, 1].
       augment: random changes in training.
+      on_broken: what happens at an image that cannot be decoded: "raise", or "skip": a warning names it and counts
+        those so far, and an example of weight 0 takes its place, which counts nowhere.
       loading: threads and processes; decoding large images is worth several.
     """
 
@@ -62,6 +66,7 @@ class ImageFolder:
     channels: Literal[1, 3] = 3
     scale: Scale = "unit"
     augment: Augment = dataclasses.field(default_factory=Augment)
+    on_broken: Literal["raise", "skip"] = "raise"
     loading: Loading = dataclasses.field(default_factory=Loading)
 
     def open(self) -> Dataset:
@@ -77,6 +82,8 @@ class ImageFolder:
             raise ValueError(f"channels must be 1 or 3, not {self.channels}")
         if not 1 <= self.size <= resize:
             raise ValueError(f"size must be at least 1 and at most resize, not {self.size} with resize {resize}")
+        if self.on_broken not in ("raise", "skip"):
+            raise ValueError(f"on_broken must be 'raise' or 'skip', not {self.on_broken!r}")
         root = existing(self.path, "directory", **_HELP)
         splits, classes = self._split_by_fraction(root) if self.eval_fraction is not None else self._split_by_dir(root)
         digest = hashlib.sha256()
@@ -93,7 +100,7 @@ class ImageFolder:
             class_names=tuple(classes),
             details={"folder": root.name},
         )
-        examples = {split: _Files(files, resize, self.channels) for split, files in splits.items()}
+        examples = {split: _Files(files, resize, self.channels, self.on_broken) for split, files in splits.items()}
         transform = ImageTransform((self.size, self.size), self.augment, self.scale)
         return Dataset(info, lambda split, _: examples[split], transform, self.loading)
 
@@ -121,15 +128,26 @@ class ImageFolder:
 class _Files(Sequence[Example]):
     """Image files decoded by index."""
 
-    def __init__(self, files: list[tuple[Path, int]], size: int, channels: int):
-        self._files, self._size, self._channels = files, size, channels
+    def __init__(self, files: list[tuple[Path, int]], size: int, channels: int, on_broken: str = "raise"):
+        self._files, self._size, self._channels, self._on_broken = files, size, channels, on_broken
+        self._skipped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
         path, label = self._files[index]
-        image = read_image(path, self._size, self._channels)
+        try:
+            image = read_image(path, self._size, self._channels)
+        except DataError as error:
+            if self._on_broken == "raise":
+                raise
+            if index not in self._skipped:
+                self._skipped.add(index)
+                problem = str(error).splitlines()[0]
+                warnings.warn(f"{problem}; skipped, {len(self._skipped)} of {len(self)} so far", stacklevel=2)
+            blank = np.zeros((self._size, self._size, self._channels), np.uint8)
+            return {"image": blank, "label": np.int32(label), "weight": np.float32(0)}
         return {"image": image, "label": np.int32(label), "weight": np.float32(1)}
 
 
@@ -143,9 +161,8 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            square = ImageOps.fit(
-                image.convert("RGB" if channels == 3 else "L"), (size, size), Image.Resampling.BICUBIC
-            )
+            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            square = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
     except Exception as error:  # a broken file makes decoders raise anything: struct.error, KeyError, SyntaxError, ...
         expected = f"an image that pillow can decode ({', '.join(sorted(SUFFIXES))})"
         problem = f"cannot be decoded as an image ({error})"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import ShapeDtypeStruct
 
@@ -102,7 +103,8 @@ class Checkpoints:
         if score is not None:
             self._keep.scores[step] = score
         items = {name: self._args.StandardSave(_by_name(trees[name])) for name in self._items}
-        progress = self._args.JsonSave({**progress, "score": score})
+        digests = {name: _digests(trees[name]) for name in self._items}
+        progress = self._args.JsonSave({**progress, "score": score, "digests": digests})
         self._manager.save(step, args=self._args.Composite(**items, **{PROGRESS: progress}))
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,6 +119,7 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: if the checkpoint holds other names, shapes or dtypes, naming the arrays.
+          CheckpointError: if an array is not, bit for bit, the one that was saved.
           Exception: whatever orbax raises for a checkpoint that it cannot read.
         """
         metadata = self._manager.item_metadata(step)
@@ -128,7 +131,14 @@ class Checkpoints:
         read = self._manager.restore(step, args=self._args.Composite(**items))
         trees = {name: jax.tree.unflatten(jax.tree.structure(tree), _leaves_in_order(read[name], tree))
                  for name, tree in abstract.items()}  # fmt: skip
-        return trees, self._read_progress(step)
+        progress = self._read_progress(step)
+        for name, tree in trees.items():
+            # Storage checks most of what it reads, not all of it. Checkpoints of before digests have none.
+            there, here = progress.get("digests", {}).get(name), _digests(tree)
+            if there is not None and there != here:
+                wrong = ", ".join(leaf for leaf in here if there.get(leaf) != here[leaf])
+                raise CheckpointError(f"arrays of {name!r} are not those that were saved: {wrong}")
+        return trees, progress
 
     def restore_newest(self, abstract: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Reads the newest checkpoint that can be read.
@@ -205,6 +215,37 @@ class Checkpoints:
 
                 multihost_utils.sync_global_devices("unreadable checkpoints put aside")
             self._manager.reload()
+
+
+def _digests(tree: Any) -> dict[str, int]:
+    """A number for each array by its name, that another array has with a chance of about 2^-32.
+
+    Σ_i (2 i + 1) w_i modulo 2^32 over the array's 32-bit words w: a sum of integers does not depend on how the array is
+    cut over devices, and a single changed word always changes it.
+    """
+    names, leaves = zip(*_named_leaves(tree), strict=True) if _named_leaves(tree) else ((), ())
+    return dict(zip(names, map(int, jax.device_get(_sums_of_words(leaves))), strict=True))
+
+
+@jax.jit
+def _sums_of_words(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [_sum_of_words(leaf) for leaf in leaves]
+
+
+def _sum_of_words(leaf: jax.Array) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    width = min(leaf.dtype.itemsize, 4)
+    words = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place, stride = place + index * jnp.uint32(stride % 2**32), stride * words.shape[axis]
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _name(key: Any) -> str:

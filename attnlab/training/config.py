@@ -18,8 +18,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # They change how far, how often, where and how visibly, but not which numbers a step computes.
 FREE_SETTINGS = (
     "train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "train.keep", "train.log_every",
-    "train.tensorboard", "train.mesh.data", "train.mesh.fsdp", "train.mesh.tensor",
+    "train.tensorboard", "train.eval_batch_size", "train.mesh.data", "train.mesh.fsdp", "train.mesh.tensor",
+    # The data itself is told by its digest, which the checkpoints hold.
+    "experiment.data.path", "experiment.data.eval_path", "experiment.data.on_broken",
 )  # fmt: skip
+# They change the numbers of the steps to come, and may: whoever gives them wants that.
+STEERING_SETTINGS = ("train.optimizer.decay_steps",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class TrainConfig:
     """How to train; what and on what are the other arguments of `train`.
 
     Attributes:
-      steps: optimizer steps in all, or None where `epochs` says it.
+      steps: optimizer steps in all, or None where `epochs` says it. A run that goes on with more of them keeps the
+        schedule that it began with, see `OptimizerConfig.decay_steps`.
       epochs: passes over the training data, rounded up to whole steps; only with `steps=None`.
       batch_size: examples in an optimizer step, over all devices and processes.
       accumulate: micro-batches into which a batch is cut to save memory. The gradient is that of the whole batch, up to
@@ -73,6 +78,8 @@ class TrainConfig:
             value = getattr(self, field)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{field} must be more than 0, not {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0..2**32 - 1, not {self.seed}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.dtype not in DTYPES:
@@ -95,6 +102,23 @@ def settings_as_dict(config: TrainConfig, task: Any, experiment: Any = None) -> 
     return json.loads(json.dumps(settings))
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a file.
+
+    Raises:
+      ValueError: if it holds no settings, naming it.
+    """
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or "train" not in settings:
+            raise ValueError("no settings of a training")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): its settings cannot be read. Restore it, or move it away"
+        ) from error
+    return settings
+
+
 def check_same_settings(path: Path, now: Mapping[str, Any]) -> list[str]:
     """Compares the settings in `path` with those of this run.
 
@@ -103,15 +127,16 @@ def check_same_settings(path: Path, now: Mapping[str, Any]) -> list[str]:
 
     Raises:
       ConfigMismatch: if others differ, naming each with both values.
+      ValueError: if the file is damaged, naming it.
     """
-    then, now = _flatten(json.loads(path.read_text())), _flatten(now)
+    then, now = _flatten(read_settings(path)), _flatten(now)
     absent = "(absent)"
     changed = {
         key: f"{key} was {then.get(key, absent)!r} and is now {now.get(key, absent)!r}"
         for key in {**then, **now}
         if then.get(key, absent) != now.get(key, absent)
     }
-    fixed = [words for key, words in changed.items() if key not in FREE_SETTINGS]
+    fixed = [words for key, words in changed.items() if key not in FREE_SETTINGS + STEERING_SETTINGS]
     if fixed:
         raise ConfigMismatch(
             f"{path.parent} holds checkpoints of a run with other settings: {'; '.join(fixed)}. "

@@ -24,6 +24,7 @@ def save_as_run(
     out_dir: str | Path,
     *,
     experiment: Any = None,
+    files: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a run of `config.steps` steps that ends with this model.
@@ -38,6 +39,7 @@ def save_as_run(
       config: of the run; without `ema`, with `steps`.
       out_dir: of the run; it may not hold one yet.
       experiment: further settings of the run, as `train` takes them.
+      files: what else is written beside `config.json`, as `train` takes it.
       metrics: of the model's evaluation.
 
     Raises:
@@ -56,7 +58,8 @@ def save_as_run(
     try:
         if checkpoints.steps():
             raise FileExistsError(f"{directory} holds checkpoints; give another directory")
-        write_json(directory / "config.json", settings_as_dict(config, task, experiment))
+        for name, value in {"config.json": settings_as_dict(config, task, experiment), **(files or {})}.items():
+            write_json(directory / name, value)
         progress = {"seconds": 0.0, "data": batches.get_state()}
         checkpoints.save(config.steps, checkpoint_trees(state), progress)
     finally:

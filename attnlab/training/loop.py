@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.training import sharding
 from attnlab.training.checkpoint import Checkpoints
-from attnlab.training.config import DTYPES, TrainConfig, check_same_settings, settings_as_dict
+from attnlab.training.config import DTYPES, TrainConfig, check_same_settings, read_settings, settings_as_dict
 from attnlab.training.interrupt import StopRequests, TrainingInterrupted
 from attnlab.training.metrics import MetricsLog, ProgressLine, Record, Stopwatch
 from attnlab.training.optimizer import make_optimizer, make_schedule
@@ -104,6 +104,7 @@ def train(
     out_dir: str | Path,
     *,
     experiment: Any = None,
+    files: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
     trainable: Any = nnx.Param,
@@ -120,6 +121,8 @@ def train(
       out_dir: of the run.
       experiment: further settings that make the run what it is, such as those of the model and the data: a dataclass or
         a mapping. They are kept in `config.json` and compared when the run is resumed.
+      files: by name, what else is written into the directory as JSON, together with `config.json`: when nothing was
+        refused.
       mesh: devices, made by `config.mesh` when None. With several processes, `jax.distributed.initialize` comes first,
         and all of them make the same call and see the same `out_dir`.
       rules: mesh axes by the logical axis names of parameters.
@@ -142,7 +145,9 @@ def train(
     mesh = sharding.mesh_from(config.mesh) if mesh is None else mesh
     axes = partition.mesh_axes(batch=sharding.BATCH_AXES, heads=rules.get("heads") or ())
     with jax.set_mesh(mesh), axes, StopRequests() as stop, contextlib.ExitStack() as stack:
-        run = _Run(model, task, data, config, Path(out_dir), experiment, mesh, rules, trainable, progress, stack)
+        run = _Run(
+            model, task, data, config, Path(out_dir), experiment, files or {}, mesh, rules, trainable, progress, stack
+        )
         run.train(stop)
         return run.result()
 
@@ -172,7 +177,7 @@ def load_model(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} holds no run: it has no config.json")
-    settings = json.loads((directory / "config.json").read_text())["train"]
+    settings = read_settings(directory / "config.json")["train"]
     if ema and settings["ema"] is None:
         raise ValueError(f"{directory} was trained without ema")
     ema = settings["ema"] is not None if ema is None else ema
@@ -205,6 +210,7 @@ class _Run:
         config: TrainConfig,
         directory: Path,
         experiment: Any,
+        files: Mapping[str, Any],
         mesh: Mesh,
         rules: sharding.Rules,
         trainable: Any,
@@ -216,6 +222,11 @@ class _Run:
         sharding.check_batch_size("an evaluation batch", self.eval_batch_size, mesh)
         self.task, self.data, self.config, self.directory, self.mesh = task, data, config, directory, mesh
         self.steps = _number_of_steps(config, data, task)
+        # Before anything depends on it: a schedule is that of the steps with which the run began.
+        asked, began = config.optimizer.decay_steps, _steps_of_schedule(directory)
+        decay_steps = asked or began or self.steps
+        optimizer_config = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
+        config = self.config = dataclasses.replace(config, optimizer=optimizer_config)
         self.first = jax.process_index() == 0
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.steps)
@@ -268,7 +279,8 @@ class _Run:
             self.batches.set_state(saved["data"])
         self.saved_step = self.step if found else None
         if self.first:
-            write_json(self.directory / "config.json", settings)
+            for name, value in {"config.json": settings, **files}.items():
+                write_json(self.directory / name, value)
         self.step_bytes: int | None = None
         self.watch = Stopwatch(seconds)
         self.seconds_before = seconds
@@ -278,6 +290,13 @@ class _Run:
         units = config.batch_size * task.units_per_example()
         self.progress = ProgressLine(self.steps, self.step, units, task.unit, show=progress and self.first)
         stack.callback(self.progress.close)
+        if asked is None and decay_steps < self.steps and config.optimizer.schedule != "constant":
+            warnings.warn(
+                f"the {config.optimizer.schedule} schedule of this run comes down over {decay_steps} steps: from there "
+                f"to step {self.steps} the learning rate is {float(self.schedule(self.steps - 1)):.3g}. "
+                f"optimizer.decay_steps={self.steps} stretches it over all steps",
+                stacklevel=3,
+            )
         if changes:
             self.progress.say(f"settings that changed: {'; '.join(changes)}")
         if found:
@@ -286,7 +305,9 @@ class _Run:
     def train(self, stop: StopRequests) -> None:
         """All steps that are left."""
         compiled = None
-        while self.step < self.steps and not self._should_stop(stop):
+        if _due(self.step, self.config.eval_every) and self.step and self.log.last("eval", self.step) is None:
+            self._evaluate(stop)  # in which the run was stopped
+        while self.step < self.steps and not self._should_stop(stop, self.step):
             batch = sharding.put_batch(self._next_batch(), self.mesh)
             if compiled is None:
                 compiled = self.train_step.lower(self.state, batch).compile()
@@ -299,17 +320,18 @@ class _Run:
             self._look_at_losses(all_but=LAG)
             at_end, score = self.step == self.steps, None
             if at_end or _due(self.step, self.config.eval_every):
-                score = self._evaluate()
+                score = self._evaluate(stop)
             if at_end or _due(self.step, self.config.checkpoint_every):
                 self._save(score)
-        if self.step < self.steps:
+        evaluated = self.step == self.steps and self.log.last("eval", self.step) is not None
+        if self.step == self.steps and not evaluated and stop.received is None:
+            evaluated = self._evaluate(stop) is not None
+        if not evaluated:
             self._save(None)
             self.checkpoints.wait()
             self.progress.say(f"stopped by {stop.received.name}: step {self.step} of {self.steps} is saved in "
                               f"{self.directory}; the same call goes on from there")  # fmt: skip
             raise TrainingInterrupted(stop.received, self.step)
-        if self.log.last("eval", self.step) is None:
-            self._evaluate()
         self.checkpoints.wait()
 
     def result(self) -> TrainResult:
@@ -349,10 +371,11 @@ class _Run:
             )
         return batch
 
-    def _should_stop(self, stop: StopRequests) -> bool:
+    def _should_stop(self, stop: StopRequests, count: int) -> bool:
+        """Whether to stop, asked before each step and each batch of an evaluation, of which there were `count`."""
         if jax.process_count() == 1:
             return stop.received is not None
-        if self.step % self.config.log_every:
+        if count % self.config.log_every:
             return False
         from jax.experimental import multihost_utils
 
@@ -386,10 +409,10 @@ class _Run:
         )  # fmt: skip
         raise NonFiniteError(f"{what}. Training stopped; {kept}")
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, stop: StopRequests) -> float | None:
         """Logs the metrics of the evaluation split; returns the one that chooses the best checkpoint.
 
-        With averaged parameters it is theirs.
+        With averaged parameters it is theirs. None, and nothing is logged, if it was stopped between two batches.
         """
         self._look_at_losses()
         self.watch.stop()
@@ -398,7 +421,10 @@ class _Run:
             splits["eval_ema"] = self.state.ema
         totals: dict[str, Sums] = {}
         batches = self.data.eval(self.eval_batch_size, **self.task.data_options())
-        for batch in batches:
+        for count, batch in enumerate(batches):
+            if self._should_stop(stop, count):
+                _close(batches)
+                return None
             batch = sharding.put_batch(batch, self.mesh)
             for split, params in splits.items():
                 sums = self.eval_step(params, self.state.other, batch)
@@ -442,6 +468,14 @@ def _split(model: ModelSource, dtype: str, seed: int, trainable: Any) -> tuple[n
             )
         return _build(model, dtype, seed, trainable)
     return nnx.split(nnx.eval_shape(lambda: model(dtype=DTYPES[dtype], rngs=nnx.Rngs(seed))), trainable, ...)
+
+
+def _steps_of_schedule(directory: Path) -> int | None:
+    """The steps of the schedule with which the run in a directory began; None where there is none to go on with."""
+    path = directory / "config.json"
+    if not path.exists() or not any(entry.name.isdigit() for entry in (directory / "checkpoints").glob("*")):
+        return None
+    return read_settings(path)["train"].get("optimizer", {}).get("decay_steps")
 
 
 def _number_of_steps(config: TrainConfig, data: Data, task: Task) -> int:

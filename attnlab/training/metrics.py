@@ -38,7 +38,7 @@ class MetricsLog:
         if not write:
             return
         shorter = path.with_suffix(".jsonl.new")
-        shorter.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+        shorter.write_text("".join(map(_line, self.history)))
         shorter.replace(path)
         self._file = path.open("a")
         if tensorboard:
@@ -47,12 +47,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
-        """Adds a measurement, on disk at once. What is not finite is text in JSON: "nan", "inf", "-inf"."""
-        values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        record = {"step": step, "split": split, "values": values, "time": round(seconds, 3)}
+        """Adds a measurement, on disk at once. What is not finite is text in the file: "nan", "inf", "-inf"."""
+        record = {"step": step, "split": split, "values": dict(values), "time": round(seconds, 3)}
         self.history.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -73,8 +72,14 @@ class MetricsLog:
             self._board.close()
 
 
+def _line(record: Record) -> str:
+    """A record as a line of JSON, which has no words for what is not finite: there it is text."""
+    values = {name: value if math.isfinite(value) else str(value) for name, value in record["values"].items()}
+    return json.dumps(record | {"values": values}) + "\n"
+
+
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line that was cut off in writing is left out.
+    """The records of a `metrics.jsonl`, all values numbers; a last line that was cut off in writing is left out.
 
     Raises:
       ValueError: for any other line that is not JSON, with its number.
@@ -83,7 +88,8 @@ def read_metrics(path: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            records.append(record | {"values": {name: float(value) for name, value in record["values"].items()}})
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is not JSON: {line[:80]!r}") from error

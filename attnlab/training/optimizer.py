@@ -34,6 +34,9 @@ class OptimizerConfig:
       name: one of `OPTIMIZERS`.
       learning_rate: at its peak.
       schedule: after the warm-up: "cosine" or "linear" down to `end_fraction` at the last step, or "constant".
+      decay_steps: steps after which the schedule has come down, and stays there; all those of the training when None.
+        A run that goes on keeps the number that it began with, however many steps it is now to have, unless this says
+        otherwise: so that the learning rate never jumps unasked.
       warmup_steps: steps over which the learning rate rises linearly; the first step has 1 / warmup_steps of the peak.
       end_fraction: learning rate of the last step over the peak; for "cosine" and "linear".
       weight_decay: factor of the decoupled decay, see `decays` for the parameters that it leaves out.
@@ -51,6 +54,7 @@ class OptimizerConfig:
     name: str = "adamw"
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
+    decay_steps: int | None = None
     warmup_steps: int = 0
     end_fraction: float = 0.0
     weight_decay: float = 0.05
@@ -73,6 +77,8 @@ class OptimizerConfig:
             if getattr(self, given) is not None and given not in defaults:
                 has = ", ".join(defaults) or "none of its own"
                 raise ValueError(f"{self.name} has no hyperparameter {given}; it has: {has}")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"decay_steps must be at least 1, not {self.decay_steps}")
         for field in ("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "clip_norm"):
             value = getattr(self, field)
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -133,10 +139,11 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], 
     """The learning rate of each step, from 0 to `total_steps` - 1.
 
     Raises:
-      ValueError: if the warm-up is longer than the training.
+      ValueError: if the warm-up is longer than the training, or than `decay_steps`.
     """
+    total_steps = total_steps if config.decay_steps is None else config.decay_steps
     if config.warmup_steps > total_steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps of the training")
+        raise ValueError(f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps of the schedule")
 
     def learning_rate(step: Any) -> jax.Array:
         rise = (step + 1) / max(config.warmup_steps, 1)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ from flax import nnx
 import attnlab.data
 from attnlab import experiment
 from attnlab.cli import configs
+from attnlab.nn.masking import SameLabel
+from attnlab.nn.rotary import Rotary
 from attnlab.registry import Kind, get
 from attnlab.training import ConfigMismatch
 from experiments import demo, digits_vit
+from pallas_kernels.masks import Causal, SlidingWindow
 
 INFO = {
     "image": {"image_shape": (32, 32, 3), "num_classes": 10},
@@ -33,7 +37,7 @@ def test_configuration_builds_and_survives_json(name, tmp_path):
     config = configs.load(name)
     config.check()
     info = info_for(config)
-    experiment.save(config, info, tmp_path)
+    (tmp_path / experiment.EXPERIMENT_FILE).write_text(json.dumps(experiment.document(config, info)))
     again, same = experiment.load(tmp_path)
     assert experiment.as_dict(again) == experiment.as_dict(config) and same == info
     model = nnx.eval_shape(lambda: again.model.build(info, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -64,6 +68,39 @@ def test_loading_refuses_what_it_does_not_know():
         experiment.from_dict(raw | {"data": {**raw["data"], "type": "Digit"}})
 
 
+def test_options_come_back_as_what_they_were():
+    given = {
+        "softmax_attention": {
+            "rotary": Rotary(np.float32(500), split=(1, 2)),
+            "structural_mask": SlidingWindow(np.int64(7), 0) & ~Causal() | SameLabel(),
+            "dtype": jnp.bfloat16,
+            "scale": np.float32(0.5),
+            "type": "plain",
+        }
+    }
+    raw = json.loads(json.dumps(experiment.as_dict(given)))
+    config = configs.load("wikitext_language_model")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer_options=given))
+    again = experiment.from_dict(json.loads(json.dumps(experiment.as_dict(config)))).model.mixer_options
+    assert again == given | {"softmax_attention": given["softmax_attention"] | {"dtype": jnp.dtype("bfloat16")}}
+    assert experiment._parse_json([json.dumps(raw)]) == again, "and from the command line"
+    for wrong, words in (
+        ({"activation": jnp.tanh}, r"experiment.activation: .* cannot be read again"),
+        ({"a": {"b": [Stranger()]}}, r"experiment.a.b\[0\]: a tests.*Stranger cannot be read again"),
+        ({1: 2}, "keys must be text, not 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            experiment.as_dict(wrong)
+    for name in ("os.system", "attnlab.registry.get", "attnlab.nothing.There"):
+        with pytest.raises(ValueError, match="no value class is called"):
+            experiment._parse_json([json.dumps({"a": {"type": name}})])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stranger:
+    """A value of a class outside the packages."""
+
+
 def test_parts_must_fit_together():
     config = configs.load("wikitext_language_model")
     with pytest.raises(ValueError, match="LanguageModelConfig is trained for LanguageTask"):
@@ -81,7 +118,7 @@ def test_a_registered_backbone_is_a_model_of_experiments(tmp_path):
     assert model.drop_path == 0.1 and model.mixers == ()
     config = dataclasses.replace(configs.load("cifar10_vit"), model=model)
     config.check()
-    experiment.save(config, info_for(config), tmp_path)
+    (tmp_path / experiment.EXPERIMENT_FILE).write_text(json.dumps(experiment.document(config, info_for(config))))
     again, info = experiment.load(tmp_path)
     assert again == config and type(again.model).__name__ == "AgentSwinConfig"
     built = nnx.eval_shape(lambda: again.model.build(info, rngs=nnx.Rngs(0)))

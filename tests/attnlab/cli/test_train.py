@@ -96,6 +96,7 @@ def test_other_settings_in_the_same_directory_are_refused(text_run, capsys):
     before = (text_run / experiment.EXPERIMENT_FILE).read_text()
     err = err_of(capsys, "train", str(text_run), "--train.optimizer.learning-rate", "0.5")
     assert "learning_rate" in err and "0.5" in err
+    assert "warmup_steps=50" in err_of(capsys, "train", str(text_run), "--train.optimizer.warmup-steps", "50")
     assert (text_run / experiment.EXPERIMENT_FILE).read_text() == before
 
 

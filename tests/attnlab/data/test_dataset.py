@@ -106,10 +106,11 @@ def test_worker_processes_do_not_change_the_batches_and_resume():
     same(take(batches, 3), expected[:3])
     state = json.loads(json.dumps(batches.get_state()))
     batches.close()
-    batches = dataset.train(4, 1)
-    batches.set_state(state)
-    same(take(batches, 5), expected[3:])
-    batches.close()
+    for loading in (Loading(worker_count=1), Loading(num_threads=2)):  # other numbers of them, too
+        batches = numbers(loading=loading).train(4, 1)
+        batches.set_state(state)
+        same(take(batches, 5), expected[3:])
+        batches.close()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,8 @@ def test_a_state_of_another_stream_is_refused(change, message):
         numbers().eval(2).set_state(state)
     with pytest.raises(ValueError, match=r"keys 'stream' and 'position', not \['next_index'\]"):
         other.set_state({"next_index": 1})
+    with pytest.raises(ValueError, match="the number of batches taken, not"):
+        numbers().train(2, 0).set_state(state | {"position": {"next_index": 1}})
 
 
 @pytest.mark.parametrize(("held_out", "batch_size"), [(7, 3), (6, 3), (1, 4), (7, 1)])
@@ -195,6 +198,12 @@ def test_refusals(call, message):
 def test_loading_refuses_negative_numbers():
     with pytest.raises(ValueError, match="worker_count must be at least 0, not -1"):
         Loading(worker_count=-1)
+
+
+def test_workers_follow_the_machine(monkeypatch):
+    for processors, wanted in ((1, 0), (2, 0), (8, 6), (64, 16)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, count=processors: set(range(count)), raising=False)
+        assert Loading(worker_count=None).workers == wanted
 
 
 def test_without_a_transform():

@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 
 from attnlab import data
 from attnlab.data import cifar10
+from attnlab.data.folder import read_image
 from attnlab.data.images import ImageTransform, stratified_split
 
 
@@ -278,6 +279,30 @@ def test_a_corrupt_image_is_named(tmp_path):
     broken.write_text("no image at all")
     with pytest.raises(data.DataError, match=r"dog/1.png: cannot be decoded"):
         list(dataset.eval(2, split="train"))
+
+
+def test_broken_images_are_skipped_named_and_counted(tmp_path):
+    write_folder(tmp_path)
+    broken = sorted((tmp_path / "train").rglob("*.png"))[:2]
+    for file in broken:
+        file.write_bytes(b"no image")
+    dataset = data.open("image_folder", path=str(tmp_path), size=8, on_broken="skip")
+    with pytest.warns(UserWarning, match="skipped, 2 of") as caught:
+        batches = list(dataset.eval(1, split="train"))
+    assert [file.name in str(warning.message) for file, warning in zip(broken, caught, strict=True)] == [True, True]
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    assert (weight == 0).sum() == 2
+    assert (weight == 1).sum() == dataset.info.train_size - 2
+    with pytest.raises(ValueError, match="on_broken must be 'raise' or 'skip'"):
+        data.open("image_folder", path=str(tmp_path), on_broken="ignore")
+
+
+def test_images_stand_upright(tmp_path):
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be turned clockwise by a quarter
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png", 4, 1)[..., 0], pixels)
 
 
 def test_image_folder_errors(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab.training.checkpoint import CheckpointMismatch, Checkpoints
+from attnlab.training import checkpoint
+from attnlab.training.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, _digests
 
 
 def tree(value):
@@ -45,6 +46,34 @@ def test_keeps_the_newest_and_the_best(opened, mode, best):
     checkpoints.wait()
     assert checkpoints.best_step() == best
     assert checkpoints.steps() == [best, 5, 6]
+
+
+def test_arrays_are_told_by_digests():
+    words = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    for dtype in (np.float32, np.int8, jnp.bfloat16, np.int32, np.float16, np.bool_):
+        array = words.view(np.uint8)[:, : 4 * np.dtype(dtype).itemsize].copy().view(dtype)
+        array = array.astype(bool) if dtype is np.bool_ else array
+        first = _digests({"a": jnp.asarray(array)})
+        assert first == _digests({"a": jnp.asarray(array.copy())})
+        for place in np.ndindex(array.shape):
+            other = array.copy()
+            other[place] = ~other[place] if dtype is np.bool_ else other[place] + 1
+            assert _digests({"a": jnp.asarray(other)}) != first
+        assert _digests({"a": jnp.asarray(array[::-1].copy())}) != first
+
+
+def test_an_array_that_changed_in_storage_is_not_taken(opened, monkeypatch):
+    checkpoints = opened(keep=2)
+    checkpoints.save(1, {"model": tree(1.0)}, {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digests", lambda t: _digests(t) | {"params/layers/0": 7})
+        checkpoints.save(2, {"model": tree(2.0)}, {})
+        checkpoints.wait()
+    with pytest.raises(CheckpointError, match="'model' are not those that were saved: params/layers/0"):
+        checkpoints.restore(2, abstract())
+    with pytest.warns(UserWarning, match="going back to step 1"):
+        assert checkpoints.restore_newest(abstract())[0] == 1
 
 
 def test_gives_back_what_was_saved(opened):

@@ -1,7 +1,9 @@
 """The loop: exact resumption, interruption, refusal of what does not fit, and what a run leaves behind."""
 
+import dataclasses
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -183,8 +185,26 @@ def test_other_settings_are_refused_by_name(tmp_path):
         )
     with pytest.raises(ConfigMismatch, match=r"experiment.mixer was .* and is now 'softmax'"):
         train(Classifier, TASK, images(), config(steps=4), tmp_path, experiment={"mixer": "softmax"}, progress=False)
-    assert run(tmp_path, steps=5, checkpoint_every=1).steps == 5
+    assert run(tmp_path, steps=5, checkpoint_every=1, eval_batch_size=4).steps == 5
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 5
+    (tmp_path / "config.json").write_text('{"train": ')
+    for call in (lambda: run(tmp_path, steps=5), lambda: load_model(Classifier, tmp_path)):
+        with pytest.raises(ValueError, match=r"config.json is damaged .* cannot be read. Restore it"):
+            call()
+
+
+def test_going_on_with_more_steps_keeps_the_schedule(tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="linear", end_fraction=0.25)
+    options = {"optimizer": optimizer, "eval_every": None, "checkpoint_every": None}
+    run(tmp_path, steps=4, **options)
+    with pytest.warns(UserWarning, match=r"linear schedule .* over 4 steps: .* to step 6 .* 0.0025.*decay_steps=6"):
+        result = run(tmp_path, steps=6, **options)
+    rates = [record["values"]["learning_rate"] for record in result.history if record["split"] == "train"]
+    np.testing.assert_allclose(rates, [1e-2, 7.5e-3, 5e-3, 2.5e-3, 2.5e-3, 2.5e-3], rtol=1e-5)
+    stretched = dataclasses.replace(optimizer, decay_steps=8)
+    history = run(tmp_path, steps=7, **options | {"optimizer": stretched}).history
+    last = [record["values"]["learning_rate"] for record in history if record["split"] == "train"][-1]
+    assert last == pytest.approx(1e-2 * (1 - 0.75 * 6 / 7))
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -243,6 +263,40 @@ def test_data_of_another_task_is_refused(tmp_path):
 class TextForImages:
     def train(self, batch_size, seed):
         return text().train(batch_size, seed, sequence_length=16)
+
+
+def test_a_signal_between_the_batches_of_an_evaluation(tmp_path, whole):
+    """It stops there; the state is saved, and the evaluation made up for."""
+
+    class Signalled(Interposed):
+        seen = 0
+
+        def eval(self, *args, **kwargs):
+            for batch in self.data.eval(*args, **kwargs):
+                self.seen += 1
+                if self.seen == self.at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    for at, step in ((2, 4), (8, 10)):  # an evaluation has 3 batches, after the steps 4, 8 and 10
+        data = Signalled(images(), lambda _, batch: batch)
+        data.at = at
+        with pytest.raises(TrainingInterrupted) as stopped:
+            run(tmp_path / str(at), data=data)
+        assert (stopped.value.step, data.seen) == (step, at)
+        assert_same_run(whole, run(tmp_path / str(at), data=Interposed(images(), data.act)))
+
+
+def test_an_infinite_perplexity_is_a_number_like_others(tmp_path):
+    class Sure(Bigram):
+        def __call__(self, *args, **kwargs):
+            return 1e4 * super().__call__(*args, **kwargs)
+
+    task = LanguageTask(sequence_length=16)
+    for _ in range(2):  # the second call reads it from the file
+        result = train(Sure, task, text(), config(steps=4), tmp_path, progress=False)
+        assert result.metrics["eval"]["perplexity"] == np.inf
+        assert f"{result.metrics['eval']['perplexity']:.4g}" == "inf"
 
 
 def test_tensorboard(tmp_path):

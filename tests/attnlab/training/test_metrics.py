@@ -53,6 +53,9 @@ def test_not_finite_values_stay_valid_json(tmp_path):
     log.close()
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["values"] == {"perplexity": "inf"}
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["values"] == {"perplexity": float("inf")}
+    MetricsLog(tmp_path, 1, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 def test_stopwatch_counts_only_between_start_and_stop(monkeypatch):
