@@ -106,9 +106,9 @@ def run(arguments: list[str]) -> int:
     directory = Path(options.out_dir or f"runs/bench_{op}")
     command = shlex.join(["attnlab", "bench", *arguments])
     problems = list(dict.fromkeys(fixed + series))
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(markup=False, emoji=False, highlight=False, width=120)
     results: list[runner.Result] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(problems))

@@ -58,9 +58,9 @@ def run(arguments: list[str]) -> int:
     kind = "cpu" if dispatch.current_platform() == "cpu" else "accelerator"
     problems, series = problems_of(options, kind)
     directory, command = Path(options.out_dir), shlex.join(["attnlab", "bench", "mixer", *arguments])
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(markup=False, emoji=False, highlight=False, width=120)
     results: list[mixers.MixerResult] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(problems))

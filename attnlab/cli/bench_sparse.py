@@ -59,9 +59,9 @@ def run(op: str, arguments: list[str]) -> int:
         for dtype in dtypes
     ]
     directory, command = Path(options.out_dir or f"runs/bench_{op}"), shlex.join(["attnlab", "bench", op, *arguments])
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(markup=False, emoji=False, highlight=False, width=120)
     results: list[sparse.Result] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(problems))

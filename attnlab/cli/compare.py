@@ -71,9 +71,9 @@ def print_table(comparison: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(markup=False, emoji=False, highlight=False, width=120)
     grid = Table(box=box.SIMPLE_HEAD, title=comparison.title, title_justify="left", pad_edge=False)
     shown = [column for column in columns(comparison) if column[1]]
     grid.add_column("mixer", no_wrap=True)
@@ -85,4 +85,4 @@ def print_table(comparison: Comparison) -> None:
     console.print(grid)
     for entry in comparison.entries:
         if entry.status == "failed":
-            console.print(f"{entry.mixer} was not trained: {entry.reason}", markup=False)
+            console.print(f"{entry.mixer} was not trained: {entry.reason}")

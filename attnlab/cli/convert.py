@@ -53,4 +53,4 @@ def print_table(report: runner.Report) -> None:
         grid.add_column(name.replace("_", " "), justify="right")
     for stage, metrics in report.quality.items():
         grid.add_row(stage, *(f"{value:.4g}" for value in metrics.values()))
-    Console(highlight=False).print(grid)
+    Console(markup=False, emoji=False, highlight=False).print(grid)

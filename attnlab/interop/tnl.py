@@ -16,7 +16,7 @@ from attnlab.nn.rotary import initial_theta, lrpe
 
 class _Lrpe(nnx.Module):
     def __init__(self, num_heads: int, embed_dim: int, *, offset: int = 0, rngs: nnx.Rngs):
-        self.theta, self.offset = nnx.Param(initial_theta(num_heads, embed_dim)), offset
+        self.theta, self.offset = nnx.Param(initial_theta(num_heads, embed_dim), weight_decay=False), offset
 
 
 def _lrpe(module: _Lrpe, inputs: Inputs, given: Given) -> dict[str, jax.Array]:

@@ -37,8 +37,9 @@ _SAFETENSORS = {
 def read_state_dict(path: str | Path, *, key: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Reads the parameters of a checkpoint file, all of them or none.
 
-    No code of the file is run, whoever it comes from: a pickle that asks for more than tensors is refused, by the name
-    of what it asks for.
+    No code of the file is run, whoever it comes from. Objects of other kinds that stand beside the state dict, as
+    training scripts leave them there (arguments, scores, schedulers), are passed over; a state dict that holds such an
+    object is refused, by the name of what it asks for.
 
     Args:
       path: a `.safetensors` file; an index of several (`model.safetensors.index.json`, `pytorch_model.bin.index.json`),

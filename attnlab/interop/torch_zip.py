@@ -1,10 +1,11 @@
 """Reading the zip files of `torch.save` without PyTorch, and without running what they hold.
 
 Such a file is a zip archive, nothing compressed: `<root>/data.pkl`, the pickled objects, and `<root>/data/<key>`, the
-bytes of one storage each. A pickle is a program; it may name any Python function to call. Here the names that tensors
-need are given to inert stand-ins (a list of the arguments a tensor was made of), and every other name is refused,
-before anything is called. Nothing is extracted to disk, and what a tensor claims about its storage is checked against
-the bytes that are there.
+bytes of one storage each. A pickle is a program; it may name any Python function to call. Here nothing that it names is
+ever imported: the names that tensors need are given to inert stand-ins (a list of the arguments a tensor was made of),
+and every other name (a script's arguments, a score of NumPy, a scheduler) to a foreign object that forgets what it is
+given. Where one stands among the parameters that are asked for, the file is refused. Nothing is extracted to disk, and
+what a tensor claims about its storage is checked against the bytes that are there.
 """
 
 import io
@@ -14,7 +15,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
@@ -176,6 +177,32 @@ class _Function(_Inert):
         return self.call(*args)
 
 
+class _Foreign(_Inert):
+    """Stands for an object of no known class, and takes whatever a pickle does with it without keeping anything.
+
+    Attributes:
+      name: what the pickle calls it.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)
+
+    def _forget(self, *args: Any) -> None:
+        """What lists, sets and mappings do with an item."""
+
+    append = extend = add = update = __setitem__ = _forget
+
+
+def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor of a subclass, such as a parameter with attributes: the tensor."""
+    if not isinstance(function, _Function):
+        raise StateDictFileError(f"a tensor is made by {getattr(function, 'name', function)!r}, which is refused")
+    return function(*arguments)
+
+
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, *rest: Any, dtype: Any = None
 ) -> _Record:
@@ -190,7 +217,11 @@ def _tensor_v3(*args: Any) -> _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives stand-ins for the names that state dicts need and refuses all others."""
+    """Gives stand-ins for the names that state dicts need, and foreign objects for all others."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.foreign: dict[str, type[_Foreign]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -201,6 +232,10 @@ class _Unpickler(pickle.Unpickler):
             return _Function(_tensor_v3)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _Function(lambda data, requires_grad, hooks: data)
+        if (module, name) == ("torch._utils", "_rebuild_parameter_with_state"):
+            return _Function(lambda data, requires_grad, hooks, state: data)
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _Function(_from_type)
         if (module, name) == ("torch", "Size"):
             return _Function(lambda sizes=(): tuple(sizes))
         if (module, name) == ("torch", "device"):
@@ -209,10 +244,10 @@ class _Unpickler(pickle.Unpickler):
             return _Record(("storage type", _STORAGES[name]))
         if module == "torch" and name in DTYPES:
             return _Record(("dtype", name))
-        raise StateDictFileError(
-            f"the pickle asks for {module}.{name}, which is refused: no tensor needs it. "
-            "A file that holds more than parameters can be written anew with the state dict alone"
-        )
+        full = f"{module}.{name}"
+        if full not in self.foreign:
+            self.foreign[full] = type("_Foreign", (_Foreign,), {"__slots__": (), "name": full})
+        return self.foreign[full]
 
     def persistent_load(self, pid: Any) -> _Record:
         match pid:
@@ -253,6 +288,12 @@ def _choose(path: Path, tree: Any, key: str | tuple[str, ...] | None) -> dict[st
         tree, at = tree[step], f"{at}[{step!r}]"
     if not isinstance(tree, dict) or not tree:
         raise StateDictFileError(f"{path}: {at} is not a state dict; {_describe(tree)}")
+    foreign = [v for v in tree.values() if isinstance(v, _Foreign) or (isinstance(v, type) and issubclass(v, _Foreign))]
+    if foreign and not any(map(_is_state_dict, tree.values())):
+        raise StateDictFileError(
+            f"{path}: the pickle asks for {foreign[0].name}, which is refused: no tensor needs it. "
+            "A file that holds more than parameters can be written anew with the state dict alone"
+        )
     if other := [name for name, value in tree.items() if not (isinstance(name, str) and _is_tensor(value))]:
         raise StateDictFileError(
             f"{path}: {at} holds more than tensors: {', '.join(map(repr, other[:8]))}; {_describe(tree)}"

@@ -74,7 +74,7 @@ class SubspaceAttention(TokenMixer):
         stored, size = {"param_dtype": param_dtype, "rngs": rngs}, features // groups
         self.local = LayerScale(features, use_bias=True, **stored)
         self.local_norm = BatchNorm(features, momentum=0.1, **stored)
-        self.point = nnx.Param(uniform_init(size)(rngs.params(), (groups, size), param_dtype))
+        self.point = nnx.Param(uniform_init(size)(rngs.params(), (groups, size), param_dtype), weight_decay=True)
         self.point_bias = nnx.Param(uniform_init(size)(rngs.params(), (groups,), param_dtype))
         self.point_norm = BatchNorm(groups, momentum=0.1, **stored)
         for part in (self.local.scale, self.local.bias):

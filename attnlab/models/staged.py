@@ -43,7 +43,7 @@ class Prefix(nnx.Module):
 
     def __init__(self, count: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         tokens = trunc_normal(rngs.params(), (count, features), param_dtype)
-        self.tokens = nnx.Param(tokens, logical_axes=(None, "embed"))
+        self.tokens = nnx.Param(tokens, logical_axes=(None, "embed"), weight_decay=False)
 
     @property
     def count(self) -> int:

@@ -63,7 +63,7 @@ class RelativePositionBias(nnx.Module):
         self.window = tuple(window)
         rows = math.prod(2 * length - 1 for length in self.window)
         table = trunc_normal(rngs.params(), (rows, num_heads), param_dtype)
-        self.table = nnx.Param(table, logical_axes=(None, "heads"))
+        self.table = nnx.Param(table, logical_axes=(None, "heads"), weight_decay=False)
 
     def __call__(self) -> jax.Array:
         table = self.table[...]
@@ -203,7 +203,7 @@ class OffsetTable(nnx.Module):
     ):
         self.buckets = buckets
         table = init(rngs.params(), (buckets.rows, num_heads), param_dtype)
-        self.table = nnx.Param(table, logical_axes=(None, "heads"))
+        self.table = nnx.Param(table, logical_axes=(None, "heads"), weight_decay=False)
 
     def __call__(self, query_positions: ArrayLike, key_positions: ArrayLike) -> jax.Array:
         """Positions `(N,)` and `(M,)` to `(H, N, M)` float32; `(B|1, N)` and `(B|1, M)` to `(B|1, H, N, M)`."""

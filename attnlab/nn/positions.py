@@ -155,7 +155,7 @@ class PositionTable(nnx.Module):
         self.resize = _known_resize(resize)
         shape = (prefix + math.prod(grid),) if self.prefix else self.grid
         table = init(rngs.params(), (*shape, features), param_dtype)
-        self.table = nnx.Param(table, logical_axes=(*[None] * len(shape), "embed"))
+        self.table = nnx.Param(table, logical_axes=(*[None] * len(shape), "embed"), weight_decay=False)
 
     def __call__(self, x: ArrayLike, grid: Sequence[int] | None = None) -> jax.Array:
         """The table for tokens `(B, *S, C)`, `(*S, C)` in their dtype.

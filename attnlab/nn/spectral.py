@@ -73,7 +73,7 @@ class GlobalFilter(nnx.Module):
     ):
         self.resize = resize
         weight = init(rngs.params(), (*spectrum, features, 2), param_dtype)
-        self.weight = nnx.Param(weight, logical_axes=(*[None] * len(spectrum), "embed", None))
+        self.weight = nnx.Param(weight, logical_axes=(*[None] * len(spectrum), "embed", None), weight_decay=True)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """`(B, *S, C)` to the same shape and dtype."""

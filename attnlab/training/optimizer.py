@@ -171,10 +171,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 def decays(path: tuple[str, ...], ndim: int, metadata: dict[str, Any]) -> bool:
     """Whether weight decay applies to a parameter.
 
-    It does if the parameter has two axes or more, is not itself called bias, scale, class_token or cls_token, and
-    neither it nor a module around it has norm, position or pos_embed in its name: matrices and kernels decay; biases,
-    norms, position tables and class tokens do not. A parameter made with the metadata `weight_decay=True` or `False`
-    (`nnx.Param(value, weight_decay=False)`) decides for itself.
+    It does if the parameter has two axes or more, is not itself called bias (or …_bias), scale, class_token or
+    cls_token, and neither it nor a module around it has norm, position or pos_embed in its name: matrices and kernels
+    decay; biases, norms, position tables and class tokens do not. A parameter made with the metadata
+    `weight_decay=True` or `False` (`nnx.Param(value, weight_decay=False)`) decides for itself.
 
     Args:
       path: names of the attributes from the model to the parameter.
@@ -183,7 +183,8 @@ def decays(path: tuple[str, ...], ndim: int, metadata: dict[str, Any]) -> bool:
     """
     if "weight_decay" in metadata:
         return bool(metadata["weight_decay"])
-    named = path[-1] in NO_DECAY_NAMES or any(part in name for name in path for part in NO_DECAY_PARTS)
+    named = path[-1] in NO_DECAY_NAMES or path[-1].endswith("_bias")
+    named = named or any(part in name for name in path for part in NO_DECAY_PARTS)
     return ndim >= 2 and not named
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 import attnlab
 from attnlab import Layout, Pattern, UnsupportedArgument
+from attnlab.training.optimizer import decays
 from tests.conformance.programs import programs, rounded
 from tests.conformance.subjects import (
     FEATURES,
@@ -168,6 +169,16 @@ def test_logical_axes_fit(subject: Subject):
         if axes is not None:
             assert len(axes) == variable[...].ndim, path
             assert set(axes) <= {"embed", "heads", "mlp", "vocab", None}, path
+
+
+@those()
+def test_parameters_say_whether_they_decay(subject: Subject):
+    """Weight decay is for kernels; what decays and is no kernel was decided to, and so was a table that does not."""
+    for path, variable in nnx.to_flat_state(nnx.state(subject.abstract(), nnx.Param)):
+        names, metadata = tuple(map(str, path)), variable.get_metadata()
+        (leaf,) = jax.tree.leaves(variable)
+        if decays(names, leaf.ndim, metadata) and names[-1] != "kernel":
+            assert metadata.get("weight_decay") is True, f"{'/'.join(names)}: give the Param weight_decay=True or False"
 
 
 @those()

@@ -97,7 +97,7 @@ class RelativeCore(ProductCore):
         rows = 2 * max_offset
         self.query_bias = nnx.Param(jnp.zeros((num_heads, head_dim), param_dtype), logical_axes=("heads", None))
         vectors = jnp.zeros((rows, num_heads, head_dim), param_dtype)
-        self.key_vectors = nnx.Param(vectors, logical_axes=(None, "heads", None))
+        self.key_vectors = nnx.Param(vectors, logical_axes=(None, "heads", None), weight_decay=False)
         self.key_bias = nnx.Param(jnp.zeros((rows, num_heads), param_dtype), logical_axes=(None, "heads"))
 
     def weights(

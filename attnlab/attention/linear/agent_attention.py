@@ -160,7 +160,7 @@ class AgentCore(Core):
 
         def table(*shape: int) -> nnx.Param:
             values = trunc_normal(rngs.params(), (num_heads, *shape), param_dtype)
-            return nnx.Param(values, logical_axes=("heads", *(None,) * len(shape)))
+            return nnx.Param(values, logical_axes=("heads", *(None,) * len(shape)), weight_decay=False)
 
         agents, (rows, columns), (key_rows, key_columns) = num_agents, self.grid, self.key_grid
         self.aggregate_table = table(agents, BASE, BASE)

@@ -110,7 +110,7 @@ class NormLinearAttention(_TnlMixer):
         if layer in lrpe_layers:
             self.key_size = 2 * head_dim
             theta = initial_theta(num_heads, head_dim).astype(param_dtype)
-            self.theta = nnx.Param(theta, logical_axes=("heads", None))
+            self.theta = nnx.Param(theta, logical_axes=("heads", None), weight_decay=False)
             self.accepts = self.accepts | {"positions"}
             self.permutation_equivariant = False
 

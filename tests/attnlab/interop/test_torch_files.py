@@ -1,3 +1,8 @@
+import argparse
+import collections
+import dataclasses
+import datetime as dt
+import fractions
 import json
 import os
 import pickle
@@ -158,6 +163,46 @@ def test_a_pickle_that_runs_commands_is_refused_and_runs_none(path, tmp_path, pr
 def test_every_other_name_is_refused(path, module, attribute):
     message = refusal(path, {"w": six(), "extra": call(name(module, attribute), "1")}, key=None)
     assert message.startswith(f"the pickle asks for {module}.{attribute}, which is refused: no tensor needs it.")
+
+
+@dataclasses.dataclass
+class Settings:
+    """What a script keeps beside its model."""
+
+    path: Path
+    rates: list
+
+
+LAYOUTS = {
+    "deit": {"epoch": 3, "args": argparse.Namespace(lr=1e-3, output_dir=Path("a")), "scaler": {"scale": 2.0}},
+    "swin": {"max_accuracy": np.float64(81.4), "config": Settings(Path("b"), [1.0])},
+    "scheduler": {"milestones": collections.Counter({30: 1}), "state": collections.defaultdict(int, a=1)},
+    "numpy": {"rng": (np.arange(3), np.random.default_rng(0).bit_generator.state, {1, 2}, slice(1, 2), 1j)},
+    "lists": {"history": [{"loss": np.float32(1)}, {"loss": None}], "ema": Settings},
+    "dates": {"when": dt.datetime(2024, 5, 1), "version": (fractions.Fraction(1, 3), frozenset({"a"}))},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_stands_beside_the_state_dict_is_passed_over(path, layout):
+    write(path, LAYOUTS[layout] | {"model": {"w": six()}}, {"0": SIX.tobytes()})
+    np.testing.assert_array_equal(read_state_dict(path, key="model")["w"], SIX)
+    with pytest.raises(StateDictFileError, match="state dicts stand under key='model'"):
+        read_state_dict(path)
+
+
+def test_parameters_with_attributes(path):
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    arguments = (storage("FloatStorage", "0", 6), 0, (6,), (1,), False, {})
+    tree = {
+        "with_state": call(name("torch._utils", "_rebuild_parameter_with_state"), six(), True, {}, {"tag": 1}),
+        "subclass": call(name("torch._tensor", "_rebuild_from_type_v2"), rebuild, name("a", "B"), arguments, {}),
+    }
+    write(path, tree, {"0": SIX.tobytes()})
+    for array in read_state_dict(path).values():
+        np.testing.assert_array_equal(array, SIX)
+    wrong = {"w": call(name("torch._tensor", "_rebuild_from_type_v2"), name("os", "system"), None, ("true",), {})}
+    assert "a tensor is made by 'os.system', which is refused" in refusal(path, wrong)
 
 
 def test_stand_ins_cannot_be_changed_by_a_pickle(path):
