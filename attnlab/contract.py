@@ -359,6 +359,8 @@ class TokenMixer(SiteModule):
         """
         self.check_call(x, context=context, mask=mask, segment_ids=segment_ids, positions=positions)
         x = jnp.asarray(x, self.dtype)
+        if x.shape[0] == 0:
+            return x  # no examples; below, sizes are divided by one another
         view = mask if isinstance(mask, View) else None
         if view is not None:
             mask = view.mask

@@ -12,7 +12,7 @@ from attnlab.interop.official import Official, Only, options
 from attnlab.models.block import Block
 from attnlab.models.davit import DaViT, attention_of
 from attnlab.models.staged import Place, transformer_block
-from attnlab.nn.mlp import gelu
+from attnlab.nn.activations import gelu
 
 
 def dual_block(features: int, *, kind: str, num_heads: int, rngs: nnx.Rngs, **options: Any) -> Block:

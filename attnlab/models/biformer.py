@@ -25,12 +25,13 @@ from attnlab.contract import Given, Layout, Site
 from attnlab.models import staged
 from attnlab.models.block import Block
 from attnlab.models.staged import Choice, Models, Stage, StagedBackbone
+from attnlab.nn.activations import gelu
 from attnlab.nn.chain import Chain
 from attnlab.nn.conv import ConvNorm
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.heads import redraw_kernels, split_heads
 from attnlab.nn.linear import Conv, compute_in_input_dtype, trunc_normal
-from attnlab.nn.mlp import MLP, LayerScale, gelu
+from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import BatchNorm, LayerNorm
 from attnlab.registry import Cost, Kind, Paper, Source, register
 

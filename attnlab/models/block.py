@@ -23,9 +23,10 @@ from attnlab.contract import (
     View,
     constructor_parameters,
 )
+from attnlab.nn.activations import gelu, gelu_tanh, relu
 from attnlab.nn.chain import call
 from attnlab.nn.masking import segment_positions
-from attnlab.nn.mlp import MLP, DropPath, GatedMLP, gelu
+from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
 from attnlab.points import Edits, Layer, acts, visit
 from attnlab.tokens import Tokens
@@ -42,8 +43,8 @@ MixerOptions = Mapping[str, Mapping[str, Any]]
 NORMS = {"layer": LayerNorm, "rms": RMSNorm, "srms": functools.partial(RMSNorm, use_scale=False)}
 MLPS = {
     "gelu": MLP,
-    "gelu_tanh": functools.partial(MLP, activation=jax.nn.gelu),
-    "relu": functools.partial(MLP, activation=jax.nn.relu),
+    "gelu_tanh": functools.partial(MLP, activation=gelu_tanh),
+    "relu": functools.partial(MLP, activation=relu),
     "linear": functools.partial(MLP, activation=_identity),
     "swiglu": GatedMLP,
     "geglu": functools.partial(GatedMLP, activation=gelu),

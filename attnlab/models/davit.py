@@ -16,7 +16,7 @@ from attnlab.attention.linear.davit import PAPER, ChannelGroupAttention
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.models.pyramid import Pyramid
 from attnlab.models.staged import Choice, Models
-from attnlab.nn.mlp import gelu
+from attnlab.nn.activations import gelu
 from attnlab.registry import Cost, Kind, Source, register
 
 

@@ -28,6 +28,7 @@ from attnlab.models import staged
 from attnlab.models.block import Block
 from attnlab.models.pyramid import Pyramid
 from attnlab.models.staged import Choice, Mixers, Models, Place, Stage, StagedBackbone
+from attnlab.nn.activations import relu
 from attnlab.nn.chain import call
 from attnlab.nn.conv import ConvStem, PatchEmbed, redraw_convolutions
 from attnlab.nn.heads import redraw_kernels
@@ -235,7 +236,7 @@ class HierarchicalSpectFormer(Pyramid):
             strides=(2, 1, 1, 2),
             kernel_size=(7, 3, 3, 3),
             norm=(BatchNorm, BatchNorm, BatchNorm, entry),
-            activation=jax.nn.relu,
+            activation=relu,
             use_bias=(False, False, False, True),
             **common,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -122,7 +123,7 @@ class CausalConv(nnx.Module):
         if kernel_size < 1:
             raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
         self.kernel_size, self.dtype = (kernel_size,), dtype
-        self.channels = (channels,) if isinstance(channels, int) else tuple(channels)
+        self.channels = (channels,) if isinstance(channels, int | np.integer) else tuple(channels)
         if form not in (FORMS if len(self.channels) == 2 else FORMS[:1]):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, the latter two of heads, got {form!r}")
         self.form, size = form, self.channels[-1]

@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.activations import Activation, gelu, relu, sigmoid
 from attnlab.nn.chain import Chain, call
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.grids import lengths, pad_to_multiple
 from attnlab.nn.linear import Conv, Linear
-from attnlab.nn.mlp import Activation, gelu
 from attnlab.nn.norms import BatchNorm, LayerNorm
 
 Norm = Callable[..., nnx.Module]
@@ -21,7 +22,7 @@ Norm = Callable[..., nnx.Module]
 
 
 def _each(value: int | Sequence[int]) -> Sequence[int]:
-    return (value,) if isinstance(value, int) else value
+    return (value,) if isinstance(value, int | np.integer) else value
 
 
 class ConvNorm(nnx.Module):
@@ -70,7 +71,7 @@ class ConvNorm(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int | np.integer) else tuple(kernel_size)
         self.norm_first, self.activation = norm_first, activation
         self.fill = lengths(stride, len(kernel_size), "stride") if filled else None
         common = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -228,7 +229,9 @@ class PatchEmbed(ConvNorm):
         norm: Norm | None = None,
         **options: Any,
     ):
-        self.patch_size = lengths(patch_size, 2 if isinstance(patch_size, int) else len(patch_size), "patch_size")
+        self.patch_size = lengths(
+            patch_size, 2 if isinstance(patch_size, int | np.integer) else len(patch_size), "patch_size"
+        )
         place = {"stride": self.patch_size, "padding": "VALID", "axes": (None, "embed")}
         super().__init__(channels, features, self.patch_size, norm=norm, **place, **options)
 
@@ -299,8 +302,8 @@ class SqueezeExcite(nnx.Module):
         features: int,
         hidden_features: int,
         *,
-        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
-        gate: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
+        activation: Callable[[jax.Array], jax.Array] = relu,
+        gate: Callable[[jax.Array], jax.Array] = sigmoid,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

@@ -92,7 +92,7 @@ class DepthwiseConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        channels = (channels,) if isinstance(channels, int) else tuple(channels)
+        channels = (channels,) if isinstance(channels, int | np.integer) else tuple(channels)
         self.kernel_size, self.channels, self.dtype = tuple(kernel_size), channels, dtype
         if any(side % 2 == 0 for side in self.kernel_size):
             raise ValueError(f"kernel_size must be odd to keep the grid's size, got {self.kernel_size}")

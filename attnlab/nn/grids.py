@@ -24,7 +24,7 @@ def lengths(value: Lengths, axes: int, name: str = "size", least: int = 1) -> tu
     Raises:
       ValueError: if it has another number of entries, or one below `least`.
     """
-    entries = (value,) * axes if isinstance(value, int) else tuple(int(entry) for entry in value)
+    entries = (value,) * axes if isinstance(value, int | np.integer) else tuple(int(entry) for entry in value)
     if len(entries) != axes or any(entry < least for entry in entries):
         raise ValueError(f"{name} must be an int or {axes} ints, each at least {least}, got {value!r}")
     return entries

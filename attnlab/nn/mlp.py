@@ -8,16 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.activations import Activation, gelu, silu
 from attnlab.nn.chain import call
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.linear import Linear
-
-Activation = Callable[[jax.Array], jax.Array]
-
-
-def gelu(x: ArrayLike) -> jax.Array:
-    """x·Φ(x) by the error function, not its tanh approximation (which `jax.nn.gelu` takes unless told)."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 class MLP(nnx.Module):
@@ -107,7 +101,7 @@ class GatedMLP(nnx.Module):
     Args:
       features: channels C in and out.
       hidden_features: channels of the gate; 8/3 C when None (rounded down), which has the weights of an MLP of ratio 4.
-      activation: of the gate; `jax.nn.silu` unless given.
+      activation: of the gate; `silu` unless given.
       use_bias: whether the maps have a bias.
       dropout: rate before the last map, in training.
       dtype: of the computation and the result; that of the input when None.
@@ -120,7 +114,7 @@ class GatedMLP(nnx.Module):
         features: int,
         hidden_features: int | None = None,
         *,
-        activation: Activation = jax.nn.silu,
+        activation: Activation = silu,
         use_bias: bool = False,
         dropout: float = 0.0,
         dtype: Any = None,

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -91,7 +92,7 @@ class RMSNorm(nnx.Module):
 
 def _parameter(features: int | tuple[int, int]) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
     """Shape and logical axes of what a norm learns."""
-    return ((features,), ("embed",)) if isinstance(features, int) else (tuple(features), ("heads", None))
+    return ((features,), ("embed",)) if isinstance(features, int | np.integer) else (tuple(features), ("heads", None))
 
 
 def group_norm(

@@ -295,7 +295,7 @@ def alibi_slopes(num_heads: int) -> jax.Array:
     """
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-    power = 2 ** (num_heads.bit_length() - 1)
+    power = 2 ** (int(num_heads).bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     slopes += [2.0 ** (-8 * (head + 1) / (2 * power)) for head in range(0, 2 * power, 2)][: num_heads - power]
     return jnp.asarray(slopes, jnp.float32)

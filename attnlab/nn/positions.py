@@ -48,7 +48,7 @@ def sincos_table(
     Raises:
       ValueError: if C is odd.
     """
-    grid = (grid,) if isinstance(grid, int) else tuple(grid)
+    grid = (grid,) if isinstance(grid, int | np.integer) else tuple(grid)
     if features % 2:
         raise ValueError(f"features must be even, got {features}")
     parts = []

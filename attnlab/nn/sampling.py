@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.activations import gelu
 from attnlab.nn.grids import Lengths, lengths
 from attnlab.nn.linear import Conv, Linear
-from attnlab.nn.mlp import gelu
 from attnlab.nn.norms import LayerNorm
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -52,7 +53,7 @@ class ProductCore(Core):
             raise ValueError(f"rotary must be a Rotary or theta, got {rotary}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float) else rotary
+        self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float | np.number) else rotary
         self.rotate_keys, self.cache_rotated, self.dropout = rotate_keys, cache_rotated, dropout
         self.dropout_rngs = rngs["dropout"].fork() if dropout > 0 else nnx.data(None)
         self.looks_at_positions = self.rotary is not None

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.nn.activations import Activation, relu
 from attnlab.nn.cross_attention import CrossAttention
-from attnlab.nn.mlp import MLP, Activation
+from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
 
 Order = Literal["post", "pre"]
@@ -54,7 +55,7 @@ class EncoderLayer(nnx.Module):
         num_heads: int,
         hidden_features: int | None = None,
         order: Order = "post",
-        activation: Activation = jax.nn.relu,
+        activation: Activation = relu,
         eps: float = 1e-5,
         dropout: float = 0.0,
         dtype: Any = None,
@@ -129,7 +130,7 @@ class DecoderLayer(nnx.Module):
         hidden_features: int | None = None,
         order: Order = "post",
         self_attention: bool = True,
-        activation: Activation = jax.nn.relu,
+        activation: Activation = relu,
         eps: float = 1e-5,
         dropout: float = 0.0,
         dtype: Any = None,

@@ -29,7 +29,7 @@ class ShiftedWindows:
     def __post_init__(self):
         for name in ("size", "shift"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+            object.__setattr__(self, name, (value, value) if isinstance(value, int | np.integer) else tuple(value))
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"window must be one or two numbers of at least 1, got {self.size}")
         if len(self.shift) != 2 or not all(0 <= s < w for s, w in zip(self.shift, self.size, strict=True)):

@@ -1,5 +1,8 @@
 """Properties that every token mixer has, whatever it mixes."""
 
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +157,36 @@ def test_save_and_restore(subject: Subject, tmp_path):
     state = nnx.state(other)
     nnx.replace_by_pure_dict(state, restored)
     np.testing.assert_array_equal(its.pull(its.arguments, state=state).y, its.plain.y)
+
+
+@those()
+def test_pickled_and_read_again_it_is_the_same(subject: Subject):
+    module = programs(subject).module
+    again = pickle.loads(pickle.dumps(module))
+    assert nnx.graphdef(again) == nnx.graphdef(module)
+    for name, leaf in parameters(module).items():
+        np.testing.assert_array_equal(parameters(again)[name], leaf)
+
+
+@those()
+def test_numbers_of_numpy_are_numbers(subject: Subject):
+    """Options and sizes as NumPy's scalars, and no examples at all."""
+    options = {
+        name: np.asarray(value)[()]
+        for name, value in attnlab.get(subject.name).options.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    site = subject.site()
+    sizes = {"features": np.int64(site.features), "num_heads": np.int32(site.num_heads)}
+    if site.rotary is not None:
+        sizes["rotary"] = np.float32(site.rotary)
+    variant = attnlab.get(subject.name)
+    site = dataclasses.replace(site, **sizes)
+    mixer = nnx.eval_shape(lambda: variant.create(site, rngs=nnx.Rngs(0), **{**variant.options, **options}))
+    graph, state = nnx.split(mixer)
+    none = (jax.ShapeDtypeStruct((0, *a.shape[1:]), a.dtype) for a in subject.arguments(subject.tokens()))
+    y = jax.eval_shape(lambda state, *a: nnx.merge(graph, state)(*a), state, *none)
+    assert y.shape == (0, *subject.tokens().shape[1:])
 
 
 @those()

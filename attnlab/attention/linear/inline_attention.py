@@ -32,11 +32,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import View, record
+from attnlab.nn.activations import gelu
 from attnlab.nn.dense_mixer import Core, Heads
 from attnlab.nn.depthwise import depthwise_conv, on_tokens
 from attnlab.nn.grid_mixer import GridMixer
 from attnlab.nn.heads import WithinHeads, split_heads
-from attnlab.nn.mlp import gelu
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
 

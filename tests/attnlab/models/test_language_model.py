@@ -1,3 +1,5 @@
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +234,11 @@ def test_prompts_of_unequal_length_share_a_batch(mixer):
     together = generate(model, prompt, max_new_tokens=5, temperature=0, prompt_mask=mask)
     alone = generate(model, prompt[:1, 2:], max_new_tokens=5, temperature=0)
     np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+
+
+def test_a_model_can_be_pickled():
+    model = build(HYBRID, depth=4)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model))(tokens()), model(tokens()))
 
 
 def test_stop_tokens_end_a_sequence():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attnlab.nn.activations import gelu
 from attnlab.nn.chain import Chain
 from attnlab.nn.conv import ConvNorm, ConvStem, PatchEmbed, PatchMerging, folded
-from attnlab.nn.mlp import MLP, gelu
+from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import BatchNorm, LayerNorm
 
 

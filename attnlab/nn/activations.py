@@ -1,0 +1,44 @@
+"""Activations as functions of this package: JAX's own are compiled objects, which cannot be pickled with a module."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def gelu(x: ArrayLike) -> jax.Array:
+    """x·Φ(x) by the error function, not its tanh approximation (which `jax.nn.gelu` takes unless told)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: ArrayLike) -> jax.Array:
+    """The approximation of `gelu` by a tanh."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def relu(x: ArrayLike) -> jax.Array:
+    """max(x, 0)."""
+    return jax.nn.relu(x)
+
+
+def leaky_relu(x: ArrayLike) -> jax.Array:
+    """x, or 0.01 x where it is negative."""
+    return jax.nn.leaky_relu(x)
+
+
+def silu(x: ArrayLike) -> jax.Array:
+    """x·σ(x), also called swish."""
+    return jax.nn.silu(x)
+
+
+def sigmoid(x: ArrayLike) -> jax.Array:
+    """σ(x) = 1 / (1 + exp(-x))."""
+    return jax.nn.sigmoid(x)
+
+
+def tanh(x: ArrayLike) -> jax.Array:
+    """The hyperbolic tangent."""
+    return jnp.tanh(x)
