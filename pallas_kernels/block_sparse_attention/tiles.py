@@ -8,7 +8,6 @@ packed to the front, with a count: what it costs to run follows the count.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import array_masks
 from pallas_kernels.array_masks import Range, Verdict
-from pallas_kernels.block_lists import lower, lower_heads
+from pallas_kernels.block_lists import lower
 from pallas_kernels.block_sparse_attention.arguments import Arguments
 from pallas_kernels.masks import EMPTY, FULL, Full, Interval, Mask
 
@@ -100,10 +99,14 @@ def tiles_of(args: Arguments, block_q: int, block_k: int) -> tuple[Layout, Tiles
       block_q: queries of a tile; where the call has `blocks`, theirs.
       block_k: keys of a tile, likewise.
     """
+    layout = layout_of(args, block_q, block_k)
+    return layout, static_tiles(args.rules.mask, layout) if is_static(args) else _dynamic(args, layout)
+
+
+def layout_of(args: Arguments, block_q: int, block_k: int) -> Layout:
+    """The layout of a call; arguments as `tiles_of`."""
     (b, n, h, _), (_, m, g, _) = args.q.shape, args.k.shape
-    lanes_b, lanes_h = _lanes(args)
-    layout = Layout(b, n, m, g, h // g, block_q, block_k, lanes_b, lanes_h)
-    return layout, _static(args.rules.mask, layout) if is_static(args) else _dynamic(args, layout)
+    return Layout(b, n, m, g, h // g, block_q, block_k, *_lanes(args))
 
 
 def head_of(layout: Layout, mask: Mask, lane: int) -> Mask:
@@ -127,7 +130,8 @@ def _lanes(args: Arguments) -> tuple[int, int]:
     return lanes_b if batch > 1 else 1, max([1, *per_head])
 
 
-def _static(mask: Mask, layout: Layout) -> Tiles:
+def static_tiles(mask: Mask, layout: Layout) -> Tiles:
+    """The tiles of a mask of indices."""
     sizes = (layout.queries, layout.keys, layout.block_q, layout.block_k)
     lists = [lower(head_of(layout, mask, lane), *sizes) for lane in range(layout.lanes_h)]
     counts = np.concatenate([one.counts for one in lists])
@@ -291,8 +295,3 @@ class _Judge:
 
         missing = shared(~per_block(True).all(3)) | self._at(outside[:, None])
         return Verdict(shared(per_block(False).any(3)), ~missing)
-
-
-def needed(mask: Mask, sizes: Sequence[int]) -> int:
-    """Tiles that a mask of indices needs for (N, M, block_q, block_k), over its heads."""
-    return sum(lists.key_blocks.size for lists in lower_heads(mask, *sizes))

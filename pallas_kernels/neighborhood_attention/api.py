@@ -31,9 +31,11 @@ PerAxis = int | Sequence[int]
 dispatch.register(
     OP,
     [
+        dispatch.Implementation("tpu", "pallas_kernels.neighborhood_attention.tpu", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.neighborhood_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.neighborhood_attention.reference"),
     ],
+    trials="pallas_kernels.neighborhood_attention.cases:trials",
 )
 
 

@@ -2,9 +2,14 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.neighborhood_attention.api import neighborhood_attention
+from pallas_kernels.trials import Trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,3 +111,20 @@ SPEED = (
     Case("video_8x16x16_k5", (8, 16, 16), 5, heads=4, key_size=32),
     Case("sequence_16384_k128_causal", (16384,), 128, is_causal=True, heads=4, key_size=32),
 )
+
+# What a kernel must be right in to qualify on a device.
+TRIED = ("sequence", "image_bias_dilation", "image_mixed", "image_additional", "video_mixed")
+
+
+def trials() -> tuple[Trial, ...]:
+    """What kernels of `neighborhood_attention` are tried with."""
+    small = [_trial(case, dtype) for case in SMALL if case.name in TRIED for dtype in ("bfloat16", "float32")]
+    timed = [case for case in SPEED if case.name in ("image_64x64_k7", "image_64x64_k13")]
+    return (*small, *(_trial(case, "bfloat16", timed=True) for case in timed))
+
+
+def _trial(case: Case, dtype: str, timed: bool = False) -> Trial:
+    def call(arrays: dict[str, Any], implementation: str) -> Any:
+        return neighborhood_attention(**arrays, **case.options, implementation=implementation)
+
+    return Trial(case.name, dtype, jax.tree.map(np.asarray, case.arrays(jnp.dtype(dtype))), call, timed)

@@ -29,6 +29,7 @@ from pallas_kernels.masks import (
     SlidingWindow,
     Staircase,
     Strided,
+    TiledGrid,
     block_array,
 )
 
@@ -140,6 +141,23 @@ def test_blocks_of_grids_equal_dense(axes, block_q, block_k):
     shape, per_axis = zip(*axes, strict=True)
     size = int(np.prod(shape))
     check_lists(Grid(shape, per_axis), size, size, block_q, block_k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), PRIMITIVES, st.integers(1, 4)), min_size=1, max_size=3), BLOCK, BLOCK)
+def test_blocks_of_tiled_grids_equal_dense(axes, block_q, block_k):
+    shape, per_axis, tile = zip(*axes, strict=True)
+    mask = TiledGrid(shape, per_axis, tile)
+    size = int(np.prod(mask.tiles) * np.prod(tile))
+    check_lists(mask, size, size, block_q, block_k)
+    coordinates = np.indices([a * b for a, b in zip(mask.tiles, tile, strict=True)])
+    split = [n for pair in zip(mask.tiles, tile, strict=True) for n in pair]
+    order = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    flat = [x.reshape(split).transpose(order).reshape(-1) for x in coordinates]
+    want = np.ones((size, size), bool)
+    for x, length, own in zip(flat, shape, per_axis, strict=True):
+        want &= own(x[:, None], x[None]) & (x < length)[:, None] & (x < length)
+    np.testing.assert_array_equal(mask.dense(size), want)
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,12 +5,13 @@ starts, so that the blocks of the next tile are copied while this one is worked 
 common is not copied again. Partial tiles of a mask of indices share their masks where they are equal.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of
+from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of, static_tiles
 from pallas_kernels.masks import Full, Mask
 
 FIRST, LAST, WHOLE, NOTHING = 1, 2, 4, 8  # begins and ends what is written; needs no mask; is there for its zeros
@@ -74,15 +75,15 @@ def _walk(lib: Any, place: Any, lane: Any, row: Any, column: Any, full: Any, mas
     return Walk(row, column, flags.astype(lib.int32), masks, total)
 
 
-def masks_of(mask: Mask, layout: Layout, tiles: Tiles) -> tuple[np.ndarray, np.ndarray] | None:
+@functools.lru_cache(maxsize=16)
+def masks_of(mask: Mask, layout: Layout) -> tuple[np.ndarray, np.ndarray] | None:
     """The masks of partial tiles, keys by queries, (P, block_k, block_q) int8, and the number of each tile's.
 
-    Of a mask of indices and tiles that are known when tracing; None where no tile is partial.
+    Of a mask of indices alone; None where no tile is partial.
     """
+    tiles = static_tiles(mask, layout)
     # A short last block of keys is partial too: its padding is masked.
     lanes = tuple(head_of(layout, mask, lane) for lane in range(layout.lanes_h))
-    count = tiles.offsets[-1]
-    tiles = Tiles(*(np.asarray(x)[:count] for x in tiles[:3]), tiles.offsets)
     if tiles.full.all() or (mask == Full() and layout.keys % layout.block_k == 0):
         return None
     lane, row = tiles.row // layout.q_blocks, tiles.row % layout.q_blocks

@@ -172,7 +172,7 @@ def _planned(config: _Config, wanted: frozenset[str], q, k, arrays, lists_):
     blocks = None if config.blocks is None else Blocks(*lists_, *config.blocks)
     args = Arguments(shapes[0], shapes[1], shapes[1], x, blocks, config.rules)
     layout, tiles = tiles_of(args, config.block_q, config.block_k)
-    masks = lists.masks_of(config.rules.mask, layout, tiles) if is_static(args) else None
+    masks = lists.masks_of(config.rules.mask, layout) if is_static(args) else None
     full = [by_name[e.name].shape[1] for e in config.extras if e.kind == "full" and e.name in wanted]
     plan = Plan(
         layout=layout,

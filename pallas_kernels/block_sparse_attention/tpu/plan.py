@@ -12,7 +12,8 @@ from pallas_kernels import masks
 from pallas_kernels.array_masks import Place
 from pallas_kernels.block_lists import lower_heads
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Rules
-from pallas_kernels.block_sparse_attention.tiles import Layout, is_static
+from pallas_kernels.block_sparse_attention.tiles import Layout, is_static, layout_of
+from pallas_kernels.block_sparse_attention.tpu.lists import masks_of
 from pallas_kernels.tpu.chips import LANES, MIB, Chip
 from pallas_kernels.tpu.plans import up
 
@@ -125,8 +126,12 @@ def refusal(args: Arguments, chip: Chip) -> str | None:
             return "rules per head need tiles that are known when tracing: no blocks, segment_ids or arrays in the mask"
         if (odd := _not_computed(args.rules.mask)) is not None:
             return f"with tiles made at run time, {odd} cannot be evaluated in a kernel"
-    if sizes(args, chip) is None:
-        return f"the list of tiles, or the masks of partial ones, are too large: more than {MOST_TILES} of any size"
+    chosen = sizes(args, chip)
+    if chosen is None:
+        return f"the list of tiles is too long for scalar memory: more than {MOST_TILES} of any size"
+    partial = masks_of(args.rules.mask, layout_of(args, *chosen)) if is_static(args) else None
+    if partial is not None and partial[0].nbytes > MOST_MASKS:
+        return f"its partial tiles have {len(partial[0])} different masks, more than {MOST_MASKS // MIB} MiB"
     return None
 
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.masks import lower
+from pallas_kernels import dispatch
+from pallas_kernels.block_lists import lower
+from pallas_kernels.masks import TiledGrid
 from pallas_kernels.neighborhood_attention import (
     Window,
     api,
@@ -18,12 +20,15 @@ from pallas_kernels.neighborhood_attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
     neighborhood_mask,
+    tpu,
     xla,
 )
 from pallas_kernels.neighborhood_attention.cases import SMALL, SPEED, Case
 from tests.accuracy import relative_rms
 from tests.jaxprs import largest_array
 from tests.pallas_kernels.quick import quick
+from tests.pallas_kernels.tpu_compile import compile_for, kernels_of, needs_tpu_compiler
+from tests.pallas_kernels.tpu_interpreter import interpreted
 
 
 def visible_keys(x: int, length: int, k: int, s: int, d: int, causal: bool) -> set[int]:
@@ -385,3 +390,44 @@ def test_explain_names_the_implementations():
     q = jnp.zeros((1, 9, 1, 4))
     assert [choice.name for choice in explain(q, q, q, 3) if choice.ok][:1] == ["xla"]
     assert {choice.name for choice in explain()} >= {"xla", "reference"}
+
+
+@pytest.mark.parametrize("case", quick([c for c in SMALL if not c.masked], ("image_bias_dilation",), lambda c: c.name))
+def test_tpu_kernels_equal_reference_in_float64(case):
+    """Interpreted: memory that nobody wrote is NaN, reads out of bounds raise, races are found."""
+    want = in_float64(case, jnp.float32)
+    with interpreted() as kernels:
+        found = results(case, "tpu")
+    assert len(kernels) >= 3
+    for name, got in found.items():
+        if np.abs(want[name]).max() > 1e-9:
+            assert relative_rms(got, want[name]) <= (4e-6 if name.startswith("d") else 2e-6), name
+
+
+def test_tpu_tiles_are_boxes():
+    mask = neighborhood_mask((128, 128), 13)
+    tile = tpu.tile_of(mask.masks)
+    assert tile in ((8, 16), (16, 8))
+    tiled = TiledGrid((128, 128), mask.masks, tile)
+    in_tiles, in_rows = (lower(one, 1 << 14, 1 << 14, 128, 128) for one in (tiled, mask))
+    assert in_rows.counts.max() == 13 and in_tiles.counts.max() == 9
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["image_64x64_k13", "video_8x16x16_k5"])
+def test_tpu_kernels_compile(name):
+    case = next(case for case in SPEED if case.name == name)
+    arrays = case.arrays(jnp.bfloat16)
+
+    def loss(arrays):
+        y = neighborhood_attention(**arrays, **case.options, implementation="tpu")
+        return jnp.sum(y.astype(jnp.float32))
+
+    assert kernels_of(compile_for("v5e", jax.grad(loss), arrays)) == 3
+
+
+def test_tpu_kernels_refuse_key_masks():
+    case = next(case for case in SMALL if case.name == "image_masked")
+    with dispatch.target("tpu", "TPU v5e"), pytest.raises(dispatch.UnsupportedError, match="key_mask"):
+        neighborhood_attention(**case.arrays(), **case.options, implementation="tpu")

@@ -23,7 +23,7 @@ TAKEN = [
     case for case in SMALL if not case.name.startswith(("routed", "score_mod_routed")) or case.name == "routed_128"
 ]
 RUNS = [(case, "float32") for case in TAKEN]
-RUNS += [(case, "bfloat16") for case in TAKEN if case.name in ("window", "segments", "chosen")]
+RUNS += [(case, "bfloat16") for case in TAKEN if case.name in ("window", "staircase", "segments", "chosen")]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
     tpu_plan._sizes.cache_clear()
 
 
-@pytest.mark.parametrize(("case", "dtype"), quick(RUNS, ("window-bfloat16", "routed_128-float32"), joined))
+@pytest.mark.parametrize(("case", "dtype"), quick(RUNS, ("staircase-bfloat16", "routed_128-float32"), joined))
 def test_relative_rms_error(case, dtype, errors):
     with interpreted() as kernels:
         found = errors(case, jnp.dtype(dtype), implementation="tpu")
@@ -87,7 +87,7 @@ def test_partial_masks_are_shared_and_nothing_is_copied_twice():
     mask = PerHead((Causal(), SlidingWindow(511, 0), Causal() | Prefix(8), Block(256)))
     args = jax.eval_shape(lambda q: normal_form(q, q, q, mask=mask), q)
     layout, tiles = tiles_of(args, 256, 256)
-    masks, number = lists.masks_of(mask, layout, tiles)
+    masks, number = lists.masks_of(mask, layout)
     dense = [mask.head(h).dense(4096) for h in range(4)]
     for row, column, full, at in zip(tiles.row, tiles.column, tiles.full, number, strict=True):
         h, i = divmod(int(row), layout.q_blocks)
