@@ -32,11 +32,13 @@ from attnlab import registry
 from attnlab.models.language_model import LanguageModel
 from attnlab.models.options import options_of
 from attnlab.models.pyramid_vit import PyramidViT
+from attnlab.models.sequence_regressor import SequenceRegressor
 from attnlab.models.vit import ViT
 from attnlab.suggest import suggestion
 from attnlab.training import (
     ClassificationTask,
     LanguageTask,
+    RegressionTask,
     TrainConfig,
     TrainResult,
     load_model,
@@ -119,6 +121,7 @@ def config_class(cls: type[nnx.Module]) -> type[ModelConfig]:
 ViTConfig = config_class(ViT)
 PyramidViTConfig = config_class(PyramidViT)
 LanguageModelConfig = config_class(LanguageModel)
+SequenceRegressorConfig = config_class(SequenceRegressor)
 
 
 def model_config(name: str, **options: Any) -> ModelConfig:
@@ -139,12 +142,15 @@ def model_config(name: str, **options: Any) -> ModelConfig:
     return made(**options)
 
 
+_HOSTS = (ViT, PyramidViT, LanguageModel, SequenceRegressor)
+
+
 def _model_configs() -> dict[str, type[ModelConfig]]:
     registered = (v.target for v in registry.variants(kind=registry.Kind.BACKBONE) if hasattr(v.target, "inputs"))
-    return {made.__name__: made for made in map(config_class, (ViT, PyramidViT, LanguageModel, *registered))}
+    return {made.__name__: made for made in map(config_class, (*_HOSTS, *registered))}
 
 
-TASKS = {"image": ClassificationTask, "text": LanguageTask}
+TASKS = {"image": ClassificationTask, "text": LanguageTask, "vectors": RegressionTask}
 """What a model is trained for, by the kind of data that it takes."""
 
 
@@ -161,7 +167,7 @@ class Experiment:
 
     model: ModelConfig
     data: attnlab.data.Source
-    task: ClassificationTask | LanguageTask
+    task: ClassificationTask | LanguageTask | RegressionTask
     train: TrainConfig
 
     @property
@@ -215,9 +221,9 @@ class Experiment:
             )
         return dataset
 
-    def task_for(self, model: nnx.Module) -> ClassificationTask | LanguageTask:
+    def task_for(self, model: nnx.Module) -> ClassificationTask | LanguageTask | RegressionTask:
         """The task; without positions for a model whose mixers do not depend on them."""
-        if self.model.kind == "image" or getattr(model, "position", None) is not None:
+        if self.model.kind != "text" or getattr(model, "position", None) is not None:
             return self.task
         if any(block.looks_at_positions for block in model.blocks.blocks):
             return self.task

@@ -90,6 +90,9 @@ def _backbone(variant: Variant) -> str:
     if vocabulary := small.get("vocab_size"):
         inputs = f"tokens = jax.random.randint(jax.random.key(0), ({BATCH}, 12), 0, {vocabulary})  # (B, N)"
         name = "tokens"
+    elif numbers := small.get("token_features"):
+        inputs = f"vectors = jax.random.normal(jax.random.key(0), ({BATCH}, 12, {numbers}))  # (B, N, F)"
+        name = "vectors"
     else:
         size = small.get("image_size", IMAGE)
         rows, columns = (size, size) if isinstance(size, int) else size

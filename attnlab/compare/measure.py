@@ -40,7 +40,7 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
     features, heads = config.features, config.num_heads
     if not isinstance(features, int):
         features, heads = features[0], heads[0]
-    is_text = config.kind == "text"
+    is_text = config.kind != "image"
     model = Site(features, heads, layout=Layout.SEQUENCE if is_text else Layout.IMAGE, causal=is_text)
     seen = site_seen_by(registry.get(mixer).cls, model)
     timings = []
@@ -103,8 +103,13 @@ def example_of(experiment: Experiment, dataset: Dataset, *, tokens: int = 64) ->
     The query is the brightest token near the middle of an image, where something is to be seen; a text is cut to
     `tokens` bytes.
     """
+    if experiment.model.kind == "vectors":
+        inputs = next(dataset.eval(batch_size=1))["inputs"][:1]
+        return inputs, AttentionExample({}, text=b"." * (inputs.shape[1] - 1) + b"?")
     if experiment.model.kind == "text":
-        batch = next(dataset.eval(batch_size=1, sequence_length=tokens))
+        # A synthetic task may have no form as short as a piece of a text.
+        length = experiment.task.sequence_length if dataset.info.name == "task" else tokens
+        batch = next(dataset.eval(batch_size=1, sequence_length=length))
         inputs = batch["inputs"][:1]
         return inputs, AttentionExample({}, text=bytes(int(token) if token < 256 else 0 for token in inputs[0]))
     image = next(dataset.eval(batch_size=1))["image"][:1]

@@ -74,7 +74,7 @@ def learning_curves(comparison: Comparison, theme: Theme) -> Figure:
             ends.append((entry.mixer, steps[-1], quality[-1]))
     left.set(xlabel="step", ylabel="training loss (nats)", title="Training loss, running mean")
     right.set(xlabel="step", ylabel=comparison.quality_label, title="On the evaluation split")
-    _zoom(right, [line.get_ydata() for line in right.get_lines()], best_high=comparison.kind == "image")
+    _zoom(right, [line.get_ydata() for line in right.get_lines()], best_high=comparison.measured.more_is_better)
     label_ends(right, ends, looks)
     return figure
 
@@ -92,7 +92,7 @@ def quality_against_speed(comparison: Comparison, theme: Theme) -> Figure:
         look = looks[entry.mixer]
         axes.plot(x, y, linestyle="none", marker=look["marker"], color=look["color"], markersize=9)
         points.append((entry.mixer, x, y))
-    where = "better: up and right" if comparison.kind == "image" else "better: down and right"
+    where = "better: up and right" if comparison.measured.more_is_better else "better: down and right"
     axes.set(xlabel=f"training speed ({comparison.items} per second)", ylabel=comparison.quality_label)
     axes.set_title(f"Quality against speed ({where})")
     axes.set_xlim(0, max(x for _, x, _ in points) * 1.25)

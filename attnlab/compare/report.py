@@ -91,7 +91,7 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
     """The cells of the columns that hold numbers, for an entry that did not fail."""
     quality = "–"
     if entry.quality is not None:
-        quality = f"{comparison.quality_number(entry.quality):.{1 if comparison.kind == 'image' else 3}f}"
+        quality = f"{comparison.quality_number(entry.quality):.{comparison.measured.digits}f}"
     return [
         quality,
         _count(entry.parameters),
@@ -148,8 +148,7 @@ def summary(comparison: Comparison) -> str:
     ranked = [entry for entry in comparison.ranked() if entry.quality is not None]
     if not ranked:
         return "No mixer was trained."
-    word = "test accuracy" if comparison.kind == "image" else "bits per byte"
-    unit, digits = (" %", 1) if comparison.kind == "image" else ("", 3)
+    word, unit, digits = comparison.measured.name, comparison.measured.unit, comparison.measured.digits
     best, last = ranked[0], ranked[-1]
     text = f"{best.mixer} comes first with {comparison.quality_number(best.quality):.{digits}f}{unit} {word}"
     if len(ranked) > 1:

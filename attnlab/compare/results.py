@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Point = tuple[int, float]
 
@@ -70,13 +70,44 @@ class Entry:
     sample: Sample | None = None
 
 
+class Quality(NamedTuple):
+    """What mixers are compared by.
+
+    Attributes:
+      metric: of the evaluation.
+      name: in words.
+      unit: behind a number in a sentence.
+      factor: from the metric to that unit.
+      digits: behind the point.
+      more_is_better: whether it is.
+      items: what a rate counts.
+    """
+
+    metric: str
+    name: str
+    unit: str
+    factor: float
+    digits: int
+    more_is_better: bool
+    items: str
+
+
+QUALITIES = {
+    "image": Quality("accuracy", "test accuracy", " %", 100, 1, True, "images"),
+    "text": Quality("bits_per_byte", "bits per byte", "", 1, 3, False, "tokens"),
+    "task": Quality("accuracy", "test accuracy", " %", 100, 1, True, "tokens"),
+    "vectors": Quality("loss", "squared error", "", 1, 4, False, "examples"),
+}
+"""By the kind of data; "task" is text of a synthetic task, which is solved or not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The same model, data and seed under several mixers.
 
     Attributes:
       title: of the report.
-      kind: "image" (quality is accuracy) or "text" (quality is bits per byte).
+      kind: of the data, a key of `QUALITIES`.
       data: facts about the dataset, in words.
       setting: facts about model and training, in words.
       machine: facts about the machine, in words.
@@ -85,7 +116,7 @@ class Comparison:
     """
 
     title: str
-    kind: Literal["image", "text"]
+    kind: str
     data: dict[str, str]
     setting: dict[str, str]
     machine: dict[str, str]
@@ -93,21 +124,26 @@ class Comparison:
     entries: tuple[Entry, ...]
 
     @property
+    def measured(self) -> Quality:
+        """What the quality of an entry is."""
+        return QUALITIES[self.kind]
+
+    @property
     def quality_label(self) -> str:
-        return "test accuracy (%)" if self.kind == "image" else "bits per byte"
+        return f"{self.measured.name} (%)" if self.measured.unit else self.measured.name
 
     @property
     def items(self) -> str:
         """What `items_per_second` counts."""
-        return "images" if self.kind == "image" else "tokens"
+        return self.measured.items
 
     def quality_number(self, quality: float) -> float:
         """A quality in the unit of `quality_label`."""
-        return 100 * quality if self.kind == "image" else quality
+        return self.measured.factor * quality
 
     def ranked(self) -> tuple[Entry, ...]:
         """Entries from the best quality to the worst; those without one come last."""
-        sign = -1 if self.kind == "image" else 1
+        sign = -1 if self.measured.more_is_better else 1
         return tuple(sorted(self.entries, key=lambda e: (e.quality is None, sign * (e.quality or 0.0))))
 
 

@@ -29,11 +29,11 @@ from attnlab import experiment as experiments
 from attnlab.compare import measure, plots, report
 from attnlab.compare import results as results_file
 from attnlab.compare.results import Comparison, Entry, Sample
-from attnlab.data.tokenizer import END_OF_TEXT, decode, encode
+from attnlab.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
 from attnlab.experiment import Experiment
 from attnlab.training import ConfigMismatch, TrainResult
 
-LENGTHS = {"image": (64, 256, 1024, 4096), "text": (256, 512, 1024, 2048)}
+LENGTHS = {"image": (64, 256, 1024, 4096), "text": (256, 512, 1024, 2048), "vectors": (64, 256, 1024)}
 Say = Callable[[str], None]
 
 
@@ -106,7 +106,7 @@ def compare(
                 maps[mixer] = matching
     comparison = Comparison(
         title=title,
-        kind=experiment.model.kind,
+        kind=_kind(experiment),
         data=_data_facts(dataset.info),
         setting=_setting_facts(experiment),
         machine=_machine_facts(),
@@ -153,7 +153,7 @@ def _entry(
         entry = dataclasses.replace(
             entry,
             timings=measure.time_mixer(trial, mixer, lengths),
-            sample=_sample(trained, options) if trial.model.kind == "text" and options.sample_tokens else None,
+            sample=_sample(trained, options) if _is_bytes(dataset.info) and options.sample_tokens else None,
         )
         weights = measure.attention_of(trained.model, tokens)
         np.savez_compressed(directory / "attention.npz", **{f"layer{i:03}": layer for i, layer in enumerate(weights)})
@@ -170,7 +170,7 @@ def _entry(
 
 def _trained_entry(trial: Experiment, mixer: str, trained: TrainResult) -> Entry:
     split = "eval_ema" if "eval_ema" in trained.metrics else "eval"
-    name = "accuracy" if trial.model.kind == "image" else "bits_per_byte"
+    name = results_file.QUALITIES[_kind(trial)].metric
     records = [(record["split"], record["step"], record["values"]) for record in trained.history]
     return Entry(
         mixer,
@@ -186,6 +186,20 @@ def _trained_entry(trial: Experiment, mixer: str, trained: TrainResult) -> Entry
         train_curve=tuple((step, values["loss"]) for which, step, values in records if which == "train"),
         eval_curve=tuple((step, values[name]) for which, step, values in records if which == split),
     )
+
+
+def _kind(experiment: Experiment) -> str:
+    """The key of `QUALITIES` for an experiment."""
+    return "task" if experiment.model.kind == "text" and _is_task(experiment) else experiment.model.kind
+
+
+def _is_task(experiment: Experiment) -> bool:
+    return isinstance(experiment.data, attnlab.data.TaskData)
+
+
+def _is_bytes(info: attnlab.data.DatasetInfo) -> bool:
+    """Whether tokens are bytes, so that a text can be continued."""
+    return info.kind == "text" and info.vocab_size == VOCAB_SIZE
 
 
 def _sample(trained: TrainResult, options: Options) -> Sample:
@@ -205,12 +219,13 @@ def _sample(trained: TrainResult, options: Options) -> Sample:
 
 
 def _words(trial: Experiment, entry: Entry) -> str:
-    quality = f"{100 * entry.quality:.1f} %" if trial.model.kind == "image" else f"{entry.quality:.3f} bits per byte"
+    its = results_file.QUALITIES[_kind(trial)]
+    quality = f"{its.factor * entry.quality:.{its.digits}f}" + (its.unit or f" {its.name}")
     return f"{quality} after {entry.steps} steps in {entry.seconds:.0f} s"
 
 
 def _data_facts(info: attnlab.data.DatasetInfo) -> dict[str, str]:
-    unit = "images" if info.kind == "image" else "tokens"
+    unit = results_file.QUALITIES[info.kind].items
     facts = {"data": f"{info.name}: {info.train_size:,} {unit} for training, {info.eval_size:,} for evaluation"}
     if info.image_shape:
         facts["images"] = " × ".join(map(str, info.image_shape)) + f", {info.num_classes} classes"

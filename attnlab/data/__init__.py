@@ -11,7 +11,8 @@ A source is a small frozen dataclass of settings, so that a configuration can ho
 
 Batches of images hold `image` float32 (B, H, W, C), `label` int32 (B,) and `weight` float32 (B,). Batches of text hold
 `inputs` and `targets` int32 (B, N) and `weight` float32 (B, N), packed text also `segment_ids` and `positions` int32
-(B, N); `sequence_length=N` is then an argument of `train` and `eval`. See `attnlab.data.text`.
+(B, N); `sequence_length=N` is then an argument of `train` and `eval`. See `attnlab.data.text`. Batches of vectors hold
+`inputs` float32 (B, N, F), `targets` float32 (B, R) and `weight` float32 (B,).
 
 Grain, scikit-learn and pillow are imported when they are first needed.
 """

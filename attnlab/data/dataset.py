@@ -60,19 +60,21 @@ class DatasetInfo:
 
     Attributes:
       name: of the source.
-      kind: "image" for classification of images, "text" for language modelling.
+      kind: "image" for classification of images, "text" for language modelling, "vectors" for regression.
       train_size: images or tokens of the training split.
       eval_size: images or tokens of the evaluation split.
       digest: SHA-256 (hex) of the data; the source's docstring says of what exactly.
       image_shape: (H, W, C) of an image as the batches hold it; None for text.
       num_classes: of images; None for text.
       class_names: of images where they are known, in the order of the labels.
-      vocab_size: of text; None for images.
+      vocab_size: of text; None for others.
+      token_features: numbers of a vector; None for others.
+      responses: numbers to be predicted from vectors; None for others.
       details: further facts in words, such as the version of a text.
     """
 
     name: str
-    kind: Literal["image", "text"]
+    kind: Literal["image", "text", "vectors"]
     train_size: int
     eval_size: int
     digest: str
@@ -80,6 +82,8 @@ class DatasetInfo:
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
     vocab_size: int | None = None
+    token_features: int | None = None
+    responses: int | None = None
     details: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -233,6 +237,8 @@ class Dataset:
             raise ValueError(f"no split is called {split!r}: {suggestion(split, SPLITS)}")
         if self.info.kind == "image" and sequence_length is not None:
             raise ValueError(f"sequence_length is for text; {self.info.name} holds images of {self.info.image_shape}")
+        if self.info.kind == "vectors" and sequence_length is not None:
+            raise ValueError(f"sequence_length is for text; {self.info.name} holds sequences of vectors")
         if self.info.kind == "text" and (sequence_length is None or sequence_length < 1):
             raise ValueError(f"{self.info.name} is text: sequence_length must be at least 1, not {sequence_length}")
         return self.examples(split, sequence_length)

@@ -19,7 +19,11 @@ from attnlab.suggest import suggestion
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """Examples of a registered task whose inputs and targets are token ids, `inputs` and `targets` int32 (N,).
+    """Examples of a registered task, as its attributes say.
+
+    With `vocab_size` and `length` they are text, `inputs` and `targets` int32 (N,). With `image_shape` and
+    `class_names` they are images with a `label`, and `caption` int32 (T,) beside them. With `token_features`,
+    `responses` and `length` they are vectors, `inputs` float32 (N, F) and `targets` float32 (R,).
 
     Attributes:
       task: name of the task, as `attnlab list --kind task` prints it.
@@ -40,11 +44,11 @@ class TaskData:
     loading: Loading = dataclasses.field(default_factory=Loading)
 
     def open(self) -> Dataset:
-        """The data set; its `sequence_length` becomes the task's `length`.
+        """The data set; of text, its `sequence_length` becomes the task's `length`.
 
         Raises:
           KeyError: for a name that no task has, with the nearest ones.
-          ValueError: for a setting out of range, one that the task does not have, or a task not of token ids.
+          ValueError: for a setting out of range, one that the task does not have, or a task of another kind.
         """
         from attnlab import registry
 
@@ -67,16 +71,14 @@ def open_task(cls: type, source: TaskData) -> Dataset:
         raise ValueError(f"seed must lie in 0..2**32 - 1, got {source.seed}")
     settings = _settings(cls, source.options)
     task = cls(**settings)
-    if not hasattr(task, "vocab_size") or not hasattr(task, "length"):
-        raise ValueError(f"{cls.__name__} has no vocab_size and length: it is no task of token ids")
+    facts_of_kind = _facts(task)
     facts = f"{cls.__module__}.{cls.__qualname__} {sorted(settings.items())} {source.seed} {source.train_size}"
     info = DatasetInfo(
         name=source.name,
-        kind="text",
-        train_size=source.train_size * task.length,
-        eval_size=source.eval_size * task.length,
+        train_size=source.train_size * (task.length if facts_of_kind["kind"] == "text" else 1),
+        eval_size=source.eval_size * (task.length if facts_of_kind["kind"] == "text" else 1),
         digest=hashlib.sha256(f"{facts} {source.eval_size}".encode()).hexdigest(),
-        vocab_size=task.vocab_size,
+        **facts_of_kind,
         details={"task": source.task or cls.__name__} | {name: str(value) for name, value in settings.items()},
     )
     sizes = {"train": source.train_size, "eval": source.eval_size}
@@ -86,6 +88,26 @@ def open_task(cls: type, source: TaskData) -> Dataset:
         return _Examples(sized, sizes[split], (source.seed, SPLITS.index(split)))
 
     return Dataset(info, examples, None, source.loading)
+
+
+def _facts(task: Any) -> dict[str, Any]:
+    """What the data set says of the task's examples, by its attributes."""
+
+    def has(*names: str) -> bool:
+        return all(hasattr(task, name) for name in names)
+
+    if has("image_shape", "class_names"):
+        names = tuple(task.class_names)
+        shape = tuple(task.image_shape)
+        return {"kind": "image", "image_shape": shape, "num_classes": len(names), "class_names": names}
+    if has("token_features", "responses", "length"):
+        return {"kind": "vectors", "token_features": task.token_features, "responses": task.responses}
+    if has("vocab_size", "length"):
+        return {"kind": "text", "vocab_size": task.vocab_size}
+    raise ValueError(
+        f"{type(task).__name__} must have vocab_size and length, or image_shape and class_names, or token_features, "
+        f"responses and length"
+    )
 
 
 class _Examples(Sequence[Example]):
@@ -101,7 +123,11 @@ class _Examples(Sequence[Example]):
         if not 0 <= index < self._size:
             raise IndexError(f"example {index} of {self._size}")
         batch = self._task.sample(np.random.default_rng((*self._seed, int(index))), 1)
-        return {name: array[0] for name, array in batch.items()}
+        example = {name: array[0] for name, array in batch.items()}
+        if hasattr(self._task, "image_shape"):
+            image, label, caption = (example[name] for name in ("inputs", "label", "targets"))
+            return {"image": image, "label": label, "weight": np.float32(1), "caption": caption}
+        return example
 
 
 def _settings(cls: type, options: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from attnlab.registry import Cost, Kind, Source, register
     repository="GuoTianYu2000/Active-Dormant-Attention",
     cost=Cost(time="O(N²·C)", memory="O(N²·H)", state="2·L·N·C"),
     summary="language model of one to three layers with softmax or ReLU attention, and pieces left out",
-    small={"vocab_size": 11, "features": 12, "depth": 2, "num_heads": 2, "max_length": 9, "relu": True},
+    small={"vocab_size": 11, "features": 12, "depth": 2, "num_heads": 2, "max_length": 16, "relu": True},
 )
 class BackcopyTransformer(LanguageModel):
     """Token ids `(B, N)` to logits `(B, N, vocab_size)`; see `LanguageModel` for calling, decoding and points.

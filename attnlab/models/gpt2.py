@@ -36,7 +36,7 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     source=Source.PAPER_TEXT,
     cost=Cost(time="O(N²·C)", memory="O(N²·H)", state="2·L·N·C"),
     summary="decoder language model with learned positions, LayerNorm and GELU; takes published weights",
-    small={"vocab_size": 11, "features": 16, "depth": 2, "num_heads": 2, "max_length": 8},
+    small={"vocab_size": 11, "features": 16, "depth": 2, "num_heads": 2, "max_length": 16},
 )
 class GPT2(LanguageModel):
     """Token ids `(B, N)` to logits `(B, N, vocab_size)`; see `LanguageModel` for calling, decoding and points.

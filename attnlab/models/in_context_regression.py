@@ -13,7 +13,7 @@ Reference: XintianPan/ICL_linear, `MultiHeadAttention`. Its causal class of seve
 same scores, a defect, and is left out.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import record
+from attnlab.models.inputs import Vectors
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.softmax import attention_weights, softmax_attention
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
@@ -137,3 +138,51 @@ def _uniform(bound: float) -> nnx.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return draw
+
+
+@register(
+    "icl_linear_regression.regressor",
+    kind=Kind.BACKBONE,
+    paper=PAPER,
+    source=Source.AUTHORS_CODE,
+    repository="XintianPan/ICL_linear",
+    cost=Cost("O(L·H·n)", "O(L·H)"),
+    summary="the one-layer model on sequences whose last vector is the query, to be trained on in-context regression",
+    small={"token_features": 4, "responses": 1, "num_heads": 2},
+)
+class InContextRegressor(nnx.Module):
+    """Sequences `(B, L + 1, n)` of examples and a query to predictions `(B, responses)` in float32.
+
+    Args:
+      token_features: n, numbers of a vector.
+      responses: numbers of a prediction.
+      num_heads: H.
+      init: initial weights, see `InContextAttention`.
+      use_bias: whether the maps have biases.
+      dtype: of the computation; that of the vectors when None.
+      param_dtype: of the parameters.
+      rngs: stream `params`.
+    """
+
+    inputs: ClassVar[Vectors] = Vectors()
+
+    def __init__(
+        self,
+        token_features: int,
+        responses: int,
+        *,
+        num_heads: int = 2,
+        init: Literal["random", "small_id", "small_id_qk", "oppo_small_id"] = "random",
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        sizes = {"num_heads": num_heads, "out_features": responses, "init": init, "use_bias": use_bias}
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention = InContextAttention(token_features, **sizes, **common)
+
+    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
+        """Predicts from vectors, of which the last is the query."""
+        x = jnp.asarray(x)
+        return self.attention(x[:, -1:], x[:, :-1])[:, 0].astype(jnp.float32)

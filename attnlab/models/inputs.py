@@ -36,3 +36,15 @@ class TokenIds:
     def sizes_of(self, info: "DatasetInfo") -> Mapping[str, Any]:
         """The arguments `sizes` for the texts of a dataset."""
         return {"vocab_size": info.vocab_size}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Sequences of vectors `(B, N, token_features)`, to predictions `(B, responses)`; attributes as `Images`."""
+
+    kind: ClassVar[str] = "vectors"
+    sizes: ClassVar[tuple[str, ...]] = ("token_features", "responses")
+
+    def sizes_of(self, info: "DatasetInfo") -> Mapping[str, Any]:
+        """The arguments `sizes` for the sequences of a dataset."""
+        return {"token_features": info.token_features, "responses": info.responses}

@@ -10,7 +10,7 @@ from attnlab.training.loop import NonFiniteError, TrainResult, load_model, train
 from attnlab.training.metrics import read_metrics
 from attnlab.training.optimizer import OPTIMIZERS, OptimizerConfig
 from attnlab.training.sharding import MeshConfig, mesh_from
-from attnlab.training.task import ClassificationTask, LanguageTask, Task
+from attnlab.training.task import ClassificationTask, LanguageTask, RegressionTask, Task
 
 __all__ = [
     "OPTIMIZERS",
@@ -22,6 +22,7 @@ __all__ = [
     "MeshConfig",
     "NonFiniteError",
     "OptimizerConfig",
+    "RegressionTask",
     "Task",
     "TrainConfig",
     "TrainResult",

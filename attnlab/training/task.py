@@ -98,11 +98,39 @@ class ClassificationTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class RegressionTask:
+    """Numbers: `model(inputs, deterministic=)` gives predictions `(B, R)` from vectors `(B, N, F)`.
+
+    Reports `loss`, the squared error, summed over the R numbers.
+    """
+
+    arrays: ClassVar = ("inputs", "targets", "weight")
+    unit: ClassVar = "examples"
+    best: ClassVar = "loss"
+    best_mode: ClassVar = "min"
+
+    def data_options(self) -> dict[str, Any]:
+        return {}
+
+    def units_per_example(self) -> int:
+        return 1
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        found = model(batch["inputs"], deterministic=deterministic).astype(jnp.float32)
+        weight = batch["weight"].astype(jnp.float32)
+        error = jnp.square(found - batch["targets"]).sum(-1)
+        return {"loss": jnp.vdot(weight, error), "weight": weight.sum()}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / (sums["weight"] or 1.0)}
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageTask:
     """The next token: `model(inputs, segment_ids=, positions=, deterministic=)` gives logits `(B, N, vocabulary)`.
 
     `segment_ids` and `positions` are passed when the batch holds them. Reports `loss` (nats per token), `perplexity`
-    (its exponential) and `bits_per_byte`.
+    (its exponential), `bits_per_byte`, and `accuracy`, the fraction of targets that are the likeliest token.
 
     Attributes:
       sequence_length: tokens N of an example.
@@ -139,9 +167,15 @@ class LanguageTask:
         weight = batch["weight"].astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         loss = _of_known(batch["targets"], weight, loss, logits.shape[-1])
-        return {"loss": jnp.vdot(weight, loss), "weight": weight.sum()}
+        right = (logits.argmax(-1) == batch["targets"]).astype(jnp.float32)
+        return {"loss": jnp.vdot(weight, loss), "weight": weight.sum(), "correct": jnp.vdot(weight, right)}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        loss = sums["loss"] / (sums["weight"] or 1.0)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": loss / math.log(2) / self.bytes_per_token}
+        weight = sums["weight"] or 1.0
+        loss = sums["loss"] / weight
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "accuracy": sums["correct"] / weight,
+        }

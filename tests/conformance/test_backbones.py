@@ -37,6 +37,8 @@ def inputs(name: str) -> np.ndarray:
     random = np.random.default_rng(1)
     if vocabulary := attnlab.get(name).options.get("vocab_size"):
         return random.integers(0, vocabulary, (2, 7), np.int32)
+    if numbers := attnlab.get(name).options.get("token_features"):
+        return random.standard_normal((2, 7, numbers)).astype(np.float32)
     return random.standard_normal((2, 32, 32, 3)).astype(np.float32)
 
 

@@ -20,6 +20,7 @@ from pallas_kernels.masks import Causal, SlidingWindow
 INFO = {
     "image": {"image_shape": (32, 32, 3), "num_classes": 10},
     "text": {"vocab_size": 258},
+    "vectors": {"token_features": 6, "responses": 1},
 }
 
 
@@ -41,10 +42,11 @@ def test_configuration_builds_and_survives_json(name, tmp_path):
     again, same = experiment.load(tmp_path)
     assert experiment.as_dict(again) == experiment.as_dict(config) and same == info
     model = nnx.eval_shape(lambda: again.model.build(info, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    shape = (2, *info.image_shape) if config.model.kind == "image" else (2, 16)
-    dtype = jnp.float32 if config.model.kind == "image" else jnp.int32
-    out = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct(shape, dtype))
-    assert out.shape == ((2, 10) if config.model.kind == "image" else (2, 16, 258))
+    kind = config.model.kind
+    shape = {"image": info.image_shape, "text": (16,), "vectors": (16, 6)}[kind]
+    dtype = jnp.int32 if kind == "text" else jnp.float32
+    out = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((2, *shape), dtype))
+    assert out.shape == {"image": (2, 10), "text": (2, 16, 258), "vectors": (2, 1)}[kind]
 
 
 @pytest.mark.parametrize("name", configs.names())

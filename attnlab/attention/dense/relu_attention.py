@@ -88,6 +88,8 @@ class ReluCore(ProductCore):
     repository="GuoTianYu2000/Active-Dormant-Attention",
     cost=Cost(time="O(N·M·H·(D+E))", memory="O(N·M·H)", state="M·G·(D+E)"),
     summary="relu of scaled products over the number of visible keys: no sink is needed, rows do not sum to 1",
+    # With two heads, a token at the start may have no positive score at all.
+    small={"num_heads": 8, "head_dim": 4},
 )
 class ReluAttention(ProjectedMixer):
     """Tokens of any layout to the same shape. See the module docstring for the equations.

@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 
 from attnlab.interventions.attention_edits import RowChoice, TokenScaling
+from attnlab.interventions.attention_override import AttentionOverride
 from attnlab.measure import watch
 from attnlab.models.language_model import LanguageModel
 from attnlab.points import attach
@@ -48,3 +49,11 @@ def test_refuses_what_does_not_fit():
         RowChoice(jnp.zeros((1, 3), int), jnp.ones((1, 4), bool))
     with pytest.raises(ValueError, match="tokens must be boolean"):
         TokenScaling(jnp.ones((1, 3)))
+
+
+def test_the_last_rows_attention_is_put_on_given_tokens():
+    tokens = jnp.asarray([[False, True, False, True, False, False], [False] * 6])
+    edited = attach(MODEL, AttentionOverride(tokens, share=0.5), heads=jnp.asarray([False, True]))
+    weights, before = (watch(model, IDS)[1]["attention"][0] for model in (edited, MODEL))
+    want = before.at[0, 1, -1].set(0.5 * before[0, 1, -1] + 0.25 * tokens[0])
+    np.testing.assert_allclose(weights, want, atol=1e-6)
