@@ -70,13 +70,15 @@ def test_language_sums_and_metrics():
         sums = LanguageTask(5).sums(model, rows | extra, deterministic=True)
         np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
         assert sums["weight"] == 7
+        assert sums["correct"] == (rows["weight"] * (log_p.argmax(-1) == rows["targets"])).sum()
     everything = rows | {"segment_ids": segments, "positions": positions}
     np.testing.assert_array_equal(
         LanguageTask(5, positions=False).sums(model, everything, deterministic=True)["loss"],
         LanguageTask(5).sums(model, rows | {"segment_ids": segments}, deterministic=True)["loss"],
     )
-    metrics = LanguageTask(5, bytes_per_token=4).metrics({"loss": 7 * np.log(16), "weight": 7})
-    assert metrics == pytest.approx({"loss": np.log(16), "perplexity": 16, "bits_per_byte": 1.0})
+    metrics = LanguageTask(5, bytes_per_token=4).metrics({"loss": 7 * np.log(16), "weight": 7, "correct": 3})
+    want = {"loss": np.log(16), "perplexity": 16, "bits_per_byte": 1.0, "accuracy": 3 / 7}
+    assert metrics == pytest.approx(want)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
