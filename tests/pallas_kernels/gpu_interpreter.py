@@ -1,4 +1,4 @@
-"""Pallas' interpreter of GPUs, which JAX 0.10 and 0.11 do not export."""
+"""Pallas' interpreter of GPUs, which JAX 0.10 to 0.12 do not export."""
 
 import threading
 from collections.abc import Iterator

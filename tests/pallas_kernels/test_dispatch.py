@@ -73,7 +73,7 @@ def test_names_in_a_table_are_different(op):
 
 
 def test_import_is_light():
-    # JAX 0.11 loads libtpu itself.
+    # JAX loads libtpu itself since 0.11.
     code = (
         "import sys, jax; of_jax = set(sys.modules); import pallas_kernels; print([m for m in set(sys.modules) - of_jax"
     )

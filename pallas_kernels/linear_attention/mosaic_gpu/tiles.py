@@ -1,6 +1,6 @@
 """Launches of `mosaic_gpu`, and the tiles of 64×64 in registers and shared memory of `sweep`.
 
-On a GPU tiles have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 and 0.11) knows no layouts, no
+On a GPU tiles have the register layout of wgmma. Pallas' GPU interpreter (JAX 0.10 to 0.12) knows no layouts, no
 wgmma with operands in registers and no `run_state`; for it, `interpret` True, these functions are plain arithmetic.
 Everything else of a kernel, copies and barriers included, is interpreted as it is.
 """
