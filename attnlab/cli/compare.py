@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     if not options.mixers:
         raise ValueError("--mixers is missing: name at least one registered mixer (`attnlab list --kind mixer`)")
     chosen = Experiment(**{field: getattr(options, field) for field in fields})
-    directory = Path(options.out_dir or f"runs/compare_{Path(name).stem}")
+    directory = configs.directory(options.out_dir or f"runs/compare_{Path(name).stem}")
     configs.show(chosen)
     print(f"mixers = {options.mixers!r}\nout_dir = {str(directory)!r}\n", flush=True)
     qualify.on_new_device()

@@ -80,6 +80,19 @@ def parse(kind: Any, arguments: list[str], default: Any, prog: str, description:
     return tyro.cli(kind, default=default, args=arguments, prog=prog, description=description, config=SETTINGS)
 
 
+def directory(name: str) -> Path:
+    """The directory of that name, to be written into.
+
+    Raises:
+      ValueError: if the name is no text: checkpoints, which name it too, are kept by libraries that take only text.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the directory {name!r} has no name in UTF-8; give another --out-dir") from None
+    return Path(name)
+
+
 def show(experiment: Experiment) -> None:
     """Prints an experiment in full, one setting on a line, as the options that would give it."""
     from rich.console import Console

@@ -63,6 +63,8 @@ def continuation(options: GenerateOptions) -> str:
         raise ValueError(f"{options.run_dir} holds a {type(config.model).__name__} on {info.name}, no language model")
     if not options.prompt:
         raise ValueError("--prompt must hold at least one character")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must lie in 0..2**32 - 1, not {options.seed}")
     if "" in options.stop:
         raise ValueError("--stop must not hold an empty text")
     qualify.on_new_device()

@@ -33,7 +33,7 @@ usage: attnlab COMMAND ... [--debug]
   --debug                  shows the traceback of an error
 """
 
-MISTAKES = (ValueError, KeyError, TypeError, OSError, NotImplementedError)
+MISTAKES = (ValueError, KeyError, TypeError, OSError, NotImplementedError, OverflowError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     options = configs.parse(TrainOptions, rest, default, f"attnlab train {name}", "Every setting of the configuration.")
     chosen = Experiment(**{field: getattr(options, field) for field in fields})
     chosen.check()
-    directory = Path(options.out_dir or (name if Path(name).is_dir() else f"runs/{Path(name).stem}"))
+    directory = configs.directory(options.out_dir or (name if Path(name).is_dir() else f"runs/{Path(name).stem}"))
     configs.show(chosen)
     print(f"out_dir = {str(directory)!r}\n", flush=True)
     if options.dry_run:

@@ -29,11 +29,13 @@ def sample_token(
     key: jax.Array,
     logits: jax.Array,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: ArrayLike = 1.0,
+    top_k: ArrayLike | None = None,
+    top_p: ArrayLike | None = None,
 ) -> jax.Array:
     """Draws token ids `(B,)` from logits `(B, V)`.
+
+    Options that are arrays may change without another compilation.
 
     Args:
       key: random key.
@@ -43,19 +45,25 @@ def sample_token(
       top_p: keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al., 2020,
         arXiv:1904.09751); applied after `top_k`. At least one token is always kept.
     """
-    if temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
+    likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
+    if not isinstance(temperature, jax.Array) and temperature == 0:
+        return likeliest
+    temperature = jnp.asarray(temperature, jnp.float32)
+    logits = logits.astype(jnp.float32) / jnp.where(temperature == 0, 1, temperature)
+    if top_k is not None or top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        if top_k is not None:
+            place = jnp.clip(jnp.asarray(top_k, jnp.int32), 1, logits.shape[-1]) - 1
+            least = jnp.take(ordered, place[None], axis=-1)
+            logits, ordered = (jnp.where(some < least, -jnp.inf, some) for some in (logits, ordered))
+        if top_p is not None:
+            probability = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(probability, axis=-1) - probability
+            # The first is always kept; with p = 1 all are, whatever the sums were rounded to.
+            kept = (before < top_p) | (jnp.asarray(top_p) >= 1)
+            logits = jnp.where(logits < jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True), -jnp.inf, logits)
+    drawn = jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return jnp.where(temperature == 0, likeliest, drawn)
 
 
 def generate(
@@ -74,7 +82,8 @@ def generate(
     """Continues prompts.
 
     Memory is that of the mixers' decode states: constant in the number of tokens for linear mixers. The loop ends as
-    soon as every sequence has met a stop token.
+    soon as every sequence has met a stop token. Other values of the options compile nothing anew, nor do other lengths
+    of about the same size, which share a program: prompts are padded to one length, of which nothing is seen.
 
     Args:
       model: language model.
@@ -89,7 +98,8 @@ def generate(
       pad_token: fills `tokens` after a stop token.
 
     Raises:
-      ValueError: for an argument out of its range, a prompt of the wrong shape or padded on the right.
+      ValueError: for an argument out of its range, a prompt of the wrong shape or padded on the right, or more tokens
+        than a learned table of positions has rows.
     """
     prompt = np.asarray(prompt)
     _check(prompt, max_new_tokens, key, temperature, top_k, top_p, model.vocab_size, stop_tokens)
@@ -101,51 +111,77 @@ def generate(
         if not prompt_mask[:, -1].all() or (np.diff(prompt_mask.astype(int), axis=1) < 0).any():
             raise ValueError("prompt_mask must be False at the left only: pad shorter prompts on the left")
     graph, state = nnx.split(model)
-    return _generate(
+    length = prompt.shape[1]
+    # Sizes are rounded up, so that prompts and continuations of about the same length share a program.
+    width, rows = _rounded(length), _rounded(max_new_tokens)
+    room = width + rows
+    if model.max_length is not None:
+        if length + max_new_tokens > model.max_length:
+            raise ValueError(
+                f"{length} + {max_new_tokens} tokens are beyond the position table of {model.max_length} rows"
+            )
+        room = min(room, model.max_length)
+    # Interventions may look at all tokens: they are handed none that the caller did not give.
+    if not model.interventions and (padding := min(width, room) - length):
+        prompt_mask = np.ones(prompt.shape, bool) if prompt_mask is None else prompt_mask
+        prompt, prompt_mask = (np.pad(a, ((0, 0), (padding, 0))) for a in (prompt, prompt_mask))
+    tokens, lengths = _generate(
         graph,
         state,
         jnp.asarray(prompt, jnp.int32),
-        prompt_mask,
+        None if prompt_mask is None else jnp.asarray(prompt_mask),
         jax.random.key(0) if key is None else key,
-        jnp.asarray(stop_tokens, jnp.int32),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        pad_token=pad_token,
+        jnp.asarray(sorted({*stop_tokens}) or [-1], jnp.int32),
+        jnp.asarray(max_new_tokens, jnp.int32),
+        jnp.asarray(0 if temperature == 0 else temperature, jnp.float32),
+        jnp.asarray(model.vocab_size if top_k is None else top_k, jnp.int32),
+        jnp.asarray(1 if top_p is None else top_p, jnp.float32),
+        jnp.asarray(pad_token, jnp.int32),
+        room=room,
+        rows=rows,
+        filters=top_k is not None or top_p is not None,
     )
+    return Generation(tokens[:, :max_new_tokens], lengths)
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "temperature", "top_k", "top_p", "pad_token")
-)
-def _generate(graph, weights, prompt, mask, key, stop_tokens, *, max_new_tokens, temperature, top_k, top_p, pad_token):
+def _rounded(size: int) -> int:
+    """The next multiple of 8, and for more than 64 of an eighth of the next power of two: at most a quarter more."""
+    step = max(8, 2 ** (size - 1).bit_length() // 8)
+    return -(-size // step) * step
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "rows", "filters"))
+def _generate(
+    graph, weights, prompt, real, key, stop_tokens, count, temperature, top_k, top_p, pad_token, *, room, rows, filters
+):
     model = nnx.merge(graph, weights)
-    batch, length = prompt.shape
+    batch = prompt.shape[0]
+    options = {"top_k": top_k, "top_p": top_p} if filters else {}
 
     def choose(key, logits, done):
-        token = sample_token(key, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = sample_token(key, logits, temperature=temperature, **options)
         return jnp.where(done, pad_token, token), done | jnp.isin(token, stop_tokens)
 
-    logits, state = model.prefill(prompt, model.init_state(batch, length + max_new_tokens), mask=mask)
+    logits, state = model.prefill(prompt, model.init_state(batch, room), mask=real)
     nobody = jnp.zeros((batch,), bool)
     token, done = choose(jax.random.fold_in(key, 0), logits[:, -1], nobody)
-    tokens = jnp.full((batch, max_new_tokens), pad_token, jnp.int32).at[:, 0].set(token)
+    tokens = jnp.full((batch, rows), pad_token, jnp.int32).at[:, 0].set(token)
 
     def going(carry):
-        count, _, _, done, _, _ = carry
-        return (count < max_new_tokens) & ~done.all()
+        number, _, _, done, _, _ = carry
+        return (number < count) & ~done.all()
 
     def advance(carry):
-        count, tokens, token, done, lengths, state = carry
+        number, tokens, token, done, lengths, state = carry
         logits, state = model.step(token, state)
         lengths = lengths + ~done
-        token, done = choose(jax.random.fold_in(key, count), logits, done)
-        return count + 1, tokens.at[:, count].set(token), token, done, lengths, state
+        token, done = choose(jax.random.fold_in(key, number), logits, done)
+        return number + 1, tokens.at[:, number].set(token), token, done, lengths, state
 
-    carry = (1, tokens, token, done, jnp.ones((batch,), jnp.int32), state)
+    first = jnp.ones((), jnp.int32)
+    carry = (first, tokens, token, done, jnp.ones((batch,), jnp.int32), state)
     _, tokens, _, _, lengths, _ = jax.lax.while_loop(going, advance, carry)
-    return Generation(tokens, lengths)
+    return tokens, lengths
 
 
 def _check(prompt, max_new_tokens, key, temperature, top_k, top_p, vocab_size, stop_tokens) -> None:

@@ -100,6 +100,11 @@ def test_other_settings_in_the_same_directory_are_refused(text_run, capsys):
     assert (text_run / experiment.EXPERIMENT_FILE).read_text() == before
 
 
+def test_seeds_and_directories_out_of_range_are_mistakes(tiny_text, capsys, tmp_path):
+    assert "seed must lie in 0..2**32 - 1" in err_of(capsys, "train", *tiny_text, "--train.seed", "1" * 20)
+    assert "no name in UTF-8" in err_of(capsys, "train", *tiny_text, "--out-dir", f"{tmp_path}/\udcff")
+
+
 def generated(capsys, text_run, *options):
     assert main(["generate", str(text_run), "--prompt", "the ", "--max-new-tokens", "12", *options]) == 0
     return capsys.readouterr().out
@@ -118,7 +123,9 @@ def test_generate_stops_before_a_stop_text(text_run, capsys):
     assert cut == "the " + greedy[len("the ") :].partition(stop)[0] and len(cut) < len(greedy)
 
 
-@pytest.mark.parametrize("option", [("--top-p", "3"), ("--top-k", "0"), ("--max-new-tokens", "0"), ("--stop", "")])
+@pytest.mark.parametrize(
+    "option", [("--top-p", "3"), ("--top-k", "0"), ("--max-new-tokens", "0"), ("--stop", ""), ("--seed", "1" * 20)]
+)
 def test_generate_refuses_values_out_of_range(text_run, capsys, option):
     err = err_of(capsys, "generate", str(text_run), "--prompt", "the", *option)
     assert option[0].strip("-").replace("-", "_") in err.replace("-", "_")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import attnlab.models.generate as generate_module
 from attnlab import UnsupportedArgument
 from attnlab.contract import View
 from attnlab.models.generate import generate, sample_token
@@ -234,6 +235,25 @@ def test_prompts_of_unequal_length_share_a_batch(mixer):
     together = generate(model, prompt, max_new_tokens=5, temperature=0, prompt_mask=mask)
     alone = generate(model, prompt[:1, 2:], max_new_tokens=5, temperature=0)
     np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+
+
+def test_generation_compiles_once_for_all_options_and_like_lengths():
+    model, key = build(), jax.random.key(3)
+    programs = generate_module._generate._cache_size
+
+    def run(length, count, **options):
+        return generate(model, tokens(2, length), max_new_tokens=count, key=key, **options)
+
+    before = programs()
+    for length, count, options in ((9, 6, {}), (11, 5, {"temperature": 0}), (15, 8, {"temperature": 0.7})):
+        assert run(length, count, **options).tokens.shape == (2, count)
+    assert programs() == before + 1
+    for options in ({"top_p": 0.9}, {"top_k": 3}, {"top_k": 5, "top_p": 0.5, "temperature": 2.0}):
+        run(10, 7, **options)
+    assert programs() == before + 2
+    np.testing.assert_array_equal(run(9, 8).tokens[:, :6], run(9, 6).tokens)
+    with pytest.raises(ValueError, match=r"9 \+ 8 tokens are beyond the position table of 16 rows"):
+        generate(build(position="learned", max_length=16), tokens(1, 9), max_new_tokens=8, temperature=0)
 
 
 def test_a_model_can_be_pickled():
