@@ -25,6 +25,7 @@ from attnlab.contract import (
 )
 from attnlab.nn.activations import gelu, gelu_tanh, relu
 from attnlab.nn.chain import call
+from attnlab.nn.cut import cut_cotangent
 from attnlab.nn.masking import segment_positions
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
@@ -273,6 +274,7 @@ class Block(Layer):
         def normed(tokens: jax.Array) -> jax.Array:
             return tokens if norm is None else call(norm, tokens, deterministic)
 
+        x = cut_cotangent(x)
         y = branch(normed(x) if pre else x)
         if scale is not None:
             x, y = (x, scale(y)) if self.scaled == "branch" else (scale(x), y)

@@ -10,8 +10,13 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gelu(x: ArrayLike) -> jax.Array:
-    """x·Φ(x) by the error function, not its tanh approximation (which `jax.nn.gelu` takes unless told)."""
-    return jax.nn.gelu(x, approximate=False)
+    """x·Φ(x) by the error function, in float32 (or wider), not its tanh approximation.
+
+    `jax.nn.gelu(x, approximate=False)` takes erfc, exact in the far tail too, and on a CPU three times as long.
+    """
+    x = jnp.asarray(x)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def gelu_tanh(x: ArrayLike) -> jax.Array:

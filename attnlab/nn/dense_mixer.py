@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -315,10 +316,11 @@ class DenseMixer(TokenMixer):
         if given.segment_ids is not None:
             q_order, k_order = segment_orders(given.segment_ids)
         else:
-            q_order = jnp.arange(math.prod(grid))[None]
-            k_order = q_order if num_keys is None else jnp.arange(num_keys)[None]
-        q_at = q_order if len(grid) == 1 else jnp.asarray(grid_positions(grid))
-        k_at = q_at if num_keys is None else k_order
+            # Of NumPy: what a rule says of them is known when tracing.
+            q_order = np.arange(math.prod(grid), dtype=np.int32)[None]
+            k_order = q_order if num_keys is None else np.arange(num_keys, dtype=np.int32)[None]
+        q_at = jnp.asarray(q_order if len(grid) == 1 else grid_positions(grid))
+        k_at = q_at if num_keys is None else jnp.asarray(k_order)
         if given.positions is not None:
             q_at, axes = given.positions, () if len(grid) == 1 else (len(grid),)
             if q_at.ndim < 2 or q_at.shape[1:] != (math.prod(grid), *axes):

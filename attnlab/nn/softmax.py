@@ -4,14 +4,17 @@
 
 Query head h reads key head h // (H / G): G = H is multi-head, G = 1 multi-query (arXiv:1911.02150), between them
 grouped-query attention (arXiv:2305.13245); keys and values are never repeated. With `block_size` the scores exist for
-one block of keys at a time, in the backward pass too (online softmax, arXiv:2112.05682, arXiv:2205.14135).
+one block of queries at a time, in the backward pass too (arXiv:2112.05682), and keys that a rule on indices hides from
+a whole run of queries are left out.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from attnlab.nn.masking import (
@@ -24,8 +27,20 @@ from attnlab.nn.masking import (
     segment_orders,
     segment_pair,
 )
+from pallas_kernels import dispatch
+from pallas_kernels.block_lists import lower
 from pallas_kernels.integers import integers
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import Causal, Mask
+
+LONG = 1024
+"""Queries and keys from which on a CPU blocks are faster than all scores at once."""
+BLOCK_BYTES = 1 << 25
+"""Of the float32 scores of a block; a core's share of the caches."""
+LEAST_BLOCK, MOST_BLOCK = 64, 256
+MOST_SPANS = 4
+"""Runs of queries with keys of their own: each is compiled."""
+KEY_BLOCK = 128
+"""Keys that are left out together."""
 
 
 def softmax_attention(
@@ -68,7 +83,8 @@ def softmax_attention(
       softcap: scores become softcap · tanh(score / softcap), before bias and masks (Gemma 2, arXiv:2408.00118).
       dropout_rate: probability that a weight is dropped; 0 for none.
       dropout_key: random key, needed for dropout.
-      block_size: keys per block, for memory linear in M; None computes all scores at once. Reverse-mode gradients only.
+      block_size: queries per block, for memory linear in N and M; at least N for all at once. When None, all at once,
+        but on a CPU in blocks from about a thousand queries and keys on, unless there is dropout.
       return_weights: also return the weights, before dropout.
 
     Returns:
@@ -81,8 +97,9 @@ def softmax_attention(
         q, k, bias, mask, segment_ids, structural_mask, causal, q_idx, k_idx, scale, softcap
     )
     v = jnp.asarray(v)
-    if v.ndim != 4 or v.shape[:3] != terms.k.shape[:3]:
-        raise ValueError(f"v must be (B, M, G, E) with the keys' {terms.k.shape[:3]}, got {v.shape}")
+    if v.ndim != 4 or v.shape[:3] != jnp.shape(k)[:3]:
+        raise ValueError(f"v must be (B, M, G, E) with the keys' {jnp.shape(k)[:3]}, got {v.shape}")
+    v = jnp.moveaxis(v, 1, 2)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate and dropout_key is None:
@@ -92,8 +109,12 @@ def softmax_attention(
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if dropout_rate or return_weights:
             raise ValueError("block_size does not go with dropout or return_weights: the weights never exist together")
-        if block_size < v.shape[1]:
-            return _merge_heads(_blocked(rules, block_size, terms, v, scale, batch)).astype(terms.q.dtype)
+    elif not dropout_rate and not return_weights:
+        block_size = _own_block_size(terms, v)
+    if block_size is not None and block_size < terms.q.shape[3]:
+        plain = segment_ids is None and _counts(q_idx) and _counts(k_idx)
+        y = _by_blocks(rules, block_size, terms, v, scale, batch, plain)
+        return _merge_heads(y).astype(terms.q.dtype)
     weights = _weights(rules, terms, scale, batch)
     used = weights
     if dropout_rate:
@@ -141,11 +162,24 @@ def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Σ_j weights_ij v_j: weights `(B, H, N, M)` and values `(B, M, G, E)` to `(B, N, H, E)` in the values' dtype."""
     b, h, n, m = weights.shape
     groups = v.shape[2]
-    return _merge_heads(_sum_values(weights.reshape(b, groups, h // groups, n, m), v)).astype(v.dtype)
+    weights = weights.reshape(b, groups, h // groups, n, m)
+    return _merge_heads(_sum_values(weights, jnp.moveaxis(v, 1, 2))).astype(v.dtype)
+
+
+def scaled_product(equation: str, q: jax.Array, k: jax.Array, scale: ArrayLike) -> jax.Array:
+    """`scale · einsum(equation, q, k)` in float32 (or wider), where q is the smaller one, or as large as k.
+
+    A factor of the scores is another pass over all of them, so it is one of q, unless q is narrower: that would round.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scale = jnp.asarray(scale, wide)
+    if q.dtype == wide:
+        return jnp.einsum(equation, q * scale, k, preferred_element_type=wide)
+    return jnp.einsum(equation, q, k, preferred_element_type=wide) * scale
 
 
 class _Terms(NamedTuple):
-    """What the scores are made of: q (B, N, G, R, D), k (B, M, G, D), bias (B|1, G|1, R|1, N|1, M|1)."""
+    """What the scores are made of: q (B, G, R, N, D), k (B, G, M, D), bias (B|1, G|1, R|1, N|1, M|1)."""
 
     q: jax.Array
     k: jax.Array
@@ -197,7 +231,8 @@ def _normal_form(q, k, bias, mask, segment_ids, structural_mask, causal, q_idx, 
         mask = full_mask(mask if mask.ndim == 2 else mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
         mask = _group("mask", mask, (b, h, n, m), g)
     batch = _Batch(mask, q_ids, k_ids, q_idx, k_idx)
-    return _Terms(q.reshape(b, n, g, h // g, d), k, bias), _Rules(structural_mask, causal, softcap), scale, batch
+    terms = _Terms(jnp.moveaxis(q.reshape(b, n, g, h // g, d), 1, 3), jnp.moveaxis(k, 1, 2), bias)
+    return terms, _Rules(structural_mask, causal, softcap), scale, batch
 
 
 def _indices(name: str, index: ArrayLike | None, order: jax.Array | None, batch: int, tokens: int) -> jax.Array:
@@ -207,6 +242,13 @@ def _indices(name: str, index: ArrayLike | None, order: jax.Array | None, batch:
     if index.shape not in ((1, tokens), (batch, tokens)):
         raise ValueError(f"{name} must be ({tokens},) or ({batch}, {tokens}), got {index.shape}")
     return index
+
+
+def _counts(index: ArrayLike | None) -> bool:
+    """Whether indices are known when tracing, and 0, 1, 2, …"""
+    if index is None:
+        return True
+    return isinstance(index, np.ndarray) and bool((index == np.arange(index.shape[-1])).all())
 
 
 def _group(name: str, a: jax.Array, full: tuple[int, ...], groups: int) -> jax.Array:
@@ -220,7 +262,7 @@ def _group(name: str, a: jax.Array, full: tuple[int, ...], groups: int) -> jax.A
 
 def _scores(rules: _Rules, terms: _Terms, scale: jax.Array) -> jax.Array:
     """`(B, G, R, N, M)` in float32 (or wider)."""
-    scores = jnp.einsum("bngrd,bmgd->bgrnm", terms.q, terms.k, preferred_element_type=scale.dtype) * scale
+    scores = scaled_product("bgrnd,bgmd->bgrnm", terms.q, terms.k, scale)
     if rules.softcap is not None:
         scores = rules.softcap * jnp.tanh(scores / rules.softcap)
     return scores if terms.bias is None else scores + terms.bias.astype(scores.dtype)
@@ -239,7 +281,8 @@ def _weights(rules: _Rules, terms: _Terms, scale: jax.Array, batch: _Batch) -> j
 
 
 def _sum_values(weights: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("bgrnm,bmge->bgrne", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+    """`(B, G, R, N, E)` in the weights' dtype, of values `(B, G, M, E)`."""
+    return jnp.einsum("bgrnm,bgme->bgrne", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
 
 def _merge_heads(y: jax.Array) -> jax.Array:
@@ -252,118 +295,125 @@ def _flatten_heads(weights: jax.Array) -> jax.Array:
     return weights.reshape(b, g * r, n, m)
 
 
-# One block of keys at a time
+# One block of queries at a time
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(rules: _Rules, block_size: int, terms: _Terms, v: jax.Array, scale: jax.Array, batch: _Batch) -> jax.Array:
-    """`(B, G, R, N, E)` in float32 (or wider)."""
-    return _blocked_forward(rules, block_size, terms, v, scale, batch)[0]
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """A run of queries, and the keys that any of them may see: all between two of them, or a list."""
+
+    queries: slice
+    keys: slice | tuple[int, ...]
 
 
-def _blocked_forward(rules, block_size, terms, v, scale, batch):
-    padded_terms, padded_v, padded_batch, count = _pad(block_size, terms, v, batch)
-    b, n, g, r, _ = terms.q.shape
-    least = jnp.finfo(scale.dtype).min
-
-    def block(carry, index):
-        y, top, total = carry
-        some_terms, some_v, some = _slice(index * block_size, block_size, padded_terms, padded_v, padded_batch)
-        allowed = _allowed(rules, some)
-        scores = _scores(rules, some_terms, scale)
-        scores = scores if allowed is None else jnp.where(allowed, scores, least)
-        higher = jnp.maximum(top, scores.max(-1))
-        weights = jnp.exp(scores - higher[..., None])
-        weights = weights if allowed is None else jnp.where(allowed, weights, 0)
-        shrink = jnp.exp(top - higher)
-        y = y * shrink[..., None] + _sum_values(weights, some_v)
-        return (y, higher, total * shrink + weights.sum(-1)), None
-
-    rows = (b, g, r, n)
-    start = (
-        jnp.zeros((*rows, v.shape[-1]), scale.dtype),
-        jnp.full(rows, least, scale.dtype),
-        jnp.zeros(rows, scale.dtype),
-    )
-    (y, top, total), _ = jax.lax.scan(block, start, jnp.arange(count))
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    y = y / total[..., None]
-    return y, (terms, v, scale, batch, y, jnp.where(empty, 0, top + jnp.log(total)))
+def _own_block_size(terms: _Terms, v: jax.Array) -> int | None:
+    """On a CPU, the queries of a block for which scores stay in its caches; None where all scores together are few."""
+    b, g, r, n, _ = terms.q.shape
+    m = v.shape[2]
+    if n * m < LONG**2 or dispatch.current_platform() != "cpu":
+        return None
+    block = BLOCK_BYTES // (4 * b * g * r * m)
+    return 1 << (max(LEAST_BLOCK, min(MOST_BLOCK, block)).bit_length() - 1)
 
 
-def _blocked_backward(rules, block_size, saved, dy):
-    terms, v, scale, batch, y, log_total = saved
-    padded_terms, padded_v, padded_batch, count = _pad(block_size, terms, v, batch)
-    shared = (dy * y).sum(-1)
-
-    def surrogate(q, k, bias, v, scale, some):
-        """Has, at this point, the gradient of the whole: ds = weights · (dy·v - dy·y)."""
-        allowed = _allowed(rules, some)
-        scores = _scores(rules, _Terms(q, k, bias), scale)
-        scores = scores if allowed is None else jnp.where(allowed, scores, jnp.finfo(scale.dtype).min)
-        weights = jnp.exp(scores - log_total[..., None])
-        weights = weights if allowed is None else jnp.where(allowed, weights, 0)
-        return (dy * _sum_values(weights, v)).sum() - (weights.sum(-1) * shared).sum()
-
-    per_key = terms.bias is not None and padded_terms.bias.shape[-1] > 1
-
-    def block(carry, index):
-        dq, dbias, dscale = carry
-        some_terms, some_v, some = _slice(index * block_size, block_size, padded_terms, padded_v, padded_batch)
-        arguments = (0, 1, 3, 4) if terms.bias is None else (0, 1, 3, 4, 2)
-        more_q, dk, dv, more_scale, *more_bias = jax.grad(surrogate, arguments)(*some_terms, some_v, scale, some)
-        if more_bias and not per_key:
-            dbias = dbias + more_bias[0].astype(scale.dtype)
-        blocks = (dk, dv, more_bias[0] if per_key else None)
-        return (dq + more_q.astype(scale.dtype), dbias, dscale + more_scale), blocks
-
-    dbias = None if terms.bias is None or per_key else jnp.zeros(padded_terms.bias.shape, scale.dtype)
-    start = (jnp.zeros(terms.q.shape, scale.dtype), dbias, jnp.zeros_like(scale))
-    (dq, dbias, dscale), (dk, dv, dbiases) = jax.lax.scan(block, start, jnp.arange(count))
-    if per_key:
-        dbias = _join(dbiases, -1, terms.k.shape[1])
-    dbias = None if dbias is None else dbias.astype(terms.bias.dtype)
-    grads = _Terms(dq.astype(terms.q.dtype), _join(dk, 1, terms.k.shape[1]), dbias)
-    return grads, _join(dv, 1, v.shape[1]), dscale, None
+def _by_blocks(
+    rules: _Rules, block_size: int, terms: _Terms, v: jax.Array, scale: jax.Array, batch: _Batch, plain: bool
+) -> jax.Array:
+    """`(B, G, R, N, E)` in float32 (or wider); `plain` says that indices count from 0, so that rules are static."""
+    rule = rules.structural_mask
+    if rules.causal:
+        rule = Causal() if rule is None else Causal() & rule
+    n, m = terms.q.shape[3], v.shape[2]
+    parts = []
+    for span in _spans(rule if plain else None, n, m, block_size):
+        some_terms, some_v, some = _keys_of(span.keys, m, terms, v, batch)
+        parts.append(_scan_queries(rules, block_size, span.queries, n, some_terms, some_v, scale, some))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+def _spans(rule: Mask | None, n: int, m: int, block_size: int) -> list[_Span]:
+    """A few runs of at least two blocks of queries each, with the keys that the rule leaves to each run."""
+    if rule is None or rule.heads > 1 or not rule.static:
+        return [_Span(slice(0, n), slice(0, m))]
+    runs = max(1, min(MOST_SPANS, n // (2 * block_size)))
+    rows = block_size * -(-n // (runs * block_size))
+    columns = min(rows, KEY_BLOCK)
+    lists = lower(rule, n, m, rows, columns)
+    spans: list[_Span] = []
+    for i in range(lists.num_q_blocks):
+        blocks = lists.visited(i)
+        first, last = (int(blocks[0]), int(blocks[-1]) + 1) if blocks.size else (0, 0)
+        if last - first == blocks.size:
+            keys = slice(first * columns, min(m, last * columns))
+        else:
+            keys = tuple(j for block in blocks.tolist() for j in range(block * columns, min(m, (block + 1) * columns)))
+        queries = slice(i * rows, min(n, (i + 1) * rows))
+        if spans and spans[-1].keys == keys:
+            queries = slice(spans.pop().queries.start, queries.stop)
+        spans.append(_Span(queries, keys))
+    return spans
 
 
-def _pad(block_size: int, terms: _Terms, v: jax.Array, batch: _Batch) -> tuple[_Terms, jax.Array, _Batch, int]:
-    """Keys up to a multiple of the block, masked where there are none, and the number of blocks."""
-    keys = v.shape[1]
-    extra = -keys % block_size
-    count = (keys + extra) // block_size
-    if not extra:
-        return terms, v, batch, count
+def _keys_of(
+    keys: slice | tuple[int, ...], m: int, terms: _Terms, v: jax.Array, batch: _Batch
+) -> tuple[_Terms, jax.Array, _Batch]:
+    if keys == slice(0, m):
+        return terms, v, batch
 
-    def pad(a, axis, fill=0):
+    def take(a: jax.Array | None, axis: int) -> Any:
         if a is None or a.shape[axis] == 1:
             return a
-        return jnp.pad(a, [(0, extra if i == axis % a.ndim else 0) for i in range(a.ndim)], constant_values=fill)
+        if isinstance(keys, slice):
+            return jax.lax.slice_in_dim(a, keys.start, keys.stop, axis=axis % a.ndim)
+        return jnp.take(a, np.array(keys), axis=axis)
 
-    real = (jnp.arange(keys + extra) < keys)[None, None, None, None]
-    mask = real if batch.mask is None else pad(batch.mask, -1) & real
-    batch = batch._replace(mask=mask, k_ids=pad(batch.k_ids, 1), k_idx=pad(batch.k_idx, 1))
-    return terms._replace(k=pad(terms.k, 1), bias=pad(terms.bias, -1)), pad(v, 1), batch, count
-
-
-def _slice(start: jax.Array, size: int, terms: _Terms, v: jax.Array, batch: _Batch) -> tuple[_Terms, jax.Array, _Batch]:
-    def take(a, axis):
-        if a is None or a.shape[axis] == 1:
-            return a
-        return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-    terms = terms._replace(k=take(terms.k, 1), bias=take(terms.bias, -1))
+    terms = terms._replace(k=take(terms.k, 2), bias=take(terms.bias, -1))
     batch = batch._replace(mask=take(batch.mask, -1), k_ids=take(batch.k_ids, 1), k_idx=take(batch.k_idx, 1))
-    return terms, take(v, 1), batch
+    return terms, take(v, 2), batch
 
 
-def _join(blocks: jax.Array, axis: int, keys: int) -> jax.Array:
-    """Blocks stacked in front to one axis of keys, without padding."""
-    axis = axis % (blocks.ndim - 1)
-    moved = jnp.moveaxis(blocks, 0, axis)
-    joined = moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(joined, 0, keys, axis=axis)
+def _scan_queries(
+    rules: _Rules, block_size: int, queries: slice, n: int, terms: _Terms, v: jax.Array, scale: jax.Array, batch: _Batch
+) -> jax.Array:
+    """The result for a run of queries, in a loop over blocks whose scores are computed again in the backward pass."""
+    rows = queries.stop - queries.start
+    if v.shape[2] == 0:
+        return jnp.zeros((*terms.q.shape[:3], rows, v.shape[-1]), scale.dtype)
+    count = -(-rows // block_size)
+
+    def blocks(a: jax.Array | None, axis: int) -> Any:
+        """`(count, ..., block_size, ...)`; what all queries share stays out of the loop."""
+        if a is None or a.shape[axis] != n or n == 1:
+            return None
+        axis = axis % a.ndim
+        a = jax.lax.slice_in_dim(a, queries.start, queries.stop, axis=axis)
+        widths = [(0, count * block_size - rows if i == axis else 0) for i in range(a.ndim)]
+        a = jnp.pad(a, widths)
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], count, block_size, *a.shape[axis + 1 :]), axis, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(k: jax.Array, v: jax.Array, scale: jax.Array, bias: Any, some: Any) -> jax.Array:
+        q, own_bias, mask, q_ids, q_idx = some
+        here = batch._replace(
+            mask=batch.mask if mask is None else mask,
+            q_ids=batch.q_ids if q_ids is None else q_ids,
+            q_idx=batch.q_idx if q_idx is None else q_idx,
+        )
+        weights = _weights(rules, _Terms(q, k, bias if own_bias is None else own_bias), scale, here)
+        return _sum_values(weights, v)
+
+    per_query = (
+        blocks(terms.q, 3),
+        blocks(terms.bias, -2),
+        blocks(batch.mask, -2),
+        blocks(batch.q_ids, 1),
+        blocks(batch.q_idx, 1),
+    )
+    shared_bias = terms.bias if per_query[1] is None else None
+
+    def body(_: None, some: Any) -> tuple[None, jax.Array]:
+        return None, block(terms.k, v, scale, shared_bias, some)
+
+    _, y = jax.lax.scan(body, None, per_query)
+    y = jnp.moveaxis(y, 0, 3)
+    return y.reshape(*y.shape[:3], count * block_size, y.shape[-1])[:, :, :, :rows]

@@ -191,7 +191,8 @@ class SoftmaxCore(ProductCore):
       structural_mask: a rule on indices, such as `pallas_kernels.masks.SlidingWindow(127, 0)`.
       scale: of the scores; D^-1/2 when None.
       softcap: bound of the scores by tanh; none when None.
-      block_size: keys per block, for memory linear in M; all at once when None.
+      block_size: queries per block, for memory linear in N and M; when None, all at once, but for long sequences on a
+        CPU.
       rngs: stream `dropout` if there is any.
       **options: those of `ProductCore`.
 

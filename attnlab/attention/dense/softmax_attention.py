@@ -42,7 +42,8 @@ class SoftmaxAttention(ProjectedMixer):
       scale: of the scores; D^-1/2 when None.
       softcap: bound of the scores by tanh; none when None.
       attention_dropout: rate on the weights.
-      block_size: keys per block, for memory linear in M; all at once when None.
+      block_size: queries per block, for memory linear in N and M; when None, all at once, but for long sequences on a
+        CPU.
       rngs: streams `params`, and `dropout` if there is any.
       **projections: sizes and biases of the projections, pattern and layout: see `ProjectedMixer`.
 

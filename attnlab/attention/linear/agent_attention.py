@@ -35,6 +35,7 @@ from attnlab.nn.heads import merge_heads, split_heads
 from attnlab.nn.linear import trunc_normal
 from attnlab.nn.reduction import SpatialReduction, check_reduction
 from attnlab.nn.resampling import adaptive_avg_pool, resize_bilinear
+from attnlab.nn.softmax import scaled_product
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
 
@@ -60,10 +61,8 @@ def agent_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """The two softmaxes of `agent_attention`: over keys `(B, H, n, M)`, and over agents `(B, H, N, n)`, in float32."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    aggregate = jnp.einsum("bahd,bmhd->bham", agents, k, preferred_element_type=wide) * scale
-    broadcast = jnp.einsum("bnhd,bahd->bhna", q, agents, preferred_element_type=wide)
-    broadcast = broadcast * (scale if broadcast_scale is None else broadcast_scale)
+    aggregate = scaled_product("bahd,bmhd->bham", agents, k, scale)
+    broadcast = scaled_product("bnhd,bahd->bhna", q, agents, scale if broadcast_scale is None else broadcast_scale)
     if aggregate_bias is not None:
         aggregate = aggregate + aggregate_bias
     if broadcast_bias is not None:

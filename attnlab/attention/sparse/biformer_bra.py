@@ -37,6 +37,7 @@ from attnlab.nn.grids import Lengths, crop, pad_to_multiple, to_tokens, window_m
 from attnlab.nn.heads import FromHeads, ToHeads, merge_heads, split_heads
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool
+from attnlab.nn.softmax import scaled_product
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
 
@@ -99,8 +100,7 @@ def routed_attention(
         factor = region_weights.astype(v.dtype)[..., None, None, None]
         k, v = factor * k, factor * v
     accumulator = jnp.promote_types(v.dtype, jnp.float32)
-    scores = jnp.einsum("bpnhd,bpkmhd->bphnkm", q, k, preferred_element_type=accumulator)
-    weights = jax.nn.softmax(scores * scale, axis=(-2, -1))
+    weights = jax.nn.softmax(scaled_product("bpnhd,bpkmhd->bphnkm", q, k, scale), axis=(-2, -1))
     y = jnp.einsum("bphnkm,bpkmhe->bpnhe", weights.astype(v.dtype), v, preferred_element_type=accumulator)
     return y.astype(v.dtype), weights
 

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.nn.masking import attention_mask, masked_softmax, segment_positions
-from attnlab.nn.softmax import attention_weights, softmax_attention
-from pallas_kernels.masks import SlidingWindow
+from attnlab.nn.softmax import LONG, attention_weights, softmax_attention
+from pallas_kernels import dispatch
+from pallas_kernels.masks import Causal, Full, Prefix, QueryPrefix, SlidingWindow
 from tests.accuracy import relative_rms
 from tests.jaxprs import largest_array
 
@@ -96,7 +99,77 @@ def test_blocks_never_hold_all_scores():
         return largest_array(jax.grad(loss, (0, 1, 2)), q, q, q)
 
     assert largest(None) >= whole
-    assert largest(32) <= whole // 16
+    assert largest(16) <= whole // 16
+
+
+def test_keys_that_a_rule_hides_from_a_run_of_queries_are_left_out():
+    q, k, v = draw(13, (1, 64, 2, 4), (1, 64, 1, 4), (1, 64, 1, 4))
+
+    def products(mask, block_size):
+        def y(q, k, v):
+            return softmax_attention(q, k, v, structural_mask=mask, block_size=block_size)
+
+        return y(q, k, v), jax.jit(y).lower(q, k, v).as_text().count("dot_general")
+
+    rules = {
+        "causal": Causal(),
+        "window": SlidingWindow(5, 3),
+        "columns": Prefix(2) | SlidingWindow(5, 0),  # keys in two places
+        "nothing": QueryPrefix(8) & Prefix(8),  # for all but the first queries
+    }
+    for name, rule in rules.items():
+        (y, spans), (expected, _) = products(rule, 8), products(rule, 64)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6, err_msg=name)
+        assert spans == (2 if name == "nothing" else 8), name  # two products for each run that sees anything
+    assert products(Full(), 8)[1] == 2
+
+
+def test_a_causal_mixer_leaves_hidden_keys_out():
+    def products(block_size):
+        mixer = SoftmaxAttention(4, num_heads=1, causal=True, block_size=block_size, rngs=nnx.Rngs(0))
+        return jax.jit(mixer).lower(jnp.ones((1, 64, 4))).as_text().count("dot_general")
+
+    assert products(8) - products(64) == 3 * 2
+
+
+def test_long_sequences_go_in_blocks_on_a_cpu():
+    q = jax.ShapeDtypeStruct((1, LONG, 2, 8), jnp.float32)
+    short = jax.ShapeDtypeStruct((1, LONG // 2, 2, 8), jnp.float32)
+
+    def largest(q, **options):
+        return largest_array(jax.grad(lambda q, k, v: softmax_attention(q, k, v, **options).sum(), (0, 1, 2)), q, q, q)
+
+    assert largest(q) <= 2 * LONG**2 // 4
+    assert largest(short) >= 2 * (LONG // 2) ** 2
+    dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    assert largest(q, **dropout) >= 2 * LONG**2
+    with dispatch.target("tpu", device_kind="TPU v5e"):
+        assert largest(q) >= 2 * LONG**2
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_higher_derivatives_are_those_of_the_formula(block_size):
+    q, k, v, bias, t = draw(14, (2, 9, 2, 4), (2, 7, 1, 4), (2, 7, 1, 3), (9, 7), (2, 9, 2, 4))
+    mask = np.random.default_rng(15).random((2, 1, 9, 7)) < 0.7
+    mask[0, :, 2] = False
+
+    def mine(q):
+        y = softmax_attention(q, k, v, bias=bias, mask=mask, block_size=block_size)
+        return (jnp.sin(y)).sum()
+
+    def plain(q):
+        scores = jnp.einsum("bnhd,bmd->bhnm", q, k[:, :, 0]) / 2 + bias
+        e = jnp.where(mask, jnp.exp(scores), 0)
+        total = e.sum(-1, keepdims=True)
+        return jnp.sin(jnp.einsum("bhnm,bme->bnhe", e / jnp.where(total == 0, 1, total), v[:, :, 0])).sum()
+
+    def second(f, q):
+        forward = jax.jvp(jax.grad(f), (q,), (t,))[1]
+        reverse = jax.grad(lambda q: (jax.grad(f)(q) * t).sum())(q)
+        return jax.jvp(f, (q,), (t,))[1], forward, reverse
+
+    for found, expected in zip(jax.jit(second, static_argnums=0)(mine, q), second(plain, q), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_matches_jax_for_grouped_heads():
