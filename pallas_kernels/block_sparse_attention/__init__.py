@@ -3,6 +3,7 @@
 from pallas_kernels.block_sparse_attention.api import attention_weights, block_sparse_attention, explain
 from pallas_kernels.block_sparse_attention.arguments import Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
+from pallas_kernels.block_sparse_attention.context_parallel import context_parallel_attention, zigzag
 from pallas_kernels.block_sparse_attention.parts import (
     attention_columns,
     key_group_lse,
@@ -17,8 +18,10 @@ __all__ = [
     "attention_columns",
     "attention_weights",
     "block_sparse_attention",
+    "context_parallel_attention",
     "explain",
     "key_group_lse",
     "merge_attention",
     "transposed_attention",
+    "zigzag",
 ]
