@@ -1,6 +1,7 @@
 """A few lines of Python that build and call a variant at the small sizes it was registered with."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,12 +175,18 @@ def _call(variant: Variant, options: Mapping[str, Any]) -> str:
 
 
 def _source(value: Any) -> str:
-    """The value as Python source."""
+    """The value as Python source, in the project's format: words in double quotes."""
     if isinstance(value, Layout):
         return f"Layout.{value.name}"
-    text = repr(value)
-    if isinstance(value, (bool, int, float, str, tuple, list, dict, type(None))):
-        return text
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple | list):
+        inside = ", ".join(map(_source, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_source(key)}: {_source(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, bool | int | float | type(None)):
+        return repr(value)
     raise ValueError(
-        f"{text} cannot be written as source: give small options as numbers, words, tuples or dictionaries"
+        f"{value!r} cannot be written as source: give small options as numbers, words, tuples or dictionaries"
     )

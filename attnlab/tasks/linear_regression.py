@@ -38,6 +38,8 @@ class InContextRegression:
       variance: σ² of the noise.
       responses: numbers of a response, 1 or 2.
       used: covariates that each of two responses looks at.
+      correlation: ρ of covariates of the covariance ρ^|i-j|, 0 for independent ones; others are learned with a
+        preconditioner. The paper's covariances were not read: this family is ours.
     """
 
     length: int = 40
@@ -45,6 +47,7 @@ class InContextRegression:
     variance: float = 0.1
     responses: int = 1
     used: int | None = None
+    correlation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.covariates < 1 or self.variance < 0:
@@ -56,6 +59,8 @@ class InContextRegression:
             raise ValueError(f"responses must be 1 or 2, got {self.responses}")
         if (self.responses == 2) != (self.used is not None):
             raise ValueError(f"used goes with two responses, got {self.used} with {self.responses}")
+        if not -1 < self.correlation < 1:
+            raise ValueError(f"correlation must lie in -1..1, both excluded, got {self.correlation}")
         if self.used is not None and not 1 <= self.used <= self.covariates:
             raise ValueError(f"used must lie in 1..{self.covariates}, got {self.used}")
 
@@ -67,7 +72,10 @@ class InContextRegression:
     def sample(self, generator: np.random.Generator, batch: int) -> dict[str, np.ndarray]:
         """Inputs (batch, L + 1, d + responses), targets (batch, responses), weight (batch,), all float32."""
         d, tasks = self.covariates, self.responses
-        x = generator.standard_normal((batch, self.length + 1, d))
+        apart = np.abs(np.arange(d)[:, None] - np.arange(d))
+        # The Cholesky factor of the covariance turns independent numbers into correlated ones.
+        mixed = np.linalg.cholesky(float(self.correlation) ** apart)
+        x = generator.standard_normal((batch, self.length + 1, d)) @ mixed.T
         beta = generator.standard_normal((batch, d, tasks)) * (d**-0.5 if tasks == 1 else 1.0)
         beta = beta * self._looks_at()
         noise = self._deviation() * generator.standard_normal((batch, self.length + 1, tasks))

@@ -55,6 +55,8 @@ def test_lines_are_recovered_and_responses_look_at_their_own_covariates():
     answers = task.oracle(changed)
     np.testing.assert_allclose(answers[:, 0], batch["targets"][:, 0], atol=1e-4)
     assert np.abs(answers[:, 1] - batch["targets"][:, 1]).min() > 0.01
+    x = InContextRegression(correlation=0.5).sample(RANDOM, 500)["inputs"][:, :-1, :5].reshape(-1, 5)
+    np.testing.assert_allclose(np.cov(x.T), 0.5 ** np.abs(np.arange(5)[:, None] - np.arange(5)), atol=0.04)
     noisy = InContextRegression().sample(RANDOM, 2000)
     error = np.mean((InContextRegression().oracle(noisy["inputs"]) - noisy["targets"]) ** 2)
     assert 0.1 < error < 0.13, "ridge regression's risk with noise of variance 0.1"
@@ -69,6 +71,7 @@ def test_lines_are_recovered_and_responses_look_at_their_own_covariates():
         (lambda: CaptionedShapes(objects=3), "objects must be"),
         (lambda: InContextRegression(used=2), "used goes with two responses"),
         (lambda: InContextRegression(responses=3), "responses must be 1 or 2"),
+        (lambda: InContextRegression(correlation=1.0), "correlation must lie in"),
     ],
 )
 def test_refuses_what_does_not_fit(build, message):
