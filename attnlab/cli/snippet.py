@@ -1,6 +1,7 @@
 """A few lines of Python that build and call a variant at the small sizes it was registered with."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -146,7 +147,10 @@ def _shape(value: Any) -> str:
     import numpy as np
 
     shape = getattr(value, "shape", None)
-    return repr(value) if shape is None else f"{np.dtype(value.dtype).name}{list(shape)}"
+    if shape is not None:
+        return f"{np.dtype(value.dtype).name}{list(shape)}"
+    # What Python prints of a function holds its address.
+    return f"the function {value.__name__}" if inspect.isfunction(value) else repr(value)
 
 
 def _program(variant: Variant, lines: list[str]) -> str:
