@@ -35,6 +35,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
+from pallas_kernels.dtypes import at_least_float32
 
 Names = tuple[str, ...]
 
@@ -321,7 +322,7 @@ def _local(op: _Op, cut: _Cut, sizes: dict[str, int]) -> Callable[..., tuple[jax
             if "G" not in axes:
                 return y
             place = axes.index("G")
-            whole = jnp.zeros((*y.shape[:place], sizes["G"], *y.shape[place + 1 :]), jnp.promote_types(y, jnp.float32))
+            whole = jnp.zeros((*y.shape[:place], sizes["G"], *y.shape[place + 1 :]), at_least_float32(y))
             whole = jax.lax.dynamic_update_slice_in_dim(whole, y.astype(whole.dtype), group, place)
             return jax.lax.psum(whole, cut.heads).astype(y.dtype)
 

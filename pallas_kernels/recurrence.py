@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import segments
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -86,7 +87,7 @@ jax.tree_util.register_dataclass(
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """Dtype in which inputs of `dtype` are accumulated."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)
 
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -118,7 +119,7 @@ def unpack_state(state: jax.Array, normalize: bool) -> State:
 
 def finish(y: jax.Array, scale: jax.Array | None, normalize: bool, dtype: jnp.dtype) -> jax.Array:
     """Scales raw outputs, divides by their last column if `normalize`, and casts to `dtype`."""
-    y = y if scale is None else y * scale
+    y = y if scale is None else y.astype(scale.dtype) * scale
     return (divide(y[..., :-1], y[..., -1]) if normalize else y).astype(dtype)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, qualification
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.qualification import Verdict, Verdicts
 
 TOLERANCE = {"bfloat16": 4e-3, "float16": 4e-3, "float32": 1e-6}  # relative RMS of outputs; twice that of gradients
@@ -201,7 +202,7 @@ def _with_gradient(trial: Trial, name: str) -> Callable[[Any], tuple[Any, Any]]:
         outputs, rng = trial.call(arguments, name), np.random.default_rng(0)
         total = 0.0
         for x in jax.tree.leaves(outputs):
-            wide = jnp.promote_types(x.dtype, jnp.float32)
+            wide = at_least_float32(x.dtype)
             # Exact in bfloat16: rounded on the way it would show as an error of gradients that nearly cancel.
             direction = jnp.asarray(rng.standard_normal(x.shape), jnp.bfloat16).astype(wide)
             total += jnp.vdot(x.astype(wide), direction)

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 from attnlab.attention.linear.pavlovian import PAPER
 from attnlab.nn.norms import unit_norm
 from attnlab.registry import Cost, Example, Kind, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class Recall(NamedTuple):
@@ -72,7 +73,7 @@ def recall(keys: ArrayLike, values: ArrayLike, *, mask: ArrayLike | None = None)
     k, v = jnp.asarray(keys), jnp.asarray(values)
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"keys and values must be (B, M, G, D) and (B, M, G, E), got {k.shape} and {v.shape}")
-    wide = jnp.promote_types(k.dtype, jnp.float32)
+    wide = at_least_float32(k.dtype)
     k, v = unit_norm(k.astype(wide)), v.astype(wide)
     exists = jnp.ones(k.shape[:2], bool) if mask is None else jnp.asarray(mask)
     if exists.shape != k.shape[:2] or exists.dtype != jnp.bool_:

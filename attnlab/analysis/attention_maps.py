@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.positions import grid_positions
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class AttentionMaps(NamedTuple):
@@ -80,7 +81,7 @@ def attention_maps(
     weights = jnp.asarray(attention)
     if weights.ndim != 4:
         raise ValueError(f"attention must be (B, H, N, M), got shape {weights.shape}")
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    weights = weights.astype(at_least_float32(weights.dtype))
     batch, _, queries, keys = weights.shape
     if grid is None and prefix:
         raise ValueError(f"prefix {prefix} is of tokens in front of a grid; there is none")

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from attnlab.models.raptor import PAPER
 from attnlab.nn.norms import unit_norm
 from attnlab.registry import Cost, Example, Kind, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class DepthDynamics(NamedTuple):
@@ -66,7 +67,7 @@ def depth_dynamics(streams: ArrayLike, *, prefix: int = 1) -> DepthDynamics:
     x = jnp.asarray(streams)
     if x.ndim != 4 or x.shape[1] < 2 or not 0 <= prefix < x.shape[2]:
         raise ValueError(f"streams must be (B, L, N, C) with L at least 2 and N over {prefix=}, got {x.shape}")
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     patches = x[:, :, prefix:]
     means = patches.mean(2, keepdims=True)
     kinds = unit_norm(jnp.concatenate([x[:, :, :1], means], 2) if prefix else means)

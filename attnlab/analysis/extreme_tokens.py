@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from attnlab.attention.dense.relu_attention import PAPER
 from attnlab.registry import Cost, Example, Kind, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class ExtremeTokens(NamedTuple):
@@ -128,7 +129,7 @@ def extreme_tokens(
 
 def _wide(x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def _mean(rows: jax.Array, counted: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class MapIndicators(NamedTuple):
@@ -77,7 +78,7 @@ def map_indicators(
         raise ValueError(f"attention must be (B, H, N, M), got shape {weights.shape}")
     if offsets < 1:
         raise ValueError(f"offsets must be at least 1, got {offsets}")
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    weights = weights.astype(at_least_float32(weights.dtype))
     batch, _, queries, keys = weights.shape
     counts = jnp.ones((batch, queries), bool)
     if mask is not None:
@@ -111,7 +112,7 @@ def largest_score(scores: ArrayLike, allowed: ArrayLike | None = None) -> jax.Ar
       allowed: boolean, broadcastable to them, which pairs count; all when None.
     """
     scores = jnp.asarray(scores)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(at_least_float32(scores.dtype))
     scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
     return scores.max((-2, -1))
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper(
     "On the Existence and Behaviour of Secondary Attention Sinks", "Wong et al.", 2025, "2512.22213", number=162
@@ -101,7 +102,7 @@ def detect_sinks(
     hidden = jnp.asarray(hidden)
     if hidden.ndim != 4 or hidden.shape[1] < 2:
         raise ValueError(f"hidden must be (B, L, N, C) with L at least 2, got shape {hidden.shape}")
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    hidden = hidden.astype(at_least_float32(hidden.dtype))
     batch, depth, tokens, _ = hidden.shape
     if not candidates or any(not 0 <= place < tokens for place in candidates):
         raise ValueError(f"candidates must be places below {tokens}, got {list(candidates)}")
@@ -150,7 +151,7 @@ def sink_score(attention: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Ar
     weights = jnp.asarray(attention)
     if weights.ndim != 4 or weights.shape[2] != weights.shape[3]:
         raise ValueError(f"attention must be (B, H, N, N), got shape {weights.shape}")
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    weights = weights.astype(at_least_float32(weights.dtype))
     tokens = weights.shape[-1]
     later = jnp.arange(tokens)[:, None] > jnp.arange(tokens)
     later = later[None] if mask is None else later & jnp.asarray(mask)[:, :, None]

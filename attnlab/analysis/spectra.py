@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class Spectrum(NamedTuple):
@@ -97,4 +98,4 @@ def _wide(x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"features must be (..., N, C), got shape {x.shape}")
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))

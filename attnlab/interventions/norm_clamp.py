@@ -17,13 +17,14 @@ from jax.typing import ArrayLike
 
 from attnlab.points import At, Intervention, Setting
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 def clamp_norm(
     y: jax.Array, direction: ArrayLike, allowed: ArrayLike, *, norm: ArrayLike, threshold: float
 ) -> jax.Array:
     """Rows `(B, N, C)` aligned with `direction` `(C,)` get the norm, where `allowed` `(B|1, N)`; in their dtype."""
-    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = y.astype(at_least_float32(y.dtype))
     u = jnp.asarray(direction, wide.dtype)
     squared = jnp.square(wide).sum(-1)
     size = jnp.sqrt(jnp.where(squared > 0, squared, 1))

@@ -25,12 +25,13 @@ from jax.typing import ArrayLike
 from attnlab.interventions.parts import move_mass
 from attnlab.points import At, Intervention, Setting
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 def sink_tokens(hidden: ArrayLike, dims: Sequence[int], tau: float) -> jax.Array:
     """Which tokens are sinks, `(B, N)` boolean, from the layer's input `(B, N, C)`; see the module."""
     hidden = jnp.asarray(hidden)
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    hidden = hidden.astype(at_least_float32(hidden.dtype))
     size = jax.lax.rsqrt(jnp.mean(jnp.square(hidden), axis=-1, keepdims=True) + 1e-6)
     return (jnp.abs(hidden[..., jnp.asarray(dims)] * size) > tau).any(-1)
 

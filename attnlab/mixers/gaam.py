@@ -34,6 +34,7 @@ from attnlab.contract import Given, Layout, Pattern, TokenMixer, record
 from attnlab.nn.gaussian_weights import Gaussian, GaussianHead, head_arrays, product
 from attnlab.nn.masking import SegmentIds, segment_pair, segment_positions
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper(
     "Gaussian Adaptive Attention is All You Need: Robust Contextual Representations Across Multiple Modalities",
@@ -67,7 +68,7 @@ def gaussian_attention(
     weights = gaussian_weights(
         x, mean_offsets, widths, axis=axis, mask=mask, segment_ids=segment_ids, padding_value=padding_value, eps=eps
     )
-    y = (x * weights).astype(x.dtype)
+    y = (x.astype(weights.dtype) * weights).astype(x.dtype)
     if padding_value is not None:
         y = jnp.where(_padded(x, padding_value), x, y)
     return y if mask is None else jnp.where(jnp.asarray(mask)[..., None], y, 0), weights
@@ -102,7 +103,7 @@ def gaussian_weights(
         ids that do not fit.
     """
     x = jnp.asarray(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is none of x, which has shape {x.shape}")
     if jnp.ndim(widths) != 2 or jnp.shape(mean_offsets) != jnp.shape(widths):
@@ -131,7 +132,7 @@ def importance_factor(weights: ArrayLike, axis: int | tuple[int, ...] = 0) -> ja
       Float32 (or wider) of the shape that is left; zeros where all are equal.
     """
     weights = jnp.asarray(weights)
-    mean = weights.astype(jnp.promote_types(weights.dtype, jnp.float32)).mean(axis)
+    mean = weights.astype(at_least_float32(weights.dtype)).mean(axis)
     span = mean.max() - mean.min()
     return (mean - mean.min()) / jnp.where(span == 0, 1, span)
 

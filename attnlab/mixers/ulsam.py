@@ -25,6 +25,7 @@ from attnlab.nn.mlp import LayerScale
 from attnlab.nn.norms import BatchNorm
 from attnlab.nn.resampling import max_pool
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 @register(
@@ -86,7 +87,7 @@ class SubspaceAttention(TokenMixer):
         a = max_pool(jax.nn.relu(normed), 3, stride=1, padding=1)
         point, bias = (part[...].astype(x.dtype) for part in (self.point, self.point_bias))
         logits = jnp.einsum("...gc,gc->...g", a.reshape(*a.shape[:-1], self.groups, -1), point) + bias
-        logits = jax.nn.relu(self.point_norm(logits, **told)).astype(jnp.promote_types(x.dtype, jnp.float32))
+        logits = jax.nn.relu(self.point_norm(logits, **told)).astype(at_least_float32(x.dtype))
         weights = jax.nn.softmax(logits, axis=range(1, x.ndim - 1))
         record(self, "gate", lambda: weights)
         return x + x * jnp.repeat(weights.astype(x.dtype), x.shape[-1] // self.groups, axis=-1)
@@ -98,7 +99,7 @@ class SubspaceAttention(TokenMixer):
         thousand times as large, of which float32 leaves nothing. In α / √(α² var + ε) = ±1 / √(var + ε / α²) it is not.
         """
         norm, axes = self.local_norm, tuple(range(x.ndim - 1))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(x.dtype))
         scale, bias = (part[...].astype(wide.dtype) for part in (self.local.scale, self.local.bias))
         mean = wide.mean(axes)
         centred = wide - mean

@@ -174,7 +174,7 @@ def _generate(
     def advance(carry):
         number, tokens, token, done, lengths, state = carry
         logits, state = model.step(token, state)
-        lengths = lengths + ~done
+        lengths = lengths + (~done).astype(jnp.int32)
         token, done = choose(jax.random.fold_in(key, number), logits, done)
         return number + 1, tokens.at[:, number].set(token), token, done, lengths, state
 

@@ -20,6 +20,7 @@ from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.nn.lookup import table_rows
 from attnlab.points import Editable, Edits, visit
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
 
 POSITIONS = ("rotary", "learned", "none")
@@ -299,8 +300,8 @@ class LanguageModel(Editable):
     def _logits(self, x: jax.Array, edits: Edits | None) -> jax.Array:
         x = x if self.norm is None else self.norm(x)
         if self.head is not None:
-            logits = self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+            logits = self.head(x).astype(at_least_float32(x.dtype))
         else:
-            table, wide = self.embedding[...].astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
+            table, wide = self.embedding[...].astype(x.dtype), at_least_float32(x.dtype)
             logits = jnp.einsum("bnc,vc->bnv", x, table, preferred_element_type=wide)
         return visit(self, edits, "logits", logits)

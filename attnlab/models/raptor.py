@@ -27,6 +27,7 @@ from attnlab.nn.linear import Linear
 from attnlab.nn.mlp import MLP, GatedMLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("Block-Recurrent Dynamics in Vision Transformers", "Jacobs et al.", 2025, arxiv="2512.19941", number=24)
 _REPOSITORY = "KempnerInstitute/raptor"
@@ -79,7 +80,7 @@ class RecurrentBlock(nnx.Module):
         self.time_in = self.time_out = nnx.data(None)
         if time_scale:
             small = nnx.initializers.normal(1e-4)
-            maps = {"dtype": jnp.promote_types(param_dtype, jnp.float32), **stored}
+            maps = {"dtype": at_least_float32(param_dtype), **stored}
             self.time_in = Linear(1, time_features, axes=(None, None), **maps)
             options = {"kernel_init": small, "bias_init": small, **maps}
             self.time_out = Linear(time_features, 3 * features, axes=(None, "embed"), **options)

@@ -29,6 +29,7 @@ from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.points import Editable, Edits, Pass, visit
 from attnlab.suggest import suggestion
+from pallas_kernels.dtypes import at_least_float32
 
 
 class Prefix(nnx.Module):
@@ -461,7 +462,7 @@ def dropout_or_none(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
 
 def token_mean(x: jax.Array) -> jax.Array:
     """Mean over all token axes, summed in float32 or wider: `(B, …, C)` to `(B, C)`."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     return x.mean(range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
 
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.linear import uniform_init
 from attnlab.nn.masking import segment_positions
+from pallas_kernels.dtypes import at_least_float32
 
 FORMS = ("depthwise", "shared", "dense")
 
@@ -51,7 +52,7 @@ def causal_conv(
     dense = kernel.ndim == 4 and x.ndim == 4
     if not dense and kernel.ndim > x.ndim - 1:
         raise ValueError(f"kernel of shape {kernel.shape} does not fit tokens of shape {x.shape}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     reach = kernel.shape[0] - 1
     before = jnp.zeros((), wide) if before is None else jnp.asarray(before, wide)
     kept = wide if state is None else jnp.result_type(state)

@@ -16,6 +16,7 @@ from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.grids import lengths, pad_to_multiple
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import BatchNorm, LayerNorm
+from pallas_kernels.dtypes import at_least_float32
 
 Norm = Callable[..., nnx.Module]
 """Builds a norm: `norm(features, param_dtype=…, rngs=…)`, a class such as `BatchNorm` or one with its options bound."""
@@ -115,7 +116,7 @@ class ConvNorm(nnx.Module):
         if not isinstance(self.norm, BatchNorm) or self.norm_first:
             return
         norm, conv = self.norm, self.conv
-        wide = jnp.promote_types(conv.kernel[...].dtype, jnp.float32)
+        wide = at_least_float32(conv.kernel[...].dtype)
         factor = jax.lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon)
         factor = factor if norm.scale is None else factor * norm.scale[...].astype(wide)
         bias = -norm.mean[...].astype(wide) * factor
@@ -317,6 +318,6 @@ class SqueezeExcite(nnx.Module):
     def __call__(self, x: ArrayLike) -> jax.Array:
         """`(B, *S, C)` to the same shape; mean and gate are float32 (or wider)."""
         x = jnp.asarray(x, self.dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(x.dtype))
         weight = self.gate(self.fc2(self.activation(self.fc1(wide.mean(tuple(range(1, x.ndim - 1)), keepdims=True)))))
         return (wide * weight).astype(x.dtype)

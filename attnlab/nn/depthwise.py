@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.linear import Axes, compute_in_input_dtype, uniform_init
+from pallas_kernels.dtypes import at_least_float32
 
 
 def depthwise_conv(
@@ -43,7 +44,7 @@ def depthwise_conv(
     size, grid, channels = kernel.shape[1 : 1 + axes], x.shape[1 : 1 + axes], x.shape[1 + axes :]
     if any(side % 2 == 0 for side in size):
         raise ValueError(f"kernel must have odd sides to keep the grid's size, got {size}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     widths = [(side // 2, side // 2) for side in size]
     padded = jnp.pad(x, [(0, 0), *widths, *[(0, 0)] * channel_axes]).astype(wide)
     taps = kernel.astype(wide).reshape(kernel.shape[0], -1, *(1,) * axes, *channels)

@@ -23,6 +23,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnlab.suggest import suggestion
+from pallas_kernels.dtypes import at_least_float32
 
 FeatureMap = Callable[[jax.Array], jax.Array]
 
@@ -57,7 +58,7 @@ def exp(x: ArrayLike) -> jax.Array:
 def softmax(x: ArrayLike) -> jax.Array:
     """Softmax over the last axis, in float32: efficient attention (Shen et al., 2021, arXiv:1812.01243) for queries."""
     x = jnp.asarray(x)
-    return jax.nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1).astype(x.dtype)
+    return jax.nn.softmax(x.astype(at_least_float32(x.dtype)), axis=-1).astype(x.dtype)
 
 
 def squared_relu(x: ArrayLike) -> jax.Array:
@@ -75,7 +76,7 @@ def monomials(x: ArrayLike, degree: int) -> jax.Array:
       ValueError: if the degree is negative.
     """
     x = jnp.asarray(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     factors = jnp.concatenate([jnp.ones((*x.shape[:-1], 1), wide.dtype), wide], -1)
     y = jnp.ones((), wide.dtype)
     for places in _factors(x.shape[-1], degree).T:
@@ -116,7 +117,7 @@ def taylor(x: ArrayLike, degree: int = 2, *, scale: float = 1.0) -> jax.Array:
     `(…, D)` to `(…, binomial(D + degree, degree))` in the dtype of `x`; scale ≥ 0.
     """
     x = jnp.asarray(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     weights = np.sqrt(monomial_weights(x.shape[-1], degree, scale=scale))
     return (monomials(wide, degree) * jnp.asarray(weights, wide.dtype)).astype(x.dtype)
 

@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
+
 
 class Gaussian(NamedTuple):
     """A product of Gaussians in the terms of the module docstring, each of the shape of the sets' axes.
@@ -47,9 +49,7 @@ class Gaussian(NamedTuple):
 
 def product(mean_offsets: ArrayLike, widths: ArrayLike) -> Gaussian:
     """The product over the last axis of offsets δ and widths c, both (..., G); computed in float32 or wider."""
-    offsets, widths = (
-        jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32)) for a in (mean_offsets, widths)
-    )
+    offsets, widths = (jnp.asarray(a, at_least_float32(jnp.result_type(a))) for a in (mean_offsets, widths))
     square = jnp.square(widths)
     return Gaussian(
         0.5 * (1 / square).sum(-1),

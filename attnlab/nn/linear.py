@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.dtypes import at_least_float32
+
 Axes = Sequence[str | None]
 trunc_normal = nnx.initializers.truncated_normal(stddev=0.02)
 fan_in_normal = nnx.initializers.lecun_normal()
@@ -24,7 +26,7 @@ def compute_in_input_dtype(arrays: tuple[Any, ...], /, *, dtype: Any = None, ine
     """Casts parameters to `dtype`, or to the dtype of the input, which is the first array."""
     dtype = jnp.result_type(arrays[0]) if dtype is None else dtype
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
-        dtype = jnp.result_type(dtype, jnp.float32)
+        dtype = at_least_float32(dtype)
     return tuple(None if a is None else jnp.asarray(a, dtype) for a in arrays)
 
 

@@ -18,6 +18,7 @@ from attnlab.nn.masking import by_run, segment_orders, segment_pair
 from attnlab.points import Edits, visit
 from pallas_kernels.chunk_decay import scalar_decay
 from pallas_kernels.delta_rule_attention import delta_rule_attention, delta_rule_attention_step
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
 from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention, linear_attention_step
 
@@ -153,7 +154,7 @@ class LinearMixer(TokenMixer):
         self.check_decodes(context is not None)
         # Each an array of its own, so that all can be donated.
         length, next_at = jnp.zeros((batch_size,), jnp.int32), jnp.zeros((batch_size,), jnp.int32)
-        wide = jnp.promote_types(jnp.float32, jnp.float32 if dtype is None else dtype)
+        wide = at_least_float32(jnp.float32 if dtype is None else dtype)
         sizes = (batch_size, self.num_heads, self.key_size, self.value_size)
         empty = init_state(*sizes, normalize=self.normalize, dtype=wide)
         carry = self._first_carry(batch_size, wide)

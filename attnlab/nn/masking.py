@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.contract import View
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import runs, segments
 from pallas_kernels.masks import And, Mask, Not, Or
 
@@ -255,7 +256,7 @@ def masked_softmax(scores: ArrayLike, mask: ArrayLike | None = None, *, axis: An
       axis: over which the weights sum to 1; one or several.
     """
     scores = jnp.asarray(scores)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(at_least_float32(scores.dtype))
     axes = tuple(a % scores.ndim for a in (axis if isinstance(axis, Sequence) else (axis,)))
     return _masked_softmax(axes, scores, mask)
 

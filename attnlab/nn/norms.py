@@ -8,9 +8,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
+
 
 def _wide(x: ArrayLike) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
 
 
 def layer_norm(
@@ -182,7 +184,7 @@ class BatchNorm(nnx.BatchNorm):
             use_scale=use_affine,
             use_bias=use_affine,
             use_fast_variance=False,
-            dtype=jnp.promote_types(param_dtype, jnp.float32),
+            dtype=at_least_float32(param_dtype),
             param_dtype=param_dtype,
             rngs=rngs,
         )

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.linear import trunc_normal
 from attnlab.nn.positions import grid_positions
+from pallas_kernels.dtypes import at_least_float32
 
 
 class Buckets(Protocol):
@@ -67,7 +68,7 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self) -> jax.Array:
         table = self.table[...]
-        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        table = table.astype(at_least_float32(table.dtype))
         return jnp.moveaxis(table[relative_position_index(self.window)], -1, 0)
 
 
@@ -116,7 +117,7 @@ class NetworkBias(nnx.Module):
         """`(H, P, P)` float32 [query, key], for the window given at construction or for another one."""
         window = self.window if window is None else tuple(window)
         table = self.network(jnp.asarray(window_offsets(window, log_spaced=self.log_spaced, extent=self.window)))
-        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        table = table.astype(at_least_float32(table.dtype))
         table = table if self.bound is None else self.bound * jax.nn.sigmoid(table)
         return jnp.moveaxis(table[relative_position_index(window)], -1, 0)
 
@@ -209,7 +210,7 @@ class OffsetTable(nnx.Module):
         """Positions `(N,)` and `(M,)` to `(H, N, M)` float32; `(B|1, N)` and `(B|1, M)` to `(B|1, H, N, M)`."""
         offset = jnp.asarray(key_positions)[..., None, :] - jnp.asarray(query_positions)[..., :, None]
         table = self.table[...]
-        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+        table = table.astype(at_least_float32(table.dtype))
         return jnp.moveaxis(table[self.buckets(offset)], -1, -3)
 
 
@@ -276,7 +277,7 @@ def relative_logits_at(
 
 def _by_row(q: jax.Array, table: jax.Array) -> jax.Array:
     """Products `(*A, H, N, R)` of queries `(*A, N, H, D)` with each row of a table."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = at_least_float32(q.dtype)
     rows = "rd" if table.ndim == 2 else "rhd"
     return jnp.einsum(f"...nhd,{rows}->...hnr", q, table.astype(q.dtype), preferred_element_type=wide)
 

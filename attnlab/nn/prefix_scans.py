@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.nn.masking import segment_positions
+from pallas_kernels.dtypes import at_least_float32
 
 NOTHING = -1e30
 """The logarithm of no tokens at all: finite, so that its gradient is; `exp(x - NOTHING)` must not be asked for."""
@@ -121,7 +122,7 @@ def _scan(
 
 
 def _wide(x: ArrayLike) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
 
 
 def _along(tokens: jax.Array, x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnlab.nn.grids import Lengths, lengths
+from pallas_kernels.dtypes import at_least_float32
 
 
 def adaptive_avg_pool(x: ArrayLike, size: Lengths) -> jax.Array:
@@ -74,7 +75,7 @@ def avg_pool(
       ValueError: for padding over half the window, or a window that exceeds the padded grid.
     """
     x = jnp.asarray(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     grid = x.shape[1:-1]
     size, stride, padding, out = _pool_arguments(grid, size, stride, padding, ceil_mode)
     y = _reduce(wide, 0.0, jax.lax.add, size, stride, padding, out)
@@ -216,7 +217,7 @@ def _cubic_matrix(source: int, target: int, align_corners: bool, a: float = -0.7
 
 def _apply(x: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
     """Multiplies each grid axis by its matrix."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(at_least_float32(x.dtype))
     for axis, matrix in enumerate(matrices, 1):
         # A default matmul would round float32 tokens to bfloat16 on a TPU; the matrices are small.
         product = jnp.tensordot(jnp.asarray(matrix, y.dtype), y, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnlab.nn.positions import even_split
+from pallas_kernels.dtypes import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def rotary(
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if yarn is not None:
         cos, sin = cos * yarn.size(), sin * yarn.size()
-    wide = x[..., :turning].astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x[..., :turning].astype(at_least_float32(x.dtype))
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]
     else:
@@ -222,7 +223,7 @@ def lrpe(x: ArrayLike, theta: ArrayLike, positions: ArrayLike) -> jax.Array:
       ValueError: if the angles of all axes are fewer than D.
     """
     x = jnp.asarray(x)
-    angle = _axis_angles(theta, positions, x.shape[-1], jnp.promote_types(x.dtype, jnp.float32))
+    angle = _axis_angles(theta, positions, x.shape[-1], at_least_float32(x.dtype))
     return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1).astype(x.dtype)
 
 
@@ -241,7 +242,7 @@ def lrpe_rotation(x: ArrayLike, theta: ArrayLike, positions: ArrayLike) -> jax.A
     axes = positions.shape[-1] if positions.ndim == 3 else 1
     if x.shape[-1] % (2 * axes):
         raise ValueError(f"the head size must be a multiple of {2 * axes} for {axes} axes, got {x.shape[-1]}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     share = x.shape[-1] // (2 * axes)
     angle = _axis_angles(jnp.asarray(theta)[:, :share], positions, x.shape[-1] // 2, wide)
     first, second = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)

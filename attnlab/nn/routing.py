@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.aux_loss import AuxLoss
 from attnlab.nn.linear import Linear, fan_in_normal
+from pallas_kernels.dtypes import at_least_float32
 
 # Choices
 
@@ -83,7 +84,7 @@ class Routing(NamedTuple):
 def route(logits: ArrayLike, k: int) -> Routing:
     """Sends tokens with logits `(…, E)` to their k likeliest experts; softmax in float32 (or wider)."""
     logits = jnp.asarray(logits)
-    probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    probabilities = jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)))
     return Routing(probabilities, top_k_mask(probabilities, k))
 
 
@@ -210,7 +211,7 @@ def add_tokens(y: ArrayLike, index: ArrayLike, num_tokens: int, *, where: ArrayL
       `(B, N, C)` in the dtype of `y`, zeros where no expert took the token; sums are in float32 (or wider).
     """
     y, index = jnp.asarray(y), jnp.asarray(index)
-    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = y.astype(at_least_float32(y.dtype))
     wide = wide if where is None else jnp.where(jnp.asarray(where)[..., None], wide, 0)
     batch, channels = y.shape[0], y.shape[-1]
     total = jnp.zeros((batch, num_tokens, channels), wide.dtype)

@@ -19,6 +19,7 @@ from attnlab.nn.activations import gelu
 from attnlab.nn.grids import Lengths, lengths
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import LayerNorm
+from pallas_kernels.dtypes import at_least_float32
 
 
 def corners(points: ArrayLike, grid: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -38,7 +39,7 @@ def corners(points: ArrayLike, grid: Sequence[int]) -> tuple[jax.Array, jax.Arra
     points = jnp.asarray(points)
     if points.shape[-1] != len(grid):
         raise ValueError(f"points must have {len(grid)} coordinates for the grid {tuple(grid)}, got {points.shape}")
-    wide = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+    wide = points.astype(at_least_float32(points.dtype))
     sides = jnp.asarray(grid, wide.dtype)
     # Farther out all weights are zero; a number that no integer holds would be worse.
     wide = jnp.clip(wide, -1, sides)
@@ -76,7 +77,7 @@ def sample(x: ArrayLike, points: ArrayLike) -> jax.Array:
         raise ValueError(f"points must be (B, *P, {x.ndim - 2}) with B = {x.shape[0]}, got shape {points.shape}")
     places, weights = corners(points, x.shape[1:-1])
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    total = jnp.zeros((*points.shape[:-1], x.shape[-1]), jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.zeros((*points.shape[:-1], x.shape[-1]), at_least_float32(x.dtype))
     for corner in range(places.shape[-1]):
         index = places[..., corner].reshape(x.shape[0], -1, 1)
         values = jnp.take_along_axis(flat, index, axis=1).reshape(total.shape)
@@ -157,7 +158,7 @@ class DeformableSampling(nnx.Module):
         shares = jnp.moveaxis(x.reshape(*x.shape[:-1], self.groups, -1), -2, 1)
         hidden = self.conv(shares.reshape(-1, *shares.shape[2:]))
         offsets = self.offset(gelu(self.norm(hidden)))
-        offsets = self.reach * jnp.tanh(offsets.astype(jnp.promote_types(offsets.dtype, jnp.float32)))
+        offsets = self.reach * jnp.tanh(offsets.astype(at_least_float32(offsets.dtype)))
         offsets = jnp.moveaxis(offsets.reshape(x.shape[0], self.groups, *offsets.shape[1:]), 1, -2)
         centres = reference_points(x.shape[1:-1] if grid is None else grid, offsets.shape[1:-2])
         return jnp.asarray(centres)[..., None, :] + offsets

@@ -29,6 +29,7 @@ from attnlab.nn.masking import (
 )
 from pallas_kernels import dispatch
 from pallas_kernels.block_lists import lower
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
 from pallas_kernels.masks import Causal, Mask
 
@@ -171,7 +172,7 @@ def scaled_product(equation: str, q: jax.Array, k: jax.Array, scale: ArrayLike) 
 
     A factor of the scores is another pass over all of them, so it is one of q, unless q is narrower: that would round.
     """
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = at_least_float32(q.dtype)
     scale = jnp.asarray(scale, wide)
     if q.dtype == wide:
         return jnp.einsum(equation, q * scale, k, preferred_element_type=wide)
@@ -222,7 +223,7 @@ def _normal_form(q, k, bias, mask, segment_ids, structural_mask, causal, q_idx, 
         raise ValueError(f"segment_ids must be {(b, n)} and {(b, m)}, got {q_ids.shape} and {k_ids.shape}")
     q_idx = _indices("q_idx", q_idx, q_order, b, n)
     k_idx = _indices("k_idx", k_idx, k_order, b, m)
-    scale = jnp.asarray(d**-0.5 if scale is None else scale, jnp.promote_types(q.dtype, jnp.float32))
+    scale = jnp.asarray(d**-0.5 if scale is None else scale, at_least_float32(q.dtype))
     if scale.ndim:
         raise ValueError(f"scale must be a scalar, got shape {scale.shape}")
     bias = None if bias is None else _group("bias", jnp.asarray(bias), (b, h, n, m), g)

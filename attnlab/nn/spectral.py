@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.resampling import resize_bilinear
+from pallas_kernels.dtypes import at_least_float32
 
 _init = nnx.initializers.normal(0.02)
 
@@ -42,7 +43,7 @@ def global_filter(x: ArrayLike, weight: ArrayLike) -> jax.Array:
     grid, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
     if weight.shape != (*spectrum_of(grid), x.shape[-1], 2):
         raise ValueError(f"weight must be {(*spectrum_of(grid), x.shape[-1], 2)} for x {x.shape}, got {weight.shape}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     spectrum = jnp.fft.rfftn(x.astype(wide), axes=axes, norm="ortho")
     weight = weight.astype(wide)
     filtered = spectrum * jax.lax.complex(weight[..., 0], weight[..., 1])

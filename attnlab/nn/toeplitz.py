@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from attnlab.nn.heads import merge_heads, split_heads
 from attnlab.nn.linear import Linear
 from attnlab.nn.norms import RMSNorm
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import linear_attention
 
 
@@ -50,7 +51,7 @@ class AxisToeplitz(nnx.Module):
         """`(B, N, C)` to the same shape."""
         query, key, decay = (jnp.asarray(p[...], jnp.float32) for p in (self.query, self.key, self.log_decay))
         strength = split_heads(query * key, self.num_heads).sum(-1)
-        v = split_heads(x, self.num_heads).astype(jnp.promote_types(x.dtype, jnp.float32))
+        v = split_heads(x, self.num_heads).astype(at_least_float32(x.dtype))
         ones = jnp.ones((*v.shape[:3], 1), v.dtype)
         u = linear_attention(ones * strength[:, None].astype(v.dtype), ones, v, log_decay=jax.nn.log_sigmoid(decay))
         return self.out(self.norm(merge_heads(u)).astype(x.dtype))

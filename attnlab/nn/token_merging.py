@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnlab.nn.grids import Lengths, lengths
+from pallas_kernels.dtypes import at_least_float32
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +45,7 @@ class Merging:
         The sources that remain come first, then the destinations.
         """
         x = jnp.asarray(x)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = at_least_float32(x.dtype)
         size = jnp.ones(x.shape[:2], wide) if sizes is None else jnp.asarray(sizes, wide)
         weight = size.reshape(*size.shape, *(1,) * (x.ndim - 2))
         total = self._joined(x.astype(wide) * weight) / self._joined(weight)
@@ -137,7 +138,7 @@ def _match(
     in_order: bool,
 ) -> Merging:
     metric = jax.lax.stop_gradient(jnp.asarray(metric))
-    metric = metric.astype(jnp.promote_types(metric.dtype, jnp.float32))
+    metric = metric.astype(at_least_float32(metric.dtype))
     if merged == 0 and not destinations.size:
         places = jnp.broadcast_to(sources, (metric.shape[0], *sources.shape))
         return Merging(places, destinations, jnp.zeros_like(places), 0, in_order)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnlab.nn.routing import take_tokens, top_k_mask
+from pallas_kernels.dtypes import at_least_float32
 
 
 class Selection(NamedTuple):
@@ -28,7 +29,7 @@ class Selection(NamedTuple):
         """The other tokens as one, Σ_j w_j x_j with weights `(B, N)` as they are: `(B, 1, C)`, summed in float32."""
         x, weights = jnp.asarray(x), jnp.asarray(weights)
         others, share = take_tokens(x, self.rest), jnp.take_along_axis(weights, self.rest, axis=1)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = at_least_float32(x.dtype)
         return jnp.einsum("bn,bnc->bc", share.astype(wide), others.astype(wide))[:, None].astype(x.dtype)
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
+
 
 def adversarial_step(
     loss: Callable[[jax.Array], jax.Array],
@@ -49,7 +51,7 @@ def adversarial_step(
         raise ValueError(f"bound must be positive, got {bound}")
     start = jax.lax.stop_gradient(jnp.asarray(start))
     gradient = jax.grad(lambda delta: jnp.sum(loss(delta)))(start)
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    wide = gradient.astype(at_least_float32(gradient.dtype))
     wide = wide if where is None else jnp.where(jnp.asarray(where), wide, 0)
     if norm == "sign":
         direction = jnp.sign(wide)

@@ -25,10 +25,11 @@ from attnlab.nn.linear import Linear, uniform_init
 from attnlab.nn.masking import masked_softmax
 from attnlab.pooling.parts import given_queries
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 def _accumulator(x: ArrayLike) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
 
 
 def probing_weights(

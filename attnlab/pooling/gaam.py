@@ -26,6 +26,7 @@ from attnlab.mixers.gaam import PAPER
 from attnlab.nn.gaussian_weights import GaussianHead, head_arrays, product
 from attnlab.nn.masking import masked_softmax
 from attnlab.registry import Cost, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 def gaussian_pooling(
@@ -52,7 +53,7 @@ def gaussian_pooling(
       ValueError: if there are more heads than channels.
     """
     x = jnp.asarray(x)
-    values, (heads, _), channels = x.astype(jnp.promote_types(x.dtype, jnp.float32)), jnp.shape(widths), x.shape[-1]
+    values, (heads, _), channels = x.astype(at_least_float32(x.dtype)), jnp.shape(widths), x.shape[-1]
     if heads > channels:
         raise ValueError(f"{heads} heads are more than the {channels} channels that they share")
     gaussian = product(mean_offsets, widths).take(np.minimum(np.arange(channels) // (channels // heads), heads - 1))

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
+
 
 def wide(x: jax.Array) -> jax.Array:
     """`x` in float32, or in its own dtype where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def mean(x: jax.Array, axis: int | tuple[int, ...], *, keepdims: bool = False) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.blocks import Blocks
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import Full, Mask
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -118,7 +119,7 @@ class Arguments:
     @property
     def accumulator(self) -> jnp.dtype:
         """Dtype of scores and sums: float64 for float64 inputs, float32 otherwise."""
-        return jnp.promote_types(self.q.dtype, jnp.float32)
+        return at_least_float32(self.q.dtype)
 
     @property
     def precision(self) -> jax.lax.Precision:

@@ -13,6 +13,7 @@ from pallas_kernels.array_masks import ArrayMask, Chosen
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.arguments import Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import (
     Block,
     Causal,
@@ -70,7 +71,7 @@ class Case:
         b, n, h, d = self.batch, self.queries, self.heads, self.key_size
         m, g, e = self.keys or n, self.kv_heads or h, self.value_size or d
         shapes = {"q": (b, n, h, d), "k": (b, m, g, d), "v": (b, m, g, e), **self.extra}
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = at_least_float32(dtype)
         made = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
         return {name: jnp.asarray(x, dtype if name in "qkv" else wide) for name, x in made.items()}, {}
 

@@ -25,6 +25,7 @@ from pallas_kernels import partition
 from pallas_kernels.array_masks import ArrayMask
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.parts import merge_attention
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import And, Causal, Full, Mask, Not, Or, Prefix, QueryPrefix, SlidingWindow
 
 METHODS = ("ring", "all_to_all")
@@ -191,7 +192,7 @@ def _ring(axis_name: str, attend: Any, q, k, v, ids):
     y = lse = None
     for step in range(devices):
         some_y, some_lse = attend(step, q, *moving[:2], ids, moving[2])
-        some = some_y.astype(jnp.promote_types(q.dtype, jnp.float32)), some_lse
+        some = some_y.astype(at_least_float32(q.dtype)), some_lse
         y, lse = some if y is None else merge_attention([(y, lse), some])
         moving = _next(axis_name, moving) if step + 1 < devices else moving
     return y.astype(q.dtype), lse

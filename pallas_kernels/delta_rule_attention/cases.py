@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.delta_rule_attention.api import delta_rule_attention
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.trials import Trial
 
 
@@ -85,7 +86,7 @@ class Case:
     def arguments(self, dtype: jnp.dtype = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
         """Arguments on the device: q, k, v in `dtype`; the others in float32 or wider."""
         arrays, options = self.arrays()
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = at_least_float32(dtype)
         return {name: jnp.asarray(x, dtype if name in "qkv" else wide) for name, x in arrays.items()}, options
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention.api import linear_attention, linear_attention_step
 from pallas_kernels.recurrence import NormalizedState
 from pallas_kernels.trials import Trial
@@ -81,7 +82,7 @@ class Case:
     def arguments(self, dtype: jnp.dtype = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
         """Arguments on the device: q, k, v in `dtype`; log_decay and initial_state in float32 or wider."""
         arrays, options = self.arrays()
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = at_least_float32(dtype)
         put = {name: jnp.asarray(arrays[name], dtype) for name in "qkv"}
         if "log_decay" in arrays:
             put["log_decay"] = jnp.asarray(arrays["log_decay"], wide)

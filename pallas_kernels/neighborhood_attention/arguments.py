@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.neighborhood_attention.windows import Window
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -39,7 +40,7 @@ class Arguments:
     @property
     def accumulator(self) -> jnp.dtype:
         """Dtype of scores and sums: float64 for float64 inputs, float32 otherwise."""
-        return jnp.promote_types(self.q.dtype, jnp.float32)
+        return at_least_float32(self.q.dtype)
 
     @property
     def precision(self) -> jax.lax.Precision:

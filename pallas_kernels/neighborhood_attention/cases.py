@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.neighborhood_attention.api import neighborhood_attention
 from pallas_kernels.trials import Trial
 
@@ -74,7 +75,7 @@ class Case:
         if self.bias:
             kernel = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size,) * len(self.shape)
             bias = rng.standard_normal((h, *(2 * k - 1 for k in kernel)))
-            arrays["bias"] = jnp.asarray(bias, jnp.promote_types(dtype, jnp.float32))
+            arrays["bias"] = jnp.asarray(bias, at_least_float32(dtype))
         return arrays
 
 

@@ -19,6 +19,8 @@ from flax import nnx
 import attnlab
 from attnlab import Kind, Layout, Pattern, Site
 from attnlab.contract import constructor_parameters
+from attnlab.nn.dense_mixer import DenseMixer
+from attnlab.nn.linear_mixer import LinearMixer
 from tests.accuracy import relative_rms
 
 FEATURES, HEADS, BATCH = 16, 2, 2
@@ -171,6 +173,12 @@ def those(
 def accepts(subject: Subject) -> frozenset[str]:
     """Arguments that the mixer takes when built for this pattern and layout; nothing is computed to learn it."""
     return subject.abstract().accepts
+
+
+def decodes(subject: Subject) -> bool:
+    """Causal self-attention of sequences does, and with the common bases attention of a sequence to a context."""
+    based = issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer)
+    return subject.layout is Layout.SEQUENCE and (subject.pattern is Pattern.CAUSAL_SELF or (subject.cross and based))
 
 
 def close(got: Any, want: Any, tolerance: float = 2e-5, what: str = "") -> None:

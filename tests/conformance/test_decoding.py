@@ -9,20 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import attnlab
-from attnlab import Layout, Pattern, UnsupportedArgument
-from attnlab.nn.dense_mixer import DenseMixer
-from attnlab.nn.linear_mixer import LinearMixer
+from attnlab import UnsupportedArgument
 from tests.conformance.programs import MixerPrograms, programs, rounded
-from tests.conformance.subjects import BATCH, Subject, close, those
+from tests.conformance.subjects import BATCH, Subject, close, decodes, those
 
 RUN = 4  # tokens of one prefill, and steps of one scan: a third of the sequence
-
-
-def decodes(subject: Subject) -> bool:
-    """Causal self-attention of sequences does, and with the common bases attention of a sequence to a context."""
-    based = issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer)
-    return subject.layout is Layout.SEQUENCE and (subject.pattern is Pattern.CAUSAL_SELF or (subject.cross and based))
 
 
 every_decoder = those(decodes)

@@ -15,12 +15,14 @@ from attnlab import Layout, Pattern, UnsupportedArgument
 from attnlab.training.optimizer import decays
 from tests.conformance.programs import programs, rounded
 from tests.conformance.subjects import (
+    BATCH,
     FEATURES,
     GRIDS,
     HEADS,
     ODD_GRIDS,
     Subject,
     close,
+    decodes,
     finite,
     mixers,
     named,
@@ -59,6 +61,25 @@ def test_in_64_bits_too(subject: Subject):
         wide = tuple(a.astype(np.float64) for a in its.arguments)
         y, _, gradients = jax.eval_shape(its.traced, params, rest, wide)
     assert {y.dtype, *(g.dtype for g in gradients)} == {np.dtype(np.float64)}
+
+
+@those()
+def test_no_dtype_is_promoted_unasked(subject: Subject):
+    """Under `jax_numpy_dtype_promotion="strict"`, traced alone; a decoder's prefill and step, too."""
+    its = programs(subject)
+    params, rest = nnx.split_state(its.state, nnx.Param, ...)
+    half = rounded(its.arguments)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(its.traced, params, rest, half)
+        if decodes(subject):
+
+            def decode(state, x, *context):
+                mixer = nnx.merge(its.graph, state)
+                memory = mixer.init_state(BATCH, x.shape[1], **({"context": context[0]} if context else {}))
+                _, memory = mixer.prefill(x[:, :-1], memory)
+                return mixer.step(x[:, -1], memory)
+
+            jax.eval_shape(decode, its.state, *half)
 
 
 @those()

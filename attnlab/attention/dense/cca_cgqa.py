@@ -33,6 +33,7 @@ from attnlab.nn.masking import existing_keys
 from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import Mask
 
 
@@ -84,7 +85,7 @@ def twice_convolved(
 
 def normalized_heads(x: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
     """τ √D x / |x| over the last axis, in float32 and back; |x| is at least the float32 epsilon."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     square = jnp.square(wide).sum(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(jnp.float32).eps ** 2))
     return (wide * inverse * (x.shape[-1] ** 0.5 * jnp.asarray(temperature))).astype(x.dtype)

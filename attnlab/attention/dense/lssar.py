@@ -32,6 +32,7 @@ from attnlab.nn.softmax import attention_scores, weighted_values
 from attnlab.nn.softmax_core import ProductCore
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 POSITIVE = {"softplus": jax.nn.softplus, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu, "exp": None}
 
@@ -63,7 +64,7 @@ def softplus_attention(
 
 def softplus_scores(q: jax.Array, k: jax.Array, visible: jax.Array | None) -> jax.Array:
     """z (B, H, N, M) in float32; arguments as the functions beside it."""
-    q, k = (unit_norm(part.astype(jnp.promote_types(part.dtype, jnp.float32))) for part in (q, k))
+    q, k = (unit_norm(part.astype(at_least_float32(part.dtype))) for part in (q, k))
     count = visible_count(visible, k.shape[1])
     return attention_scores(q, k, scale=1.0) * (jnp.log(q.shape[-1]) * jnp.log(jnp.maximum(count, 1)))
 
@@ -98,7 +99,7 @@ def softplus_weights(
         weights = weights / (weights.sum(-1, keepdims=True) + eps)
     if not reweight:
         return weights
-    above = jax.nn.relu(weights * count - (count > free_keys))
+    above = jax.nn.relu(weights * count - (count > free_keys).astype(weights.dtype))
     # Up to count^p without this, which float32 does not hold; a scale below 1 would do the same to eps.
     scale = jax.lax.stop_gradient(jnp.maximum(above.max(-1, keepdims=True), 1))
     kept = above > 0

@@ -34,6 +34,7 @@ from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 
 class HeadReader(nnx.Module):
@@ -58,7 +59,7 @@ class HeadReader(nnx.Module):
     def __call__(self, heads: jax.Array, phantom: jax.Array) -> jax.Array:
         q = _gelu(self.query(heads))
         k, v = _gelu(self.key(phantom)), _gelu(self.value(phantom))
-        wide = jnp.promote_types(heads.dtype, jnp.float32)
+        wide = at_least_float32(heads.dtype)
         scores = jnp.einsum("...hd,...gd->...hg", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
         read = jnp.einsum("...hg,...gd->...hd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
         return (self.eta * _gelu(self.out(read))).astype(heads.dtype)

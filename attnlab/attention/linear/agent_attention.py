@@ -38,6 +38,7 @@ from attnlab.nn.resampling import adaptive_avg_pool, resize_bilinear
 from attnlab.nn.softmax import scaled_product
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper(
     "Agent Attention: On the Integration of Softmax and Linear Attention",
@@ -221,7 +222,7 @@ class AgentCore(Core):
 
 def _resize_last(table: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Tables `(…, 7, 7)` to `(…, *size)`, in float32 or wider."""
-    table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    table = table.astype(at_least_float32(table.dtype))
     return resize_bilinear(table.reshape(-1, BASE, BASE, 1), size).reshape(*table.shape[:-2], *size)
 
 

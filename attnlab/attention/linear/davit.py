@@ -21,6 +21,7 @@ from attnlab.nn.cache import ContextCache
 from attnlab.nn.dense_mixer import Core, Heads
 from attnlab.nn.projected_mixer import ProjectedMixer
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("DaViT: Dual Attention Vision Transformers", "Ding et al.", 2022, arxiv="2204.03645", number=20)
 
@@ -41,7 +42,7 @@ def channel_attention(
       (B, N, H, D) in the dtype of `value`; scores and softmax are float32 (or wider).
     """
     left, right, value = jnp.asarray(left), jnp.asarray(right), jnp.asarray(value)
-    wide = jnp.promote_types(left.dtype, jnp.float32)
+    wide = at_least_float32(left.dtype)
     if mask is not None:
         left = jnp.where(mask[:, :, None, None], left, 0)
     scores = jnp.einsum("bmhc,bmhd->bhcd", left, right, preferred_element_type=wide)

@@ -32,6 +32,7 @@ from attnlab.nn.norms import rms_norm
 from attnlab.nn.rotary import Rotary
 from attnlab.registry import Cost, Paper, Source, register
 from attnlab.suggest import suggestion
+from pallas_kernels.dtypes import at_least_float32
 
 HALVES = {
     "softmax_dim": lambda u: jax.nn.softmax(u, axis=-1),
@@ -78,7 +79,7 @@ def hedgehog_features(
     if activation == "softmax_joint" and not full_space:
         raise ValueError("softmax_joint is one softmax over both halves: full_space must be True")
     x = jnp.asarray(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     per_head = "hdf" if jnp.ndim(kernel) == 3 else "df"
     u = jnp.einsum(f"bnhd,{per_head}->bnhf", x.astype(wide), jnp.asarray(kernel, wide))
     u = u if bias is None else u + jnp.asarray(bias, wide)

@@ -39,6 +39,7 @@ from attnlab.nn.grid_mixer import GridMixer
 from attnlab.nn.heads import WithinHeads, split_heads
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper(
     "Bridging the Divide: Reconsidering Softmax and Linear Attention",
@@ -90,7 +91,7 @@ def inline_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float |
 
 
 def _centred(k: jax.Array) -> jax.Array:
-    k = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    k = k.astype(at_least_float32(k.dtype))
     return k - k.mean(1, keepdims=True)
 
 
@@ -204,6 +205,6 @@ class InlineAttention(GridMixer):
         self.core = InlineCore(features, grid=self.windows.size, feature_map=feature_map, **common)
 
     def project(self, x: jax.Array, grid: tuple[int, int]) -> Heads:
-        mean = self.windows.partition(x, grid).mean(1, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        mean = self.windows.partition(x, grid).mean(1, dtype=at_least_float32(x.dtype))
         mean = split_heads(mean.astype(x.dtype), self.num_heads)
         return Heads(self.query(x), self.key(x), self.value(x), (mean,))

@@ -36,6 +36,7 @@ from attnlab.nn.norms import unit_norm
 from attnlab.nn.projected_mixer import ProjectedLinearMixer
 from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.delta_rule_attention import delta_rule_attention
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import NormalizedState, init_state, linear_attention
 
 Rule = Literal["hebb", "decay", "delta", "oja", "gated"]
@@ -131,7 +132,7 @@ def oja_memory(
 
     What a token forgets is at most everything, whatever the size of its value: the state stays finite.
     """
-    heads, wide = q.shape[2], jnp.promote_types(q.dtype, jnp.float32)
+    heads, wide = q.shape[2], at_least_float32(q.dtype)
     keys, values = (jnp.repeat(a.astype(wide), heads // a.shape[2], axis=2) for a in (k, v))
     beta = beta.astype(wide)[..., None]
     keep = _oja_keeps(values, beta)

@@ -30,6 +30,7 @@ from attnlab.nn.heads import FromHeads, ToHeads, split_heads
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.nn.windows import ShiftedWindows
 from attnlab.points import visit
+from pallas_kernels.dtypes import at_least_float32
 
 CoreBuilder = Callable[..., Core]
 """Builds a branch's core: `(features, *, num_heads, grid, param_dtype, rngs) -> Core`, the grid that of a window."""
@@ -181,7 +182,7 @@ class CrossShapedWindowAttention(TokenMixer):
         return {"split": split, "whole": bool(site.num_heads % 2)}
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
-        return self.attend(x, x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype), given)
+        return self.attend(x, x.mean((1, 2), dtype=at_least_float32(x.dtype)).astype(x.dtype), given)
 
     def attend(self, x: jax.Array, mean: jax.Array, given: Given) -> jax.Array:
         """As a call, with a `mean` `(B, C)` for cores that look at the image as a whole; of the tokens in a call."""

@@ -40,6 +40,7 @@ from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool
 from attnlab.nn.softmax import scaled_product
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 _KV_POOLINGS = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
@@ -99,7 +100,7 @@ def routed_attention(
     if region_weights is not None:
         factor = region_weights.astype(v.dtype)[..., None, None, None]
         k, v = factor * k, factor * v
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = at_least_float32(v.dtype)
     weights = jax.nn.softmax(scaled_product("bpnhd,bpkmhd->bphnkm", q, k, scale), axis=(-2, -1))
     y = jnp.einsum("bphnkm,bpkmhe->bpnhe", weights.astype(v.dtype), v, preferred_element_type=accumulator)
     return y.astype(v.dtype), weights
@@ -379,7 +380,7 @@ class BiLevelRoutingAttention(_RoutedAttention):
 
 def _means(regions: jax.Array) -> jax.Array:
     """(B, P, n, H, D) to (B, P, H, D), in float32 (or wider): scores that are close must not be rounded together."""
-    return regions.astype(jnp.promote_types(regions.dtype, jnp.float32)).mean(2)
+    return regions.astype(at_least_float32(regions.dtype)).mean(2)
 
 
 @register(
@@ -455,6 +456,6 @@ class RegionalRoutingAttention(_RoutedAttention):
     @staticmethod
     def _region_means(x: jax.Array, region: tuple[int, int]) -> jax.Array:
         """(B, Hh, Ww, C) to (B, P, C), padding not counted; gradients pass the token attention alone."""
-        wide = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype))
         means = avg_pool(wide, region, ceil_mode=True, count_include_pad=False)
         return means.reshape(x.shape[0], -1, x.shape[-1])

@@ -20,6 +20,7 @@ from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax_core import SoftmaxCore
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("Title of the paper", "First et al.", 2026)
 
@@ -35,7 +36,7 @@ def skeleton(q: ArrayLike, temperature: ArrayLike) -> jax.Array:
       (B, N, H, D) in the dtype of `q`.
     """
     q = jnp.asarray(q)
-    return q * jnp.exp(jnp.asarray(temperature, jnp.promote_types(q.dtype, jnp.float32)))[:, None].astype(q.dtype)
+    return q * jnp.exp(jnp.asarray(temperature, at_least_float32(q.dtype)))[:, None].astype(q.dtype)
 
 
 @register(

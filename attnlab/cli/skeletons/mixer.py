@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Given, Layout, Pattern, TokenMixer
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("Title of the paper", "First et al.", 2026)
 
@@ -34,7 +35,7 @@ def skeleton(values: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     values = jnp.asarray(values)
     exists = jnp.ones(values.shape[:2], bool) if mask is None else jnp.asarray(mask)
     weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
-    wide = jnp.promote_types(values.dtype, jnp.float32)
+    wide = at_least_float32(values.dtype)
     return jnp.einsum("bn,bnhe->bhe", weights.astype(wide), values.astype(wide))[:, None].astype(values.dtype)
 
 

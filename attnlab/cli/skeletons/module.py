@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.linear import Linear
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("Title of the paper", "First et al.", 2026)
 
@@ -25,7 +26,7 @@ def skeleton(x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     x = jnp.asarray(x)
     exists = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
     weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     return jnp.einsum("bn,bnc->bc", weights.astype(wide), x.astype(wide))[:, None].astype(x.dtype)
 
 

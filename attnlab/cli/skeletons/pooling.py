@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from attnlab.contract import Pooling, record
 from attnlab.nn.masking import masked_softmax
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 
 PAPER = Paper("Title of the paper", "First et al.", 2026)
 
@@ -33,7 +34,7 @@ def skeleton(x: ArrayLike, query: ArrayLike, mask: ArrayLike | None = None) -> t
       (B, C) in the dtype of `x`, and the weights (B, N) in float32; zeros where no token exists.
     """
     x = jnp.asarray(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     scores = jnp.einsum("bnc,c->bn", x.astype(wide), jnp.asarray(query, wide)) * x.shape[-1] ** -0.5
     weights = masked_softmax(scores, mask)
     return jnp.einsum("bn,bnc->bc", weights, x.astype(wide)).astype(x.dtype), weights

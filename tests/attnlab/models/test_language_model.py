@@ -256,6 +256,13 @@ def test_generation_compiles_once_for_all_options_and_like_lengths():
         generate(build(position="learned", max_length=16), tokens(1, 9), max_new_tokens=8, temperature=0)
 
 
+def test_generation_under_strict_promotion_of_dtypes():
+    model, options = build(HYBRID, depth=4), {"max_new_tokens": 3, "temperature": 0}
+    want = generate(model, tokens(), **options).tokens
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(generate(model, tokens(), **options).tokens, want)
+
+
 def test_a_model_can_be_pickled():
     model = build(HYBRID, depth=4)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model))(tokens()), model(tokens()))
