@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from attnlab.interop.names import StateDictError
 from attnlab.interop.official import Official, closest
+from attnlab.interop.resized import resized_to
 from attnlab.interop.torch_files import read_state_dict
 
 
@@ -28,6 +29,7 @@ def load(
     *,
     key: str | Sequence[str] | None = None,
     symbol: str | None = None,
+    resize: bool = False,
 ) -> None:
     """Loads an official state dict into a model of the same configuration.
 
@@ -39,6 +41,8 @@ def load(
       source: arrays by their official names, or a file as `torch_files.read_state_dict` takes.
       key: where the state dict stands in a file of `torch.save` that holds more: `"model"`.
       symbol: name of the official class, to choose it.
+      resize: whether tables of another image or window size (positions, biases, patches) are interpolated to those of
+        the model, as the authors' scripts do; see `attnlab.interop.resized`.
 
     Raises:
       TypeError: if no official class is described for such a model, or none of that name.
@@ -53,7 +57,7 @@ def load(
     else:
         arrays = read_state_dict(source, key=key)
     official = officials[0] if len(officials) == 1 else closest(((each, model) for each in officials), arrays)
-    official.load(model, arrays)
+    official.load(model, resized_to(official.dump(model), arrays) if resize else arrays)
 
 
 def export(model: nnx.Module, path: str | Path, *, symbol: str | None = None) -> None:
