@@ -2,7 +2,6 @@
 
 import collections.abc
 import dataclasses
-import functools
 import inspect
 import re
 import types
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from attnlab.contract import Layout, Pattern, Site, TokenMixer, UnsupportedArgument, constructor_parameters
+from attnlab.decode_size import LENGTHS, decode_size, state_bytes
 from attnlab.registry import Kind, Paper, Variant
 
 DECODE_SITE = Site(256, 4, causal=True, num_layers=2)
-DECODE_LENGTHS = (1024, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +165,18 @@ def decode_state(variant: Variant) -> str:
 
 def decode_bytes(variant: Variant) -> Mapping[int, int] | None:
     """Bytes of a mixer's decode state for one sequence by its greatest length; None if it does not decode."""
-    import jax
+    state = _decode_state(variant)
+    return None if state is None else {length: state_bytes(state, length) for length in LENGTHS}
+
+
+def token_bytes(variant: Variant) -> str:
+    """How many bytes of a mixer's decode state a token costs, and how many there are anyway; "" if it has none."""
+    state = _decode_state(variant)
+    return "" if state is None else str(decode_size(state))
+
+
+def _decode_state(variant: Variant) -> Callable[[int], Any] | None:
+    """From the greatest length to the decode state of one sequence; None for what does not decode."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -174,10 +184,12 @@ def decode_bytes(variant: Variant) -> Mapping[int, int] | None:
         mixer: Any = variant.create(DECODE_SITE, rngs=nnx.Rngs(0), **variant.options)
         return mixer.init_state(1, length, dtype=jnp.bfloat16)
 
+    if variant.kind is not Kind.MIXER:
+        return None
     if Pattern.CAUSAL_SELF not in variant.patterns or Layout.SEQUENCE not in variant.layouts:
         return None
     try:
-        states = {n: jax.eval_shape(functools.partial(state, n)) for n in DECODE_LENGTHS}
+        state_bytes(state, LENGTHS[0])
     except UnsupportedArgument:
         return None
-    return {n: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for n, tree in states.items()}
+    return state

@@ -47,6 +47,7 @@ def facts(variant: registry.Variant) -> dict[str, str]:
         "time": variant.cost.time,
         "memory": variant.cost.memory,
         "decode state": describe.decode_state(variant),
+        "cache": describe.token_bytes(variant),
         "kernel": kernel_path(variant.kernel),
     }
     return {name: answer for name, answer in answers.items() if answer}

@@ -16,8 +16,10 @@ from attnlab.compare.plots import AttentionExample
 from attnlab.compare.results import Timing
 from attnlab.contract import Layout, Site
 from attnlab.data import Dataset
+from attnlab.decode_size import LENGTHS, DecodeSize, decode_size
 from attnlab.experiment import Experiment
 from attnlab.models.block import site_seen_by
+from attnlab.models.language_model import LanguageModel
 
 MEMORY_LIMIT = 2**30  # bytes of temporaries from which a length is left out
 TIME_LIMIT = 1.0  # seconds of one call beyond which no longer sequence is tried
@@ -68,6 +70,12 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
         if times[1] > TIME_LIMIT:
             break
     return tuple(timings)
+
+
+def decode_state(model: LanguageModel) -> DecodeSize:
+    """The size of a language model's decode state for one sequence, with caches in bfloat16."""
+    lengths = LENGTHS if model.max_length is None else (model.max_length // 2, model.max_length)
+    return decode_size(lambda length: model.init_state(1, length, dtype=jnp.bfloat16), lengths)
 
 
 def _median_seconds(function: Callable[..., Any], *arguments: Any) -> float | None:

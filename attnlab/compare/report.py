@@ -46,6 +46,9 @@ CAPTIONS = {
 }
 
 
+DECODE_NOTE = "The decode state is that of one sequence in all layers, with caches in bfloat16. "
+
+
 def write_report(path: Path, sections: Sequence[Section], *, title: str | None = None) -> None:
     """Writes the page.
 
@@ -82,6 +85,7 @@ def columns(comparison: Comparison) -> list[tuple[str, bool]]:
         ("steps/s", True),
         (f"{comparison.items}/s", True),
         ("memory of a step", True),
+        *([("decode state", True)] if comparison.kind == "text" else []),
         ("time, asymptotic", False),
         ("paper", False),
     ]
@@ -98,6 +102,7 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
         "–" if entry.steps_per_second is None else f"{entry.steps_per_second:.3g}",
         "–" if entry.items_per_second is None else f"{entry.items_per_second:,.0f}",
         "–" if entry.step_bytes is None else f"{entry.step_bytes / 2**20:,.1f} MiB",
+        *(["–" if entry.decode_state is None else str(entry.decode_state)] if comparison.kind == "text" else []),
     ]
 
 
@@ -131,7 +136,8 @@ def _section(section: Section) -> dict[str, Any]:
         "columns": [{"title": title, "number": number} for title, number in columns(comparison)],
         "rows": rows,
         "note": "Memory of a step is what the compiled training step needs for temporaries, beside parameters, "
-        "optimizer and batch. One seed: small differences between mixers are within its noise.",
+        f"optimizer and batch. {DECODE_NOTE * (comparison.kind == 'text')}"
+        "One seed: small differences between mixers are within its noise.",
         "figures": [_figure(name, path, comparison) for name, path in section.figures.items()],
         "samples": [
             {"mixer": entry.mixer, "prompt": entry.sample.prompt, "text": entry.sample.text}

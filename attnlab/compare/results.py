@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from attnlab.decode_size import DecodeSize
+
 Point = tuple[int, float]
 
 
@@ -47,6 +49,8 @@ class Entry:
       steps_per_second: in training, compilation and evaluation left out.
       items_per_second: images or tokens, in training.
       step_bytes: memory that one training step needs beyond its arguments, as the compiler plans it.
+      decode_state: bytes that a token costs in all layers when decoding, in bfloat16 caches, and bytes at any length;
+        None for models that do not decode.
       train_curve: (step, training loss).
       eval_curve: (step, quality).
       timings: time against length.
@@ -64,6 +68,7 @@ class Entry:
     steps_per_second: float | None = None
     items_per_second: float | None = None
     step_bytes: int | None = None
+    decode_state: DecodeSize | None = None
     train_curve: tuple[Point, ...] = ()
     eval_curve: tuple[Point, ...] = ()
     timings: tuple[Timing, ...] = ()
@@ -160,7 +165,9 @@ def load(path: Path) -> Comparison:
 
 def entry_from(raw: dict[str, Any]) -> Entry:
     """An entry from `dataclasses.asdict` of it, by way of JSON."""
+    size = raw.get("decode_state")
     changed = {
+        "decode_state": None if size is None else DecodeSize(*size),
         "train_curve": tuple(map(tuple, raw["train_curve"])),
         "eval_curve": tuple(map(tuple, raw["eval_curve"])),
         "timings": tuple(Timing(**timing) for timing in raw["timings"]),

@@ -154,6 +154,7 @@ def _entry(
             entry,
             timings=measure.time_mixer(trial, mixer, lengths),
             sample=_sample(trained, options) if _is_bytes(dataset.info) and options.sample_tokens else None,
+            decode_state=measure.decode_state(trained.model) if trial.model.kind == "text" else None,
         )
         weights = measure.attention_of(trained.model, tokens)
         np.savez_compressed(directory / "attention.npz", **{f"layer{i:03}": layer for i, layer in enumerate(weights)})

@@ -5,7 +5,7 @@ import pytest
 from jax.typing import ArrayLike
 
 import attnlab
-from attnlab.cli.describe import decode_bytes, options, signature
+from attnlab.cli.describe import decode_bytes, options, signature, token_bytes
 from attnlab.cli.main import main
 from attnlab.cli.show_variant import facts
 from pallas_kernels import dispatch
@@ -126,6 +126,10 @@ def test_bytes_of_the_decode_state():
     cached = decode_bytes(attnlab.get("softmax_attention"))
     assert [0 <= size - length * 2 * 256 * 2 <= 64 + 16 * length for length, size in cached.items()] == [True, True]
     assert decode_bytes(attnlab.get("window_attention")) is None
+    # Beside the keys and values a token has its position and label in the cache.
+    assert token_bytes(attnlab.get("softmax_attention")) == f"{2 * 256 * 2 + 8:,} bytes a token and 8 bytes"
+    assert token_bytes(attnlab.get("lightning_attention_2")) == f"{recurrent[1024]:,} bytes"
+    assert token_bytes(attnlab.get("window_attention")) == ""
 
 
 def test_doctor_explains_every_implementation(capsys):

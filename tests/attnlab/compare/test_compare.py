@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import re
 import signal
@@ -8,11 +9,14 @@ import time
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab import figures
 from attnlab.cli.main import main
-from attnlab.compare import plots, report, results
+from attnlab.compare import measure, plots, report, results
 from attnlab.compare.results import Comparison, Entry, Timing
+from attnlab.decode_size import DecodeSize
+from attnlab.models.language_model import LanguageModel
 
 DIGITS = [
     *("compare", "digits_vit", "--mixers", "softmax_attention", "lightning_attention_2", "tnl.attention"),
@@ -125,6 +129,7 @@ def test_mistakes_in_mixers(capsys, tmp_path, mixers, words):
 def test_results_survive_json(tmp_path):
     sample = results.Sample("a", "b\x00é")
     full = entry("softmax_attention", 0.5, train_curve=((1, 2.0),), timings=(Timing(4, 1.0, 2.0),), sample=sample)
+    full = dataclasses.replace(full, decode_state=DecodeSize(40.0, 8.0))
     before = comparison(full, Entry("hedgehog", "failed", reason="why"))
     results.save(before, tmp_path / "results.json")
     assert results.load(tmp_path / "results.json") == before
@@ -144,6 +149,18 @@ def test_report_escapes_what_models_write(tmp_path):
     report.write_report(tmp_path / "r.html", [report.Section(comparison(e, kind="text"), {})])
     html = (tmp_path / "r.html").read_text()
     assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_decode_state_of_language_models(tmp_path):
+    mixers = ("softmax_attention", "lightning_attention_2")
+    model = LanguageModel(7, features=8, depth=2, num_heads=2, mixer=mixers, rngs=nnx.Rngs(0))
+    size = measure.decode_state(model)
+    assert size.per_token == 2 * 8 * 2 + 8, "keys and values of one layer, position and label"
+    assert 2 * 4 * 4 * 4 <= size.fixed <= 2 * 4 * 4 * 4 + 64, "two heads' state in float32 and some counters"
+    e = entry("softmax_attention", 2.0, decode_state=size)
+    report.write_report(tmp_path / "r.html", [report.Section(comparison(e, kind="text"), {})])
+    assert str(size) in (tmp_path / "r.html").read_text()
+    assert "decode state" not in [title for title, _ in report.columns(comparison(e))]
 
 
 def test_labels_are_kept_apart():
