@@ -163,6 +163,27 @@ def target(platform: str, device_kind: str | None = None, *, qualified_only: boo
         _target.reset(token)
 
 
+_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Inside, the implementation "reference" is chosen: of it JAX has forward-mode derivatives (`jax.jvp`, `jacfwd`).
+
+        with dispatch.forward_mode():
+            y, change = jax.jvp(model, (x,), (direction,))
+
+    The others write their backward pass by hand, which JAX cannot turn around: there `jax.jvp` raises a `TypeError`,
+    and may for a gradient too (`jax.hessian`; the gradient of a gradient is right everywhere). What is traced inside
+    keeps its choice, and JAX caches it: give `jax.jit` a function of its own.
+    """
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
+
+
 def current_platform() -> str:
     """The platform of `target`, or where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
     if (chosen := _target.get()) is not None:
@@ -210,7 +231,7 @@ def _refusal_by_itself(op: str, entry: Implementation, args: Any, platform: str)
 
 
 def choose(op: str, args: Any, implementation: str | None = None, *, platform: str | None = None) -> Implementation:
-    """The implementation that runs `args`: the named one, or the first that supports them.
+    """The implementation that runs `args`: the named one, that of `forward_mode`, or the first that supports them.
 
     Raises:
       ValueError: for an unknown op or implementation, with a suggestion.
@@ -225,6 +246,8 @@ def choose(op: str, args: Any, implementation: str | None = None, *, platform: s
         if refusal is not None:
             raise UnsupportedError(f"{op}: implementation={implementation!r} refuses: {refusal}")
         return table[implementation]
+    if _forward_mode.get() and "reference" in table:
+        return choose(op, args, "reference", platform=platform)
     answers = explain(op, args, platform=platform)
     for answer in answers:
         if answer.ok:

@@ -54,7 +54,7 @@ def block_sparse_attention(
     """Softmax attention over the keys that are allowed, at a cost that follows the blocks that hold any.
 
     Scores, softmax and sums are float32 (float64 for float64 inputs). Differentiable in every floating array; works
-    under jit, grad, vmap, scan, remat and shard_map.
+    under jit, grad, vmap, scan, remat and shard_map; for forward-mode derivatives see `dispatch.forward_mode`.
 
     Args:
       q: queries, (B, N, H, D); float16, bfloat16, float32 or float64.

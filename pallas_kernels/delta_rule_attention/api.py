@@ -60,7 +60,7 @@ def delta_rule_attention(
     are computed, and may grow without bound.
 
     Sums, decays and states are float32 (float64 for float64 inputs). Works under jit, grad, vmap, scan, remat and
-    shard_map.
+    shard_map; for forward-mode derivatives see `dispatch.forward_mode`.
 
     Args:
       q: queries, (B, N, H, D); float16, bfloat16, float32 or float64.

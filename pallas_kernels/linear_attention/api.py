@@ -73,7 +73,7 @@ def linear_attention(
     """Linear attention in time and memory linear in N; differentiable in every floating argument.
 
     Sums, decays and states are float32 (float64 for float64 inputs). Works under jit, grad, vmap, scan, remat and
-    shard_map.
+    shard_map; for forward-mode derivatives see `dispatch.forward_mode`.
 
     Args:
       q: queries, (B, N, H, D); float16, bfloat16, float32 or float64.

@@ -59,7 +59,7 @@ def neighborhood_attention(
     """Softmax attention over the neighborhood of each token, on 1, 2 or 3 axes of tokens *S.
 
     Scores, softmax and sums are float32 (float64 for float64 inputs). Differentiable in every floating array; works
-    under jit, grad, vmap, scan, remat and shard_map.
+    under jit, grad, vmap, scan, remat and shard_map; for forward-mode derivatives see `dispatch.forward_mode`.
 
     Args:
       q: queries, (B, *S, H, D); float16, bfloat16, float32 or float64.
