@@ -10,6 +10,7 @@ rows, without looking at its pairs; so tiles are skipped at run time.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.masks import And, Index, Mask, Not, Or, PerHead
+from pallas_kernels.masks import (
+    And,
+    Causal,
+    Full,
+    Index,
+    Mask,
+    Not,
+    Or,
+    PerHead,
+    Prefix,
+    QueryPrefix,
+    SlidingWindow,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +77,55 @@ class Chosen(Mask):
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         raise ValueError("Chosen looks at arrays: block_sparse_attention evaluates it")
+
+
+RULES = "Full, Causal, SlidingWindow, Prefix, QueryPrefix, and &, |, ~ of these"
+
+
+def at_positions(mask: Mask, queries: jax.Array, keys: jax.Array) -> ArrayMask:
+    """A mask of indices asked of positions that tokens bring, in place of their indices.
+
+    Args:
+      mask: made of `Full`, `Causal`, `SlidingWindow`, `Prefix` and `QueryPrefix`.
+      queries: positions of queries, integers (B|1, 1, N), at least 0.
+      keys: those of keys, (B|1, 1, M).
+
+    Raises:
+      ValueError: for a mask of other parts.
+    """
+    return ArrayMask(_on_positions(mask), (queries,), (keys,))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_positions(mask: Mask) -> Callable[[Any, Any, Any, Any], Any]:
+
+    def build(mask: Mask) -> Callable[[Any, Any], Any]:
+        match mask:
+            case Full():
+                return lambda q, k: (q >= 0) & (k >= 0)
+            case Causal(offset):
+                return lambda q, k: k - q <= offset
+            case SlidingWindow(left, right):
+                sides = [] if left is None else [lambda q, k: q - k <= left]
+                sides += [] if right is None else [lambda q, k: k - q <= right]
+                return functools.reduce(lambda a, b: lambda q, k: a(q, k) & b(q, k), [build(Full()), *sides])
+            case Prefix(length):
+                return lambda q, k: (k < length) & (q >= 0)
+            case QueryPrefix(length):
+                return lambda q, k: (q < length) & (k >= 0)
+            case And(first, second):
+                a, b = build(first), build(second)
+                return lambda q, k: a(q, k) & b(q, k)
+            case Or(first, second):
+                a, b = build(first), build(second)
+                return lambda q, k: a(q, k) | b(q, k)
+            case Not(inner):
+                a = build(inner)
+                return lambda q, k: ~a(q, k)
+        raise ValueError(f"mask must be made of {RULES}, to be asked of positions, got {type(mask).__name__}")
+
+    rule = build(mask)
+    return lambda i, j, q, k: rule(q, k)
 
 
 @dataclasses.dataclass(frozen=True)

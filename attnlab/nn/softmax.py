@@ -113,7 +113,7 @@ def softmax_attention(
     elif not dropout_rate and not return_weights:
         block_size = _own_block_size(terms, v)
     if block_size is not None and block_size < terms.q.shape[3]:
-        plain = segment_ids is None and _counts(q_idx) and _counts(k_idx)
+        plain = segment_ids is None and counts(q_idx) and counts(k_idx)
         y = _by_blocks(rules, block_size, terms, v, scale, batch, plain)
         return _merge_heads(y).astype(terms.q.dtype)
     weights = _weights(rules, terms, scale, batch)
@@ -245,7 +245,7 @@ def _indices(name: str, index: ArrayLike | None, order: jax.Array | None, batch:
     return index
 
 
-def _counts(index: ArrayLike | None) -> bool:
+def counts(index: ArrayLike | None) -> bool:
     """Whether indices are known when tracing, and 0, 1, 2, …"""
     if index is None:
         return True

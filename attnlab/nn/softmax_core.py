@@ -16,7 +16,9 @@ from attnlab.nn.masking import LabelRule, masked_softmax, segment_pair, visible_
 from attnlab.nn.position_bias import alibi_bias, alibi_slopes
 from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax import attention_scores, softmax_attention, weighted_values
+from attnlab.nn.softmax_kernel import on_kernel
 from attnlab.points import Edits, acts, visit
+from pallas_kernels import dispatch
 from pallas_kernels.masks import And, Causal, Mask, Not, Or
 
 
@@ -193,6 +195,8 @@ class SoftmaxCore(ProductCore):
       softcap: bound of the scores by tanh; none when None.
       block_size: queries per block, for memory linear in N and M; when None, all at once, but for long sequences on a
         CPU.
+      kernel: `pallas_kernels.block_sparse_attention` where it takes the call, whose cost follows the blocks that rules
+        and segments leave: "auto", or the name of an implementation; `attnlab.nn.softmax` when None.
       rngs: stream `dropout` if there is any.
       **options: those of `ProductCore`.
 
@@ -210,14 +214,20 @@ class SoftmaxCore(ProductCore):
         scale: float | None = None,
         softcap: float | None = None,
         block_size: int | None = None,
+        kernel: str | None = None,
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ):
         super().__init__(**options, rngs=rngs)
+        known = ("auto", *(entry.name for entry in dispatch.implementations("block_sparse_attention")))
+        if kernel is not None and kernel not in known:
+            raise ValueError(f"kernel must be None or one of {', '.join(known)}, got {kernel!r}")
+        if kernel is not None and block_size is not None:
+            raise ValueError("kernel does not go with block_size: it chooses its blocks itself")
         if block_size is not None and (alibi or self.dropout):
             raise ValueError("block_size does not go with alibi or attention_dropout: they are as large as the weights")
         self.num_heads, self.alibi, self.structural_mask = num_heads, alibi, structural_mask
-        self.scale, self.softcap, self.block_size = scale, softcap, block_size
+        self.scale, self.softcap, self.block_size, self.kernel = scale, softcap, block_size, kernel
         self.bias = nnx.data(None) if bias is None else bias
         self.looks_at_positions |= alibi
         self.permutation_equivariant &= not alibi and structural_mask is None and bias is None
@@ -259,12 +269,17 @@ class SoftmaxCore(ProductCore):
         dropout = {}
         if not deterministic and self.dropout_rngs is not None:
             dropout = {"dropout_rate": self.dropout, "dropout_key": self.dropout_rngs()}
+        whole = self._with_structure(view)
+        if self.kernel is not None and not dropout and not self._at_labels(whole):
+            y = on_kernel(q, k, v, whole, self.kernel, **score)
+            if y is not None:
+                return y
         return softmax_attention(q, k, v, **self._who(view), **score, block_size=self.block_size, **dropout)
 
     def _who(self, view: View) -> dict[str, Any]:
         """The view as arguments of the op, which takes rules on indices as they are."""
         view = self._with_structure(view)
-        if view.rule is not None and _looks_at_labels(view.rule):
+        if self._at_labels(view):
             return {"mask": visible_keys(view)}
         return {
             "mask": view.mask,
@@ -273,6 +288,9 @@ class SoftmaxCore(ProductCore):
             "q_idx": view.q_idx,
             "k_idx": view.k_idx,
         }
+
+    def _at_labels(self, view: View) -> bool:
+        return view.rule is not None and _looks_at_labels(view.rule)
 
     def _with_structure(self, view: View) -> View:
         if self.structural_mask is None:

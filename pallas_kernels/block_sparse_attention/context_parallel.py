@@ -13,7 +13,6 @@ lie in the order of `zigzag`: each device has one part of the first half and one
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +21,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels import partition
-from pallas_kernels.array_masks import ArrayMask
+from pallas_kernels.array_masks import at_positions
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.parts import merge_attention
 from pallas_kernels.dtypes import at_least_float32
-from pallas_kernels.masks import And, Causal, Full, Mask, Not, Or, Prefix, QueryPrefix, SlidingWindow
+from pallas_kernels.masks import Full, Mask
 
 METHODS = ("ring", "all_to_all")
 ORDERS = ("contiguous", "zigzag")
@@ -95,8 +94,8 @@ def context_parallel_attention(
             raise ValueError(f"order must be contiguous with all_to_all, whose work is even, got {order!r}")
         y, lse = _all_to_all(q, k, v, ids, axis_name, mask, options)
     else:
-        rule = None if mask is None or mask == Full() else _rule_of(mask)
-        attend = functools.partial(_attend, axis_name, order, rule, tuple(options.items()))
+        mask = None if mask == Full() else mask
+        attend = functools.partial(_attend, axis_name, order, mask, tuple(options.items()))
         y, lse = _ring(axis_name, attend, *partition.same_manual_axes((q, k, v, ids)))
     return (y, lse) if return_lse else y
 
@@ -124,39 +123,6 @@ def _all_to_all(q, k, v, ids, axis_name: str, mask: Mask | None, options: dict[s
 # ---- ring
 
 
-@functools.lru_cache(maxsize=256)
-def _rule_of(mask: Mask) -> Callable[[Any, Any, Any, Any], Any]:
-    """The rule of an `ArrayMask` that asks `mask` of positions."""
-
-    def build(mask: Mask) -> Callable[[Any, Any], Any]:
-        match mask:
-            case Full():
-                return lambda q, k: (q >= 0) & (k >= 0)
-            case Causal(offset):
-                return lambda q, k: k - q <= offset
-            case SlidingWindow(left, right):
-                sides = [] if left is None else [lambda q, k: q - k <= left]
-                sides += [] if right is None else [lambda q, k: k - q <= right]
-                return functools.reduce(lambda a, b: lambda q, k: a(q, k) & b(q, k), [build(Full()), *sides])
-            case Prefix(length):
-                return lambda q, k: (k < length) & (q >= 0)
-            case QueryPrefix(length):
-                return lambda q, k: (q < length) & (k >= 0)
-            case And(first, second):
-                a, b = build(first), build(second)
-                return lambda q, k: a(q, k) & b(q, k)
-            case Or(first, second):
-                a, b = build(first), build(second)
-                return lambda q, k: a(q, k) | b(q, k)
-            case Not(inner):
-                a = build(inner)
-                return lambda q, k: ~a(q, k)
-        raise ValueError(f"mask of a ring must be made of rules on positions, got {type(mask).__name__}")
-
-    rule = build(mask)
-    return lambda i, j, q, k: rule(q, k)
-
-
 def _positions(axis_name: str, order: str, tokens: int, device: jax.Array) -> jax.Array:
     """Places in the sequence of a device's tokens, (1, 1, N / n)."""
     at = jnp.arange(tokens)
@@ -166,14 +132,14 @@ def _positions(axis_name: str, order: str, tokens: int, device: jax.Array) -> ja
     return jnp.where(at < half, device * half + at, (2 * devices - 1 - device) * half + at - half)[None, None]
 
 
-def _attend(axis_name: str, order: str, rule: Any, options: Any, step: int, q, k, v, ids, k_ids):
+def _attend(axis_name: str, order: str, rule: Mask | None, options: Any, step: int, q, k, v, ids, k_ids):
     """Attention to the keys that stand `step` devices before this one, y and lse."""
     devices, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     mask = None
     if rule is not None:
         there = (own - step) % devices
         at = (_positions(axis_name, order, q.shape[1], device) for device in (own, there))
-        mask = ArrayMask(rule, (next(at),), (next(at),))
+        mask = at_positions(rule, next(at), next(at))
     segments = None if ids is None else (ids, k_ids)
     return block_sparse_attention(q, k, v, mask=mask, segment_ids=segments, return_lse=True, **dict(options))
 

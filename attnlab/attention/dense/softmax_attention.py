@@ -44,6 +44,8 @@ class SoftmaxAttention(ProjectedMixer):
       attention_dropout: rate on the weights.
       block_size: queries per block, for memory linear in N and M; when None, all at once, but for long sequences on a
         CPU.
+      kernel: `pallas_kernels.block_sparse_attention` where it takes the call, whose cost follows the blocks that rules
+        and segments leave: "auto", or the name of an implementation; dense attention when None.
       rngs: streams `params`, and `dropout` if there is any.
       **projections: sizes and biases of the projections, pattern and layout: see `ProjectedMixer`.
 
@@ -64,6 +66,7 @@ class SoftmaxAttention(ProjectedMixer):
         softcap: float | None = None,
         attention_dropout: float = 0.0,
         block_size: int | None = None,
+        kernel: str | None = None,
         rngs: nnx.Rngs,
         **projections: Any,
     ):
@@ -79,6 +82,7 @@ class SoftmaxAttention(ProjectedMixer):
                 softcap=softcap,
                 dropout=attention_dropout,
                 block_size=block_size,
+                kernel=kernel,
                 rngs=rngs,
             )
         )

@@ -42,5 +42,5 @@ def test_zigzag_gives_each_device_early_and_late_tokens():
 
 
 def test_a_ring_refuses_masks_that_are_no_rule_on_positions():
-    with pytest.raises(ValueError, match="made of rules on positions, got Block"):
+    with pytest.raises(ValueError, match="to be asked of positions, got Block"):
         over_one_device(mask=Block(4))(X)

@@ -392,7 +392,14 @@ def test_explain_names_the_implementations():
     assert {choice.name for choice in explain()} >= {"xla", "reference"}
 
 
-@pytest.mark.parametrize("case", quick([c for c in SMALL if not c.masked], ("image_bias_dilation",), lambda c: c.name))
+ON_TPU = ("one_token", "sequence_causal_stride_dilation", "image_mixed", "image_additional", "video_bias")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=pytest.mark.slow) for c in SMALL if c.name in ON_TPU]
+    + [pytest.param(c, id=c.name) for c in SMALL if c.name == "image_bias_dilation"],
+)
 def test_tpu_kernels_equal_reference_in_float64(case):
     """Interpreted: memory that nobody wrote is NaN, reads out of bounds raise, races are found."""
     want = in_float64(case, jnp.float32)

@@ -1,7 +1,5 @@
 """The TPU kernels, compiled by the TPU compiler for every generation."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,7 +26,8 @@ def gradients(q, k, v, **options):
 
 
 @pytest.mark.parametrize(
-    ("topology", "size"), quick(itertools.product(TOPOLOGIES, (64, 128, 256)), ("v6e-128",), joined)
+    ("topology", "size"),
+    quick([*((name, 128) for name in TOPOLOGIES), ("v5e", 64), ("v5e", 256)], ("v6e-128",), joined),
 )
 def test_forward_and_backward(topology, size):
     q, k = shape((2, 3000, 4, size)), shape((2, 3000, 2, size))
