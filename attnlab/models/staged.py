@@ -366,6 +366,7 @@ def transformer_block(
     position_side: int = 0,
     position_activation: Callable[[jax.Array], jax.Array] | None = None,
     position_twice: bool = True,
+    before2: Callable[..., nnx.Module] | None = None,
     mlp: Mapping[str, Any] | None = None,
     layer_scale: float | None = None,
     mlp_scale: float | None = None,
@@ -387,6 +388,7 @@ def transformer_block(
       position_side: of the kernel of a depthwise convolution that is added in front of either branch; 0 for none.
       position_activation: of these convolutions; none when None.
       position_twice: whether the feed-forward's branch has one too.
+      before2: builds what stands there instead, as `Block` has it: `before2(features, drop_path=…, dtype=…, …)`.
       mlp: further options of the feed-forward.
       layer_scale: factors of the channels of both branches at the start; None for no factors.
       mlp_scale: the same for the feed-forward's branch alone.
@@ -398,8 +400,12 @@ def transformer_block(
     features, stored = place.site.features, {"param_dtype": param_dtype, "rngs": rngs}
     norm, common = {"eps": norm_eps, **stored}, {"dtype": dtype, **stored}
     mixer = place.mixer(place.site, place.index, **common, **(shared or {}))
-    sides, convs = (position_side, position_side), position_side and 1 + position_twice
+    sides = (position_side, position_side)
+    convs = (1 if before2 is not None or not position_twice else 2) if position_side else 0
     before = [DepthwiseConv(features, sides, activation=position_activation, **common) for _ in range(convs)]
+    second = before[1] if convs > 1 else None
+    if before2 is not None:
+        second = before2(features, drop_path=place.drop_path, **common)
     inits = (layer_scale, layer_scale if mlp_scale is None else mlp_scale)
     scales = [None if init is None else LayerScale(features, init=init, **stored) for init in inits]
     hidden = int(features * mlp_ratio)
@@ -411,7 +417,7 @@ def transformer_block(
         scale1=scales[0],
         scale2=scales[1] if mlp_ratio else None,
         before=before[0] if convs else None,
-        before2=before[1] if convs > 1 else None,
+        before2=second,
         order=order,
         drop_path=place.drop_path,
         rngs=rngs,

@@ -171,6 +171,7 @@ class ConvStem(Chain):
       activation: behind the norm, of all but the last.
       last_activation: of the last; none when None.
       use_bias: whether the convolution has a bias.
+      filled: whether zeros at the end of each axis make it a multiple of all strides together first.
       dtype: of the computation and the result; that of the input when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
@@ -190,6 +191,7 @@ class ConvStem(Chain):
         activation: Activation | None = gelu,
         last_activation: Activation | None = None,
         use_bias: bool | Sequence[bool] = True,
+        filled: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -208,6 +210,11 @@ class ConvStem(Chain):
             here = {name: values[index] for name, values in options.items()}
             units.append(ConvNorm(before, width, **here, **common))
         super().__init__(*units)
+        self.multiple = math.prod(strides) if filled else 1
+
+    def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
+        """`(B, H, W, channels)` to `(B, H', W', C)`."""
+        return super().__call__(pad_to_multiple(x, self.multiple)[0], deterministic=deterministic)
 
 
 class PatchEmbed(ConvNorm):

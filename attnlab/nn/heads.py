@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.nn.linear import Linear, compute_in_input_dtype, uniform_init
+from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.linear import Conv, Linear, compute_in_input_dtype, uniform_init
 
 _into = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2))
 _out_of = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
@@ -159,12 +160,16 @@ def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
-def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, rngs: nnx.Rngs) -> None:
+def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, convolutions: bool = False, rngs: nnx.Rngs) -> None:
     """Draws the kernels of all linear maps in a module anew: of `Linear`, and of `ToHeads` and `FromHeads`.
 
-    For models whose authors fix one initialiser for every linear map, commonly `trunc_normal`; the default of `Linear`
-    follows the width instead, since 0.02 is too little for narrow models.
+    With `convolutions` also those of `Conv` and `DepthwiseConv`, whose biases become zero. For models whose authors fix
+    one initialiser, commonly `trunc_normal`; the defaults follow the width instead, since 0.02 is too little for narrow
+    models.
     """
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Linear | ToHeads | FromHeads):
+        convolution = convolutions and isinstance(part, Conv | DepthwiseConv)
+        if convolution or isinstance(part, Linear | ToHeads | FromHeads):
             part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)
+        if convolution and part.bias is not None:
+            part.bias[...] = jnp.zeros_like(part.bias[...])

@@ -45,17 +45,20 @@ def prefix_logsumexp(
     return _scan(jnp.logaddexp, _real_or_nothing(x, real), segment_ids, initial)
 
 
+def segment_sum(x: ArrayLike, *, segment_ids: ArrayLike | None = None) -> jax.Array:
+    """The sum of each token's whole segment, `(B, N, ...)`; without segments of all tokens, `(B, 1, ...)`."""
+    if segment_ids is None:
+        return _wide(x).sum(1, keepdims=True)
+    return _at_ends(prefix_sum(x, segment_ids=segment_ids), segment_ids)
+
+
 def segment_logsumexp(
     x: ArrayLike, *, real: ArrayLike | None = None, segment_ids: ArrayLike | None = None
 ) -> jax.Array:
     """The log-sum-exp of each token's whole segment, `(B, N, ...)`; without segments of all tokens, `(B, 1, ...)`."""
     if segment_ids is None:
         return jax.nn.logsumexp(_real_or_nothing(x, real), axis=1, keepdims=True)
-    total = prefix_logsumexp(x, real=real, segment_ids=segment_ids)
-    starts = segment_positions(segment_ids) == 0
-    tokens = starts.shape[1]
-    ends = jnp.where(jnp.roll(starts, -1, axis=1).at[:, -1].set(True), jnp.arange(tokens), tokens)
-    return jnp.take_along_axis(total, _along(jax.lax.cummin(ends, axis=1, reverse=True), total), axis=1)
+    return _at_ends(prefix_logsumexp(x, real=real, segment_ids=segment_ids), segment_ids)
 
 
 def softmax_recurrence(
@@ -93,6 +96,14 @@ def softmax_recurrence(
     if segment_ids is not None:
         first |= _along(segment_positions(segment_ids) == 0, g)
     return jnp.exp(g - z), jnp.where(first, 0, before - z), z[:, -1]
+
+
+def _at_ends(total: jax.Array, segment_ids: ArrayLike) -> jax.Array:
+    """For each token the entry at the end of its segment."""
+    starts = segment_positions(segment_ids) == 0
+    tokens = starts.shape[1]
+    ends = jnp.where(jnp.roll(starts, -1, axis=1).at[:, -1].set(True), jnp.arange(tokens), tokens)
+    return jnp.take_along_axis(total, _along(jax.lax.cummin(ends, axis=1, reverse=True), total), axis=1)
 
 
 def _real_or_nothing(x: ArrayLike, real: ArrayLike | None) -> jax.Array:

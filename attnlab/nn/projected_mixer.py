@@ -98,6 +98,7 @@ class ProjectedLinearMixer(LinearMixer):
       layout: of the tokens.
       context_features: channels of the context for cross-attention; C when None.
       use_bias: whether the four maps have a bias.
+      out_bias: whether the last one has; as the others when None.
       dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
@@ -118,6 +119,7 @@ class ProjectedLinearMixer(LinearMixer):
         layout: Layout = Layout.SEQUENCE,
         context_features: int | None = None,
         use_bias: bool = False,
+        out_bias: bool | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -133,4 +135,5 @@ class ProjectedLinearMixer(LinearMixer):
         self.query = ToHeads(features, num_heads, head_dim, **common)
         self.key = ToHeads(source, groups, head_dim, **common)
         self.value = ToHeads(source, groups, value_dim, **common)
-        self.out = FromHeads(num_heads, value_dim, features, **common)
+        out_bias = use_bias if out_bias is None else out_bias
+        self.out = FromHeads(num_heads, value_dim, features, **(common | {"use_bias": out_bias}))
