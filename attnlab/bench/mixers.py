@@ -53,7 +53,7 @@ class MixerProblem:
     causal: bool = False
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.heads < 1 or self.features % self.heads:
@@ -262,9 +262,11 @@ def _pull(graph: nnx.GraphDef) -> Callable[..., tuple[jax.Array, jax.Array, list
 
 def _draw(problem: MixerProblem, module: nnx.Module) -> tuple[jax.Array, jax.Array]:
     """Tokens in the layout that the mixer takes, and cotangents of its result."""
-    grid = problem.grid if module.layout is problem.layout else (problem.tokens,)
+    in_a_row = getattr(module, "layout", problem.layout) is not problem.layout
+    grid = (problem.tokens,) if in_a_row else problem.grid
     shape = (problem.batch, *grid, problem.features)
-    return tuple(jax.random.normal(key, shape, problem.dtype) for key in jax.random.split(jax.random.key(0)))
+    of_x, of_dy = jax.random.split(jax.random.key(0))
+    return jax.random.normal(of_x, shape, problem.dtype), jax.random.normal(of_dy, shape, problem.dtype)
 
 
 def _widened(array: jax.Array) -> Any:

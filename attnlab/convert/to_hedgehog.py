@@ -52,7 +52,7 @@ class Options(ConvertOptions):
     distill_learning_rate: float = 1e-2
     mixer_options: MixerOptions = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.distill_steps < 1:
             raise ValueError(f"distill_steps must be at least 1, got {self.distill_steps}")
 

@@ -76,10 +76,11 @@ class Adapted(nnx.Module):
 
     def __init__(self, base: Map):
         self.base = base
-        self.adapters = nnx.Dict({})
+        self.adapters: nnx.Dict[Adapter] = nnx.Dict({})
         self.active: tuple[str, ...] = ()
 
     def __call__(self, x: ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
         y = self.base(x)
         for name in self.active:
             y = y + self.adapters[name](x)
