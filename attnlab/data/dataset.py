@@ -95,14 +95,15 @@ class Batches(Iterator[Batch]):
     every process, and it may be restored under another number of processes.
     """
 
-    def __init__(self, start: Callable[[int], Any], stream: Mapping[str, Any]):
-        self._start, self._stream = start, dict(stream)
+    def __init__(self, start: Callable[[int], Any], stream: Mapping[str, Any], *, shared: bool = False):
+        self._start, self._stream, self._shared = start, dict(stream), shared
         self._taken, self._iterator = 0, None
 
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start(self._taken)
-        batch = next(self._iterator)
+        # Out of the memory that is shared with worker processes, which would outlive the program with what it holds.
+        batch = {name: np.array(value) if self._shared else value for name, value in next(self._iterator).items()}
         self._taken += 1
         return batch
 
@@ -262,7 +263,8 @@ class Dataset:
                 batches = batches.mp_prefetch(options)
             return iter(batches)
 
-        return Batches(start, {"name": self.info.name, "digest": self.info.digest, "batch_size": batch_size, **stream})
+        stream = {"name": self.info.name, "digest": self.info.digest, "batch_size": batch_size, **stream}
+        return Batches(start, stream, shared=workers > 0)
 
 
 class _PaddedExamples:

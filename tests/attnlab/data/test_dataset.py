@@ -104,6 +104,7 @@ def test_worker_processes_do_not_change_the_batches_and_resume():
     expected = take(numbers().train(4, 1), 8)
     batches = dataset.train(4, 1)
     same(take(batches, 3), expected[:3])
+    assert {type(value) for value in next(dataset.eval(4)).values()} == {np.ndarray}, "no memory of other processes"
     state = json.loads(json.dumps(batches.get_state()))
     batches.close()
     for loading in (Loading(worker_count=1), Loading(num_threads=2)):  # other numbers of them, too
