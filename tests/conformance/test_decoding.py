@@ -102,6 +102,22 @@ def test_padding_inside_a_run(subject: Subject):
 
 
 @every_decoder
+def test_prefill_refuses_what_means_something_else(subject: Subject):
+    """An additive mask, which would mean the opposite of a boolean one; places that are no integers."""
+    its = decoder(subject)
+    mixer, x, state = its.its.module, its.x[:, :RUN], its.start()
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        mixer.prefill(x, state, mask=np.zeros(x.shape[:2], np.float32))
+    with pytest.raises(ValueError, match="mask must be"):
+        mixer.prefill(x, state, mask=np.ones((BATCH, 1, RUN, RUN), bool))
+    if "positions" in mixer.accepts:
+        with pytest.raises((TypeError, ValueError), match="positions must be integers"):
+            mixer.prefill(x, state, positions=np.zeros(x.shape[:2], np.float32))
+        with pytest.raises((TypeError, ValueError), match="positions must be integers"):
+            mixer.step(x[:, 0], state, positions=np.zeros(BATCH, np.float32))
+
+
+@every_decoder
 def test_bfloat16_decoding(subject: Subject):
     its = decoder(subject)
     y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(jnp.bfloat16))

@@ -278,6 +278,9 @@ def test_refuses_what_it_does_not_take(subject: Subject):
     if not mixer.patterns & {Pattern.CROSS, Pattern.CAUSAL_CROSS}:
         with pytest.raises(UnsupportedArgument, match="context"):
             mixer(x, x)
+    if subject.cross:
+        with pytest.raises(ValueError, match="context is missing"):
+            mixer(x)
     with pytest.raises(ValueError, match="rank"):
         mixer(x[0], *context)
     with pytest.raises(ValueError, match="channels"):
