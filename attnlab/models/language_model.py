@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.contract import Layout, Site, UnsupportedArgument, View
-from attnlab.models.block import Blocks, MixerNames, MixerOptions, MLPName, Order, blocks_for, norm_for
+from attnlab.models.block import MixerNames, MixerOptions, MLPName, Order, blocks_for, norm_for
+from attnlab.models.blocks import Blocks
 from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.nn.lookup import table_rows

@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 
 from attnlab import registry
 from attnlab.contract import Layout, Site, TokenMixer, constructor_parameters
-from attnlab.models.block import Block, Blocks, Order, site_seen_by
+from attnlab.models.block import Block, Order, site_seen_by
+from attnlab.models.blocks import Blocks
 from attnlab.models.inputs import Images
 from attnlab.nn.chain import call
 from attnlab.nn.depthwise import DepthwiseConv
