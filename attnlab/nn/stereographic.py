@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.dtypes import at_least_float32
+
 _SERIES = 0.03  # below, in |k| r², the series is closer than the quotient, whose slope cancels
 _RIM = 1 - 1e-7
 _MARGIN = 4e-3
 
 
 def _wide(x: ArrayLike) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
 
 
 def _square(x: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ from attnlab.nn.projected_mixer import ProjectedMixer
 from attnlab.nn.softmax_core import ProductCore
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import Causal
 
 PAPER = Paper(
@@ -79,7 +80,7 @@ def tensor_attention(
     """
     q, keys, values = _checked(q, keys, values)
     (b, n, h, d), (g, m) = q.shape, (keys[0].shape[2], keys[0].shape[1])
-    r, e, wide = h // g, values[0].shape[-1], jnp.promote_types(q.dtype, jnp.float32)
+    r, e, wide = h // g, values[0].shape[-1], at_least_float32(q.dtype)
     tau = d**-0.5 if scale is None else scale
     seen = _seen(b, g, r, n, m, mask, causal)
     queries = q.reshape(b, n, g, r, d).astype(wide)
@@ -154,7 +155,7 @@ def tensor_attention_poly(
     if segment_ids is not None and not causal:
         raise ValueError("segment_ids are for causal=True; without it give the mask")
     (b, n, h, d), (g, m) = q.shape, (keys[0].shape[2], keys[0].shape[1])
-    r, wide = h // g, jnp.promote_types(q.dtype, jnp.float32)
+    r, wide = h // g, at_least_float32(q.dtype)
     weights = monomial_weights(d, degree, scale=d**-0.5 if scale is None else scale, coefficients=coefficients)
     phi = monomials(q.astype(wide), degree) * jnp.asarray(weights, wide)
     by_pair = mask is not None and jnp.ndim(mask) == 4

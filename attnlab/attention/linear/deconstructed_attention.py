@@ -38,6 +38,7 @@ from attnlab.nn.prefix_scans import NOTHING, softmax_recurrence
 from attnlab.nn.projected_mixer import ProjectedLinearMixer
 from attnlab.points import Edits
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import linear_attention
 
 PAPER = Paper(
@@ -79,7 +80,7 @@ def approximate_attention(
     if not normalize:
         return linear_attention(q, k, v, causal=causal)
     with_one = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-    y = linear_attention(q, k, with_one, causal=causal).astype(jnp.promote_types(q.dtype, jnp.float32))
+    y = linear_attention(q, k, with_one, causal=causal).astype(at_least_float32(q.dtype))
     return (y[..., :-1] / (y[..., -1:] + eps)).astype(q.dtype)
 
 
@@ -209,7 +210,7 @@ class PrefixSoftmaxAttention(ProjectedLinearMixer):
         q, k, v = jax.nn.silu(self.query(source)), self.key(source), self.value(source)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        wide = jnp.promote_types(q.dtype, jnp.float32)
+        wide = at_least_float32(q.dtype)
         logits = self.logit_scale * (q.astype(wide) * k.astype(wide)).sum(-1)
         ids = None if at.segment_ids is None else segment_pair(at.segment_ids)[1]
         weights, decay, after = softmax_recurrence(

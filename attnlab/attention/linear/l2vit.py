@@ -25,6 +25,7 @@ from attnlab.nn.feature_maps import relu
 from attnlab.nn.linear_mixer import Places, Recurrence
 from attnlab.nn.projected_mixer import ProjectedLinearMixer
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import linear_attention
 
 PAPER = Paper("The Linear Attention Resurrection in Vision Transformer", "Zheng", 2025, arxiv="2501.16182", number=2)
@@ -56,7 +57,7 @@ def _with_ones(v: ArrayLike) -> jax.Array:
 
 def _divided(y: jax.Array, temperature: ArrayLike, least: float) -> jax.Array:
     """From sums `(…, H, E + 1)`, the last of ones, to `(…, H, E)`."""
-    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    wide = y.astype(at_least_float32(y.dtype))
     tau = jnp.asarray(temperature, wide.dtype)[:, None]
     return (tau * wide[..., :-1] / jnp.maximum(wide[..., -1:], least)).astype(y.dtype)
 

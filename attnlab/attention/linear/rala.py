@@ -37,6 +37,7 @@ from attnlab.nn.rotary import Rotary
 from attnlab.nn.softmax import attention_weights, softmax_attention
 from attnlab.points import visit
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import linear_attention
 
 PAPER = Paper("Breaking the Low-Rank Dilemma of Linear Attention", "Fan et al.", 2025, arxiv="2411.07635", number=3)
@@ -68,12 +69,12 @@ def augmented_features(
       `(B, N, H, D)` and `(B, M, H, D)` in the dtypes of `q` and `k`.
     """
     q, k = jnp.asarray(q), jnp.asarray(k)
-    types, wide, size = (q.dtype, k.dtype), jnp.promote_types(q.dtype, jnp.float32), q.shape[-1]
+    types, wide, size = (q.dtype, k.dtype), at_least_float32(q.dtype), q.shape[-1]
     q, k = q.astype(wide), k.astype(wide)
     real = jnp.ones((1, k.shape[1]), bool) if mask is None else jnp.asarray(mask)
     sinks = real if mask is not None and q.shape[1] == k.shape[1] else jnp.ones((1, q.shape[1]), bool)
     count = jnp.maximum(real.sum(1), 1).astype(wide)
-    mean = jnp.where(sinks[..., None, None], q, 0).sum(1) / jnp.maximum(sinks.sum(1), 1)[:, None, None]
+    mean = jnp.where(sinks[..., None, None], q, 0).sum(1) / jnp.maximum(sinks.sum(1, dtype=q.dtype), 1)[:, None, None]
     logits = size**-0.5 * jnp.einsum("bhd,bmhd->bhm", mean, k)
     share = masked_softmax(logits, real[:, None]) * count[:, None, None]
     k = k * share.swapaxes(1, 2)[..., None]
