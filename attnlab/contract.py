@@ -322,7 +322,8 @@ class TokenMixer(SiteModule):
 
     Class attributes declare what the mechanism defines; an instance may narrow `accepts` (an option can make an
     argument meaningful or not). `permutation_equivariant` says that the non-causal form takes tokens as a set: permuted
-    tokens give the permuted result, so that order must come from elsewhere. `collectives` names what the compiled
+    tokens give the permuted result, so that order must come from elsewhere. `independent_queries` says that what one
+    query reads of a context does not depend on the others; only then it decodes. `collectives` names what the compiled
     program exchanges between devices beside an all-reduce when heads are cut over them, for a mechanism that itself
     mixes heads. `points` are the places where its values can be edited, see `attnlab.points`.
     """
@@ -333,6 +334,7 @@ class TokenMixer(SiteModule):
     accepts: frozenset[str] = frozenset()
     points: frozenset[str] = frozenset()
     permutation_equivariant: bool = False
+    independent_queries: ClassVar[bool] = True
     layout: Layout = Layout.SEQUENCE
     causal: bool = False
     prefix: int = 0

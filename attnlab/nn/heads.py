@@ -168,8 +168,9 @@ def redraw_kernels(module: nnx.Module, init: nnx.Initializer, *, convolutions: b
     models.
     """
     for _, part in nnx.iter_modules(module):
-        convolution = convolutions and isinstance(part, Conv | DepthwiseConv)
-        if convolution or isinstance(part, Linear | ToHeads | FromHeads):
+        if isinstance(part, Linear | ToHeads | FromHeads):
             part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)
-        if convolution and part.bias is not None:
-            part.bias[...] = jnp.zeros_like(part.bias[...])
+        elif convolutions and isinstance(part, Conv | DepthwiseConv):
+            part.kernel[...] = init(rngs.params(), part.kernel.shape, part.kernel.dtype)
+            if part.bias is not None:
+                part.bias[...] = jnp.zeros_like(part.bias[...])

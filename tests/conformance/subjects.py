@@ -177,7 +177,10 @@ def accepts(subject: Subject) -> frozenset[str]:
 
 def decodes(subject: Subject) -> bool:
     """Causal self-attention of sequences does, and with the common bases attention of a sequence to a context."""
-    based = issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer)
+    based = (
+        issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer)
+        and attnlab.get(subject.name).cls.independent_queries
+    )
     return subject.layout is Layout.SEQUENCE and (subject.pattern is Pattern.CAUSAL_SELF or (subject.cross and based))
 
 
