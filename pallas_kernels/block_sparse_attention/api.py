@@ -28,6 +28,12 @@ dispatch.register(
     OP,
     [
         dispatch.Implementation("tpu", "pallas_kernels.block_sparse_attention.tpu.op", platforms=("tpu",)),
+        dispatch.Implementation(
+            "triton",
+            "pallas_kernels.block_sparse_attention.triton.op",
+            platforms=("gpu",),
+            packages=("triton", "jax_triton"),
+        ),
         dispatch.Implementation("xla", "pallas_kernels.block_sparse_attention.xla"),
         dispatch.Implementation("reference", "pallas_kernels.block_sparse_attention.reference"),
     ],

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, qualification, trials
+from pallas_kernels.block_sparse_attention import cases as block_sparse_cases
 from pallas_kernels.delta_rule_attention import cases as delta_rule_cases
 from pallas_kernels.linear_attention import cases as linear_cases
+from pallas_kernels.neighborhood_attention import cases as neighborhood_cases
 from pallas_kernels.qualification import Verdict
 
 KIND = "NVIDIA H200"
@@ -200,7 +202,16 @@ def test_on_the_cpu_there_is_nothing_to_do(monkeypatch, tmp_path):
     assert trials.qualify() == {} and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("make", [linear_cases.trials, linear_cases.step_trials, delta_rule_cases.trials])
+@pytest.mark.parametrize(
+    "make",
+    [
+        linear_cases.trials,
+        linear_cases.step_trials,
+        delta_rule_cases.trials,
+        block_sparse_cases.trials,
+        neighborhood_cases.trials,
+    ],
+)
 def test_trials_of_the_ops_can_be_judged(make):
     """`xla` takes most of them; one of each op is run, against itself in float64."""
     all_trials = make()

@@ -20,6 +20,7 @@ from pallas_kernels.linear_attention.triton.plan import (
     sweep_blocks,
     wide,
 )
+from pallas_kernels.triton_launch import launch as _launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,30 +314,3 @@ def _call(
     # A call that JAX knows nothing of gives arrays that are typed as equal on all shards of a `jax.shard_map`.
     results, _ = partition.same_manual_axes((list(results), arrays))
     return [x if out is not None else None for x, out in zip(results, outputs, strict=True)]
-
-
-def _launch(
-    kernel: Any,
-    arrays: Sequence[jax.Array],
-    tokens: int,
-    shapes: Sequence[jax.ShapeDtypeStruct],
-    capability: int | None,
-    grid: int,
-    warps: int,
-    stages: int,
-    constants: dict[str, Any],
-) -> Sequence[jax.Array]:
-    """Runs `kernel(*arrays, tokens, *outputs, **constants)`; without a `capability` it is that of the first GPU."""
-    import jax_triton  # raises where jaxlib has no CUDA
-
-    return jax_triton.triton_call(
-        *arrays,
-        tokens,
-        kernel=kernel,
-        out_shape=list(shapes),
-        grid=(grid,),
-        num_warps=warps,
-        num_stages=stages,
-        compute_capability=capability,
-        **constants,
-    )

@@ -48,7 +48,7 @@ def test_a_causal_mixer_decodes_on_the_kernel_too():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="kernel must be None or one of auto, tpu, xla, reference, got 'splash'"):
+    with pytest.raises(ValueError, match="one of auto, tpu, triton, xla, reference, got 'splash'"):
         built("splash")
     with pytest.raises(ValueError, match="kernel does not go with block_size"):
         built("auto", block_size=8)
