@@ -63,7 +63,7 @@ def test_spans_are_unlocked_and_positions_are_given(options):
     for i in range(5, 9):
         logits, state = model.step(ids[:, i], state)
         np.testing.assert_allclose(logits, whole[:, i], atol=1e-5)
-    with pytest.raises(UnsupportedArgument, match="rule"):
+    with pytest.raises(UnsupportedArgument, match="does not take q_labels of a View"):
         build("lightning_attention_2")(ids, mask=view)
 
 
