@@ -28,6 +28,7 @@ from attnlab.nn.chain import call
 from attnlab.nn.cut import cut_cotangent
 from attnlab.nn.mlp import MLP, DropPath, GatedMLP
 from attnlab.nn.norms import LayerNorm, RMSNorm
+from attnlab.nn.union_of_experts import UnionOfExpertsMLP
 from attnlab.points import Edits, Layer, visit
 
 
@@ -47,8 +48,9 @@ MLPS = {
     "swiglu": GatedMLP,
     "geglu": functools.partial(GatedMLP, activation=gelu),
     "sglu": functools.partial(GatedMLP, activation=_identity),
+    "uome": UnionOfExpertsMLP,
 }
-MLPName = Literal["gelu", "gelu_tanh", "relu", "linear", "swiglu", "geglu", "sglu"]
+MLPName = Literal["gelu", "gelu_tanh", "relu", "linear", "swiglu", "geglu", "sglu", "uome"]
 PIECES = ("mixer", "mlp", "norm1", "norm2")
 """What may be left out of a block; without a branch its norm is left out too."""
 
@@ -230,6 +232,17 @@ class Block(Layer):
         y, state = self._through(x_t[:, None], mix, edits, True)
         return y[:, 0], state
 
+    def attend(
+        self, x: jax.Array, memory: jax.Array, *, edits: Edits | None = None, deterministic: bool = True
+    ) -> jax.Array:
+        """Tokens `(B, N, C)` under a mixer that also attends to a memory `(B, M, C)` of this block's inputs before."""
+        normed = memory if self.norm1 is None or self.order == "post" else call(self.norm1, memory, deterministic)
+
+        def mix(tokens: jax.Array) -> tuple[jax.Array, Any]:
+            return self.mixer.attend(tokens, normed, deterministic=deterministic, edits=edits), None
+
+        return self._through(x, mix, edits, deterministic)[0]
+
     def _through(
         self,
         x: jax.Array,
@@ -320,7 +333,7 @@ def block_for(
       mixer: name of a registered token mixer.
       mixer_options: constructor options for the mixer.
       mlp: `"gelu"` (exact), `"gelu_tanh"` (as GPT-2 computes it), `"relu"`, `"linear"` (no activation), or gated:
-        `"swiglu"`, `"geglu"`, `"sglu"` (without activation, as TransNormerLLM has it).
+        `"swiglu"`, `"geglu"`, `"sglu"` (without activation, as TransNormerLLM has it); or `"uome"`, a union of experts.
       mlp_ratio: hidden channels over channels, rounded down.
       mlp_features: hidden channels, in place of the ratio.
       mlp_bias: whether the feed-forward has biases; its usual choice when None (yes for GELU, no for the gated ones).

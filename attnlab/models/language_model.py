@@ -55,7 +55,7 @@ class LanguageModel(Editable):
         each layer is any plan.
       mixer_options: constructor options by mixer name.
       causal: whether tokens see only those before them; without, nothing is decoded.
-      mlp: `"swiglu"`, `"geglu"`, `"sglu"`, `"gelu"`, `"gelu_tanh"`, `"relu"` or `"linear"`, or a pattern of these; see
+      mlp: `"swiglu"`, `"geglu"`, `"sglu"`, `"gelu"`, `"gelu_tanh"`, `"relu"`, `"linear"` or `"uome"`, or a pattern; see
         `block_for`.
       mlp_ratio: hidden channels of the feed-forward over C; 8/3 gives SwiGLU the weights of a GELU of ratio 4.
       mlp_features: hidden channels, in place of the ratio.
