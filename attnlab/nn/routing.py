@@ -78,7 +78,8 @@ class Routing(NamedTuple):
         """g `(…, E)`: the probabilities of what was chosen, scaled to sum to their number; else 0."""
         kept = jnp.where(self.chosen, self.probabilities, 0)
         least = jnp.finfo(kept.dtype).eps
-        return kept / jnp.maximum(kept.sum(-1, keepdims=True), least) * self.chosen.sum(-1, keepdims=True)
+        count = self.chosen.sum(-1, keepdims=True, dtype=kept.dtype)
+        return kept / jnp.maximum(kept.sum(-1, keepdims=True), least) * count
 
 
 def route(logits: ArrayLike, k: int) -> Routing:
@@ -97,7 +98,7 @@ def balance_loss(routing: Routing, *, real: ArrayLike | None = None) -> jax.Arra
     """
     experts = routing.probabilities.shape[-1]
     real = jnp.ones(routing.chosen.shape[:-1], bool) if real is None else jnp.asarray(real)
-    count = jnp.maximum(real.sum(), 1)
+    count = jnp.maximum(real.sum(dtype=jnp.float32), 1)
     probability, share = (
         jnp.where(real[..., None], part, 0).reshape(-1, experts).sum(0, dtype=jnp.float32) / count for part in routing
     )
