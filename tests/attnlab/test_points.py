@@ -402,7 +402,7 @@ def test_tokens_are_left_out_of_later_blocks(mixer):
     """Equal to running the later block by hand on what is left; prefill with steps goes on from there."""
     model, ids = language_model(mixer), tokens()
     edited = attach(model, Kept(4), layers=[0])
-    x, first, second = model._embed(ids, jnp.arange(LENGTH)[None]), *model.blocks.blocks
+    x, first, second = model.embed(ids) * model.embed_scale, *model.blocks.blocks
     x = first(x)
     scores = jnp.linalg.norm(x, axis=-1).at[:, -1].set(jnp.inf)
     index = jnp.sort(jnp.argsort(-scores, axis=1)[:, :4], axis=1)
@@ -415,7 +415,7 @@ def test_tokens_are_left_out_of_later_blocks(mixer):
     assert [mixer.length.tolist() for mixer in state.mixers] == [[6, 6], [4, 4]]
     more = jnp.array([3, 5])
     step, state = edited.step(more, state)
-    whole = first(model._embed(jnp.concatenate([ids, more[:, None]], 1), jnp.arange(LENGTH + 1)[None]))
+    whole = first(model.embed(jnp.concatenate([ids, more[:, None]], 1)) * model.embed_scale)
     left = jnp.concatenate([left, whole[:, -1:]], 1)
     at = {"positions": jnp.pad(index, ((0, 0), (0, 1)), constant_values=LENGTH)} if at else {}
     np.testing.assert_allclose(step, model._logits(second(left, **at), None)[:, -1], atol=1e-5)
