@@ -4,6 +4,7 @@ from pallas_kernels.block_sparse_attention.api import attention_weights, block_s
 from pallas_kernels.block_sparse_attention.arguments import Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
 from pallas_kernels.block_sparse_attention.context_parallel import context_parallel_attention, zigzag
+from pallas_kernels.block_sparse_attention.paged import paged_attention
 from pallas_kernels.block_sparse_attention.parts import (
     attention_columns,
     key_group_lse,
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "key_group_lse",
     "merge_attention",
+    "paged_attention",
     "transposed_attention",
     "zigzag",
 ]

@@ -52,12 +52,16 @@ class _Plan:
 
 
 class _Steps(NamedTuple):
-    """The list as steps: row and first tile of each, (steps,) int32; how many count; and the tiles."""
+    """The list as steps: row and first tile of each, (steps,) int32; how many count; and the tiles.
+
+    `stored` is where the keys of each tile are: its column, or a page of a cache.
+    """
 
     row: jax.Array
     first: jax.Array
     total: jax.Array
     tiles: Tiles
+    stored: jax.Array
 
 
 class _Tensors(NamedTuple):
@@ -70,13 +74,17 @@ class _Tensors(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a step is: its batch element, group and head (of the first of what shares a lane), query block, keys."""
+    """Where a step is: its batch element, group and head (of the first of what shares a lane), query block, keys.
+
+    `stored` are the blocks of k and v that hold the keys of `columns`.
+    """
 
     b: jax.Array
     g: jax.Array
     r: jax.Array
     i: jax.Array
     columns: jax.Array
+    stored: jax.Array
 
 
 def supports(args: Arguments) -> str | None:
@@ -148,7 +156,7 @@ def sizes_of(mask: Mask, queries: int, keys: int, batch: int, static: bool) -> t
     return block_q, block_k, together
 
 
-def _steps(plan: _Plan, tiles: Tiles) -> _Steps:
+def _steps(plan: _Plan, tiles: Tiles, stored: jax.Array | None = None) -> _Steps:
     size, rows = plan.together, plan.layout.rows
     static = isinstance(tiles.row, np.ndarray)
     lib = np if static else jnp
@@ -164,11 +172,12 @@ def _steps(plan: _Plan, tiles: Tiles) -> _Steps:
         (at,) = jnp.nonzero(there, size=there.size, fill_value=0)
         row, within, count = at // width, at % width, per_row.sum()
     first = tiles.offsets[row] + within * size
+    stored = jnp.pad(jnp.asarray(tiles.column if stored is None else stored, jnp.int32), (0, size))
     column, full = (lib.pad(x, (0, size)) for x in (tiles.column, tiles.full))
     tiles = Tiles(jnp.zeros((), jnp.int32), jnp.asarray(column), jnp.asarray(full), jnp.asarray(tiles.offsets))
     # One step at least, so that there is something to slice where nothing is visited.
     row, first = (jnp.asarray(lib.pad(x, (0, 1)), jnp.int32) for x in (row, first))
-    return _Steps(row, first, jnp.asarray(count, jnp.int32), tiles)
+    return _Steps(row, first, jnp.asarray(count, jnp.int32), tiles, stored)
 
 
 # Layout
@@ -195,10 +204,12 @@ def _place(plan: _Plan, steps: _Steps, t: jax.Array) -> tuple[_Place, jax.Array,
     b, h = lane // layout.lanes_h, lane % layout.lanes_h
     per_head = layout.lanes_h > layout.groups
     g, r = (h // layout.repeats, h % layout.repeats) if per_head else (h, jnp.zeros_like(h))
-    columns, full = (lax.dynamic_slice_in_dim(x, first, size) for x in (steps.tiles.column, steps.tiles.full))
+    cut = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+    columns, full, stored = (cut(x) for x in (steps.tiles.column, steps.tiles.full, steps.stored))
     counted = jnp.arange(size) < steps.tiles.offsets[row + 1] - first
-    columns = jnp.where(counted, columns, 0)
-    return _Place(b, g, r, i, columns), counted, (counted & full).all(), first == steps.tiles.offsets[row]
+    # In place of tiles that do not count the first one, which does: what it reads is there.
+    columns, stored = (jnp.where(counted, x, x[0]) for x in (columns, stored))
+    return _Place(b, g, r, i, columns, stored), counted, (counted & full).all(), first == steps.tiles.offsets[row]
 
 
 def _window(plan: _Plan, x: jax.Array, at: _Place, c: int | None, *, rows: int | None, keys: int | None):
@@ -214,7 +225,8 @@ def _window(plan: _Plan, x: jax.Array, at: _Place, c: int | None, *, rows: int |
             start.append(at.i * layout.block_q)
             size.append(layout.block_q)
         elif axis == keys:
-            start.append(at.columns[c] * layout.block_k)
+            # Axis 3 is that of k and v themselves, axis 4 that of keys in what belongs to pairs.
+            start.append((at.stored if axis == 3 else at.columns)[c] * layout.block_k)
             size.append(layout.block_k)
         else:
             start.append(0)

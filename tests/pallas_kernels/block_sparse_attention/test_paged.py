@@ -1,0 +1,71 @@
+"""Attention to a cache in pages is attention to its keys in order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.array_masks import ArrayMask
+from pallas_kernels.block_sparse_attention import Blocks, paged_attention
+from tests.accuracy import relative_rms
+
+B, N, H, G, D, S, W, P = 3, 2, 4, 2, 8, 16, 5, 11
+LENGTHS = np.array([70, 1, 33])
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for shape in ((B, N, H, D), (P, S, G, D), (P, S, G, D)))
+    table = rng.integers(0, P, (B, W))
+    return (*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(table, jnp.int32))
+
+
+def below(i, j, until):
+    return j < until
+
+
+def in_order(q, key_pages, value_pages, table, lengths, blocks=None):
+    k, v = (x[table].reshape(B, W * S, G, D) for x in (key_pages, value_pages))
+    until = jnp.asarray(lengths).reshape(B, -1, 1) + jnp.arange(1 - N, 1)
+    return block_sparse_attention(q, k, v, mask=ArrayMask(below, (until,)), blocks=blocks, return_lse=True)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_equals_keys_in_order(arrays, per_head):
+    *floats, table = arrays
+    lengths = np.stack([LENGTHS, LENGTHS // 2, LENGTHS, LENGTHS + 3], 1) if per_head else LENGTHS
+    visible = jnp.asarray(np.random.default_rng(1).random((B, 1, 1, W)) < 0.7)
+    blocks = Blocks.from_booleans(visible, N, S) if per_head else None
+
+    def evaluated(f):
+        def loss(q, k, v):
+            y, lse = f(q, k, v)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.where(lse == -jnp.inf, 0, lse)), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*floats)
+
+    got = evaluated(lambda q, k, v: paged_attention(q, k, v, table, lengths, blocks=blocks, return_lse=True))
+    want = evaluated(lambda q, k, v: in_order(q, k, v, table, lengths, blocks))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_rms(np.asarray(g), np.asarray(w)) <= 4e-6
+
+
+def test_pages_behind_the_length_are_not_read(arrays):
+    q, k, v, table = arrays
+    used = {int(page) for row, length in zip(table, LENGTHS, strict=True) for page in row[: -(-length // S)]}
+    unused = jnp.asarray([page not in used for page in range(P)])[:, None, None, None]
+    assert unused.any()
+    y = paged_attention(q, jnp.where(unused, jnp.nan, k), jnp.where(unused, jnp.nan, v), table, LENGTHS)
+    assert np.isfinite(y).all()
+
+
+def test_refusals(arrays):
+    q, k, v, table = arrays
+    with pytest.raises(ValueError, match=r"page_table must be integers \(3, W\)"):
+        paged_attention(q, k, v, table[:2], LENGTHS)
+    with pytest.raises(ValueError, match=r"lengths must be integers \(3,\) or \(3, 4\)"):
+        paged_attention(q, k, v, table, LENGTHS[:2])
+    with pytest.raises(ValueError, match=r"blocks must have block sizes \(2, 16\), got 2 and 8"):
+        paged_attention(q, k, v, table, LENGTHS, blocks=Blocks.from_booleans(jnp.ones((1, 1, 1, 10), bool), 2, 8))
