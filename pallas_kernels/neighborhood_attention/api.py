@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.masks import Grid
+from pallas_kernels.grid_masks import Grid
 from pallas_kernels.neighborhood_attention import reference
 from pallas_kernels.neighborhood_attention.arguments import FLOATS, Arguments
 from pallas_kernels.neighborhood_attention.windows import Window

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.masks import Grid
+from pallas_kernels.grid_masks import Grid
 from pallas_kernels.neighborhood_attention.arguments import Arguments
 from pallas_kernels.neighborhood_attention.windows import Window
 

@@ -22,7 +22,7 @@ import numpy as np
 from pallas_kernels.block_sparse_attention import Indexed, ScoreMod, block_sparse_attention, merge_attention
 from pallas_kernels.block_sparse_attention import api as block_sparse
 from pallas_kernels.block_sparse_attention.tpu import op as block_sparse_tpu
-from pallas_kernels.masks import TiledGrid
+from pallas_kernels.grid_masks import TiledGrid
 from pallas_kernels.neighborhood_attention.arguments import Arguments
 from pallas_kernels.neighborhood_attention.windows import Window
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import block_lists, masks
 from pallas_kernels.block_lists import lower
+from pallas_kernels.grid_masks import Grid, TiledGrid
 from pallas_kernels.masks import (
     Block,
     BlockCausal,
@@ -21,7 +22,6 @@ from pallas_kernels.masks import (
     Columns,
     Concatenated,
     Full,
-    Grid,
     Mask,
     PerHead,
     Prefix,
@@ -29,7 +29,6 @@ from pallas_kernels.masks import (
     SlidingWindow,
     Staircase,
     Strided,
-    TiledGrid,
     block_array,
 )
 

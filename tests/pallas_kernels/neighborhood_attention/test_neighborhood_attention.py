@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_lists import lower
-from pallas_kernels.masks import TiledGrid
+from pallas_kernels.grid_masks import TiledGrid
 from pallas_kernels.neighborhood_attention import (
     Window,
     api,
