@@ -20,10 +20,11 @@ from attnlab.attention.linear.l2vit import PAPER, ClampedLinearAttention
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.models.pyramid import Pyramid
 from attnlab.models.staged import Builder, Choice, Models, Place
+from attnlab.nn.activations import gelu, relu
 from attnlab.nn.chain import Chain
 from attnlab.nn.conv import ConvNorm, ConvStem
 from attnlab.nn.depthwise import DepthwiseConv
-from attnlab.nn.mlp import DropPath, gelu
+from attnlab.nn.mlp import DropPath
 from attnlab.nn.norms import BatchNorm, LayerNorm
 from attnlab.registry import Cost, Kind, Source, register
 
@@ -148,7 +149,7 @@ class L2ViT(Pyramid):
         last = None
         if last_features is not None:
             norm = LayerNorm(features[-1], eps=1e-5, param_dtype=param_dtype, rngs=rngs)
-            last = Chain(norm, ConvNorm(features[-1], last_features, (1,), norm=None, activation=jax.nn.relu, **common))
+            last = Chain(norm, ConvNorm(features[-1], last_features, (1,), norm=None, activation=relu, **common))
         super().__init__(
             features,
             own=[attention_of(kind, window) for kind in kinds],
@@ -167,7 +168,7 @@ class L2ViT(Pyramid):
 
 
 def _stem(entry: str, channels: int, features: int, *, rngs: nnx.Rngs, **common: Any) -> Chain:
-    half, relu = features // 2, jax.nn.relu
+    half = features // 2
     norm = LayerNorm(features, eps=1e-5, param_dtype=common["param_dtype"], rngs=rngs)
     if entry == "convolutions":
         first = ConvStem(channels, (half, features), strides=(2, 2), activation=relu, filled=True, rngs=rngs, **common)

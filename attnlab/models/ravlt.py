@@ -11,7 +11,6 @@ the same modulation. The code is at qhfan/RALA, classfication/RALA.py.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,6 +18,7 @@ from attnlab.attention.linear.rala import PAPER, ModulatedSoftmaxAttention, Rank
 from attnlab.models import staged
 from attnlab.models.pyramid import Pyramid
 from attnlab.models.staged import Choice, Models
+from attnlab.nn.activations import silu
 from attnlab.nn.conv import ConvNorm, ConvStem
 from attnlab.nn.norms import BatchNorm
 from attnlab.registry import Cost, Kind, Source, register
@@ -93,7 +93,7 @@ class Ravlt(Pyramid):
         if any(not turn or set(turn) - set(ATTENTIONS) for turn in turns):
             raise ValueError(f"kinds must be some of {', '.join(ATTENTIONS)}, got {tuple(kinds)}")
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        half, act = features[0] // 2, {"norm": BatchNorm, "activation": jax.nn.silu}
+        half, act = features[0] // 2, {"norm": BatchNorm, "activation": silu}
         super().__init__(
             features,
             own=[[ATTENTIONS[kind] for kind in turn] for turn in turns],

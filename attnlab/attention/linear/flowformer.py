@@ -38,6 +38,7 @@ from attnlab.nn.linear_mixer import Places, Recurrence
 from attnlab.nn.prefix_scans import NOTHING, prefix_sum, segment_sum, softmax_recurrence
 from attnlab.nn.projected_mixer import ProjectedLinearMixer
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention import linear_attention
 
 PAPER = Paper(
@@ -102,7 +103,7 @@ def flow_features(
       `(B, N, H, D)` and `(B, M, H, D)` in the dtypes of `q` and `k`, and the sums after the last token if causal.
     """
     q, k = jnp.asarray(q), jnp.asarray(k)
-    types, wide = (q.dtype, k.dtype), jnp.promote_types(q.dtype, jnp.float32)
+    types, wide = (q.dtype, k.dtype), at_least_float32(q.dtype)
     q, k, ids = q.astype(wide), k.astype(wide), segment_ids
     sources = jnp.ones(k.shape[:2], bool) if real is None else jnp.asarray(real)
     sinks = jnp.ones(q.shape[:2], bool) if real_queries is None else jnp.asarray(real_queries)

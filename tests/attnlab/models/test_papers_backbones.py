@@ -18,7 +18,10 @@ from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.davit import DAVITS
 from attnlab.models.deit import DeiT
 from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, NormedInlineAttention
+from attnlab.models.l2vit import L2VITS
 from attnlab.models.pvt import PyramidVisionTransformer
+from attnlab.models.ravlt import RAVLTS
+from attnlab.models.soft import SOFTS
 from attnlab.models.staged import build_named
 from attnlab.models.swin import SwinTransformer
 
@@ -30,6 +33,12 @@ SIZES = {
     "inline_cswin_tiny": 20_604_520,
     "inline_deit_small": 16_734_760,
     "biformer_tiny": 13_142_760,
+    "l2vit_tiny": 28_596_781,
+    "l2vit_small": 50_199_157,
+    "l2vit_base": 88_577_188,
+    "ravlt_tiny": 14_897_768,
+    "ravlt_small": 25_591_208,
+    "soft_tiny": 13_069_056,
     "davit_tiny": 28_360_168,
     "davit_small": 49_745_896,
     "davit_base": 87_954_408,
@@ -52,7 +61,7 @@ QUICK = ("agent_pvt_tiny", "biformer_tiny", "davit_tiny")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES])
 def test_named_models_have_the_papers_size(name):
-    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS
+    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS | L2VITS | RAVLTS | SOFTS
     assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
 
 
