@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels.array_masks import Values
 from pallas_kernels.block_sparse_attention.arguments import FLOATS, Extras, Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
+from pallas_kernels.integers import segments
 
 
 class Sizes(NamedTuple):
@@ -95,10 +96,7 @@ def with_segments(extras: Extras, ids: Any, sizes: Sizes) -> Extras:
     if len(pair) != 2 or tuple(jnp.shape(x) for x in pair) != wanted:
         shapes = [jnp.shape(x) for x in pair]
         raise ValueError(f"segment_ids must be (B, N) = {wanted[0]} and (B, M) = {wanted[1]}, got shapes {shapes}")
-    query, key = (jnp.asarray(x) for x in pair)
-    for x in (query, key):
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"segment_ids must be integers, got {x.dtype.name}")
+    query, key = segments(*pair)
     return extras._replace(query_ids=query[:, None, None, :, None], key_ids=key[:, None, None, None])
 
 

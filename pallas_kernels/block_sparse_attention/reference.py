@@ -43,6 +43,7 @@ def _scores(args: Arguments) -> tuple[jax.Array, jax.Array]:
     seen = jnp.broadcast_to(scores.allowed_by_heads(args.rules.mask, args.extras, at), s.shape)
     if args.blocks is not None:
         seen = seen & _in_blocks(args.blocks, g, n, m)
+    seen = seen & (s != -jnp.inf)  # a bias hides, too
     return jnp.where(seen, s, jnp.where(seen.any(-1, keepdims=True), -jnp.inf, 0)), seen
 
 

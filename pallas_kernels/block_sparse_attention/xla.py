@@ -231,7 +231,8 @@ def _window(plan: _Plan, x: jax.Array, at: _Place, c: int | None, *, rows: int |
         else:
             start.append(0)
             size.append(x.shape[axis])
-    return start, size
+    # Of one type, also in 64-bit mode, where Python's 0 is wider than what was computed.
+    return [jnp.asarray(place, jnp.int32) for place in start], size
 
 
 def _fetch(plan: _Plan, x: jax.Array, at: _Place, *, rows: int | None = None, keys: int | None = None) -> jax.Array:

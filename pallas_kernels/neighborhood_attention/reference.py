@@ -53,7 +53,7 @@ def _scores(args: Arguments) -> tuple[jax.Array, jax.Array, jax.Array]:
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.astype(args.accumulator) for x in (q, jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)))
     scores = args.scale * jnp.einsum("bihd,bjhd->bhij", q, k, precision="highest") + added.astype(args.accumulator)
-    allowed = allowed & (scores > -jnp.inf)
+    allowed = allowed & (scores != -jnp.inf)
     nothing = jnp.where(allowed.any(-1, keepdims=True), -jnp.inf, 0)
     return jnp.where(allowed, scores, nothing), allowed, v
 

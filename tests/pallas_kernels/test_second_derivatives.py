@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from attnlab.nn.softmax import softmax_attention
-from pallas_kernels import delta_rule_attention, linear_attention
+from pallas_kernels import block_sparse_attention, delta_rule_attention, linear_attention
+from pallas_kernels.masks import Causal
 from pallas_kernels.neighborhood_attention import neighborhood_attention
 from tests.accuracy import relative_rms
 from tests.pallas_kernels.quick import quick
@@ -33,6 +34,11 @@ def neighborhood(_):
     return shapes | more, lambda name: {"implementation": name, "kernel_size": 3}
 
 
+def block_sparse(_):
+    shapes = dict.fromkeys(("q", "k", "v"), TOKENS) | {"bias": (1, 2, 21, 21), "scale": ()}
+    return shapes, lambda name: {"implementation": name, "mask": Causal()}
+
+
 def softmax(_):
     shapes = dict.fromkeys(("q", "k", "v"), TOKENS) | {"bias": (1, 2, 21, 21), "scale": ()}
     return shapes, lambda name: {"block_size": 8 if name == "xla" else None, "causal": True}
@@ -45,12 +51,14 @@ CASES = {
     "delta_rule-head": (delta_rule_attention, delta),
     "delta_rule-token": (delta_rule_attention, delta),
     "neighborhood": (neighborhood_attention, neighborhood),
+    "block_sparse": (block_sparse_attention, block_sparse),
     "softmax_in_blocks": (softmax_attention, softmax),
 }
 
 
 @pytest.mark.parametrize(
-    "name", quick(list(CASES), ("linear-head", "delta_rule-head", "neighborhood", "softmax_in_blocks"), str)
+    "name",
+    quick(list(CASES), ("linear-head", "delta_rule-head", "neighborhood", "block_sparse", "softmax_in_blocks"), str),
 )
 def test_second_derivatives(name):
     op, form = CASES[name]
