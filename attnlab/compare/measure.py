@@ -14,6 +14,7 @@ from flax import nnx
 from attnlab import registry
 from attnlab.compare.plots import AttentionExample
 from attnlab.compare.results import Timing
+from attnlab.compiling import compiled_for_once
 from attnlab.contract import Layout, Site
 from attnlab.data import Dataset
 from attnlab.decode_size import LENGTHS, DecodeSize, decode_size
@@ -50,12 +51,19 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
         side = int(length**0.5)
         grid = (side, side) if seen.layout is Layout.IMAGE else (length,)
         site = dataclasses.replace(seen, grid=None if is_text else grid)
+
+        def build(site: Site = site) -> nnx.Module:
+            return registry.create(mixer, site, rngs=nnx.Rngs(0), **config.mixer_options.get(mixer, {}))
+
+        def draw(build: Callable[[], nnx.Module] = build, grid: tuple[int, ...] = grid) -> tuple[Any, Any, jax.Array]:
+            x = jax.random.normal(jax.random.key(0), (1, *grid, features))
+            return *nnx.split(build(), nnx.Param, ...)[1:], x
+
         try:
-            module = registry.create(mixer, site, rngs=nnx.Rngs(0), **config.mixer_options.get(mixer, {}))
+            graph = nnx.graphdef(nnx.eval_shape(build))
         except ValueError:
             break
-        x = jax.random.normal(jax.random.key(0), (1, *grid, features))
-        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        params, rest, x = compiled_for_once(draw)()
 
         def forward(params: Any, x: jax.Array, graph: Any = graph, rest: Any = rest) -> jax.Array:
             return nnx.merge(graph, params, rest, copy=True)(x)
@@ -95,14 +103,24 @@ def _median_seconds(function: Callable[..., Any], *arguments: Any) -> float | No
 
 def attention_of(model: nnx.Module, tokens: np.ndarray) -> list[np.ndarray]:
     """Recorded attention for a batch of one, a map `(N, M)` per layer that has one, the mean over heads."""
-    _, seen = nnx.capture(model, nnx.Intermediate)(tokens)
+    graph, state = nnx.split(model)
+
+    def run(state: Any, tokens: jax.Array) -> list[jax.Array]:
+        seen = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(tokens)[1]
+        return [value[0].astype(jnp.float32).mean(0) for _, value in _attention_in(seen)]
+
+    return [np.asarray(weights) for weights in compiled_for_once(run)(state, tokens)]
+
+
+def _attention_in(seen: Any) -> list[tuple[list[int], jax.Array]]:
+    """What is called `attention` in recorded values, `(B, H, N, M)`, in the order of the layers."""
     found = []
     for path, value in jax.tree_util.tree_flatten_with_path(seen)[0]:
         names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
         if "attention" in names and getattr(value, "ndim", 0) == 4:
             # Layers are numbered, and must not be sorted as text.
-            found.append(([n if isinstance(n, int) else -1 for n in names], np.asarray(value[0], np.float32).mean(0)))
-    return [weights for _, weights in sorted(found, key=lambda item: item[0])]
+            found.append(([n if isinstance(n, int) else -1 for n in names], value))
+    return sorted(found, key=lambda item: item[0])
 
 
 def example_of(experiment: Experiment, dataset: Dataset, *, tokens: int = 64) -> tuple[np.ndarray, AttentionExample]:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import ShapeDtypeStruct
 
+from attnlab.compiling import compiled_for_once
+
 PROGRESS = "progress"
 ITEMS = ("model", "optimizer", "ema")
 
@@ -224,10 +226,10 @@ def _digests(tree: Any) -> dict[str, int]:
     cut over devices, and a single changed word always changes it.
     """
     names, leaves = zip(*_named_leaves(tree), strict=True) if _named_leaves(tree) else ((), ())
-    return dict(zip(names, map(int, jax.device_get(_sums_of_words(leaves))), strict=True))
+    sums = compiled_for_once(_sums_of_words)(leaves)
+    return dict(zip(names, map(int, jax.device_get(sums)), strict=True))
 
 
-@jax.jit
 def _sums_of_words(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [_sum_of_words(leaf) for leaf in leaves]
 

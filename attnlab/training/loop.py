@@ -33,6 +33,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from attnlab.compiling import compiled_for_once
 from attnlab.training import sharding
 from attnlab.training.checkpoint import Checkpoints
 from attnlab.training.config import DTYPES, TrainConfig, check_same_settings, read_settings, settings_as_dict
@@ -253,7 +254,7 @@ class _Run:
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings, whole))
         self.eval_step = jax.jit(make_eval_step(self.graphdef, task), out_shardings=whole)
-        self.all_finite = jax.jit(all_finite, out_shardings=whole)
+        self.all_finite = compiled_for_once(all_finite, out_shardings=whole)
 
         directory.mkdir(parents=True, exist_ok=True)
         items = ("model", "optimizer") + (("ema",) if config.ema is not None else ())
@@ -269,10 +270,10 @@ class _Run:
             if isinstance(model, nnx.Module):
                 # Its arrays may be on one device, as `load_model` leaves them.
                 parts = jax.device_put((params, other), (self.shardings.params, self.shardings.other))
-                self.state = jax.jit(init, out_shardings=self.shardings)(*parts)
+                self.state = compiled_for_once(init, out_shardings=self.shardings)(*parts)
             else:
                 build = lambda: init(*_build(model, config.dtype, config.seed, trainable)[1:])  # noqa: E731
-                self.state = jax.jit(build, out_shardings=self.shardings)()
+                self.state = compiled_for_once(build, out_shardings=self.shardings)()
         else:
             self.step, trees, saved = found
             self.state, seconds = _state(trees), saved["seconds"]
