@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from attnlab.cli import configs, qualify
-from attnlab.compare import runner
+from attnlab.compare import noise, runner
 from attnlab.compare.report import columns, numbers
 from attnlab.compare.results import Comparison
+from attnlab.compare.size import Measure
 from attnlab.experiment import Experiment
 
 EXPLANATION = """\
@@ -14,7 +15,8 @@ usage: attnlab compare CONFIG --mixers NAME NAME ... [OPTIONS]
 
 Trains a configuration (see `attnlab train --help`) once for each mixer, and writes results.json, figures and
 report.html to --out-dir (runs/compare_NAME when not given). The same command again goes on from what is there;
-a mixer that cannot be trained is reported with the reason."""
+a mixer that cannot be trained is reported with the reason. --seeds N trains each N times and says which differences
+are within noise; --match parameters (or flops) adjusts widths so that all models are equally large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,10 @@ class CompareOptions(Experiment):
       lengths: numbers of tokens at which mixers are timed alone; usual ones when None.
       prompt: what language models continue in the report.
       sample_tokens: how far they continue it; 0 for no samples.
+      seeds: how many seeds each mixer is trained with, `train.seed` and those after it; from 2 on, means with their
+        95 % intervals, and which differences are within noise.
+      match: adjusts the width of each mixer's model so that it has as many parameters, or floating-point operations of
+        a forward pass, as that of the first; all have the configured width when None.
     """
 
     mixers: tuple[str, ...] = ()
@@ -36,6 +42,8 @@ class CompareOptions(Experiment):
     lengths: tuple[int, ...] | None = None
     prompt: str = runner.Options.prompt
     sample_tokens: int = runner.Options.sample_tokens
+    seeds: int = 1
+    match: Measure | None = None
 
 
 def run(arguments: list[str]) -> int:
@@ -58,7 +66,9 @@ def run(arguments: list[str]) -> int:
         options.mixers,
         directory,
         title=options.title or f"{Path(name).stem}: {len(options.mixers)} mixers",
-        options=runner.Options(options.lengths, options.prompt, options.sample_tokens),
+        options=runner.Options(
+            options.lengths, options.prompt, options.sample_tokens, seeds=options.seeds, match=options.match
+        ),
     )
     print_table(section.comparison)
     print(f"report: {directory / 'report.html'}")
@@ -83,6 +93,8 @@ def print_table(comparison: Comparison) -> None:
         if entry.status != "failed":
             grid.add_row(entry.mixer, *numbers(comparison, entry))
     console.print(grid)
+    if any(len(entry.seeds) > 1 for entry in comparison.entries):
+        console.print(noise.sentences(comparison))
     for entry in comparison.entries:
         if entry.status == "failed":
             console.print(f"{entry.mixer} was not trained: {entry.reason}")

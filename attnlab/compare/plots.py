@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from attnlab.compare.noise import curve_over_seeds, mean_interval
 from attnlab.compare.results import Comparison
 from attnlab.figures import Theme, label_ends, label_points, line, looks, save, words
 
@@ -64,19 +65,31 @@ def learning_curves(comparison: Comparison, theme: Theme) -> Figure:
     left, right = figure.subplots(1, 2)
     ends = []
     for entry in comparison.entries:
+        look = looks[entry.mixer]
+        seeds = entry.seeds or (entry,)
         if entry.train_curve:
-            steps, losses = np.array(entry.train_curve).T
-            left.plot(steps, _smooth(losses), **line(looks[entry.mixer]))
+            steps, losses = curve_over_seeds([seed.train_curve for seed in seeds])
+            _band(left, steps, np.array([_smooth(curve) for curve in losses]), **line(look))
         if entry.eval_curve:
-            steps, quality = np.array(entry.eval_curve).T
-            quality = np.array([comparison.quality_number(q) for q in quality])
-            right.plot(steps, quality, marker=looks[entry.mixer]["marker"], markersize=4, **line(looks[entry.mixer]))
-            ends.append((entry.mixer, steps[-1], quality[-1]))
+            steps, qualities = curve_over_seeds([seed.eval_curve for seed in seeds])
+            qualities = comparison.quality_number(qualities)
+            _band(right, steps, qualities, marker=look["marker"], markersize=4, **line(look))
+            ends.append((entry.mixer, steps[-1], qualities[:, -1].mean()))
     left.set(xlabel="step", ylabel="training loss (nats)", title="Training loss, running mean")
     right.set(xlabel="step", ylabel=comparison.quality_label, title="On the evaluation split")
     _zoom(right, [line.get_ydata() for line in right.get_lines()], best_high=comparison.measured.more_is_better)
     label_ends(right, ends, looks)
     return figure
+
+
+def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, **look: Any) -> None:
+    """A line of the mean over seeds `(seeds, S)`, and a band of its 95 % interval where there are several."""
+    if len(values) == 1:
+        axes.plot(steps, values[0], **look)
+        return
+    mean, half = mean_interval(values)
+    axes.plot(steps, mean, **look)
+    axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
 
 
 def quality_against_speed(comparison: Comparison, theme: Theme) -> Figure:
@@ -90,7 +103,10 @@ def quality_against_speed(comparison: Comparison, theme: Theme) -> Figure:
             continue
         x, y = entry.items_per_second, comparison.quality_number(entry.quality)
         look = looks[entry.mixer]
-        axes.plot(x, y, linestyle="none", marker=look["marker"], color=look["color"], markersize=9)
+        half = 0 if entry.half_width is None else comparison.quality_number(entry.half_width)
+        axes.errorbar(
+            x, y, yerr=half or None, linestyle="none", marker=look["marker"], color=look["color"], markersize=9
+        )
         points.append((entry.mixer, x, y))
     where = "better: up and right" if comparison.measured.more_is_better else "better: down and right"
     axes.set(xlabel=f"training speed ({comparison.items} per second)", ylabel=comparison.quality_label)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from attnlab import registry
+from attnlab.compare import noise
 from attnlab.compare.results import Comparison, Entry, write_text
 
 WIDTH = 960  # pixels of the widest figure on the page; figures are drawn at 160 dots per inch
@@ -26,7 +27,8 @@ CAPTIONS = {
     "learning_curves": (
         "Learning curves",
         "Left: loss of the training batches, averaged over the last 4 % of the steps. Right: the evaluation split; the "
-        "start of training is cut off so that the ends can be told apart.",
+        "start of training is cut off so that the ends can be told apart. Bands, of several seeds, are 95 % intervals "
+        "of the mean.",
     ),
     "quality_speed": (
         "Quality against speed",
@@ -69,7 +71,7 @@ def write_report(path: Path, sections: Sequence[Section], *, title: str | None =
         path,
         environment.get_template("report.html.j2").render(
             title=title or sections[0].comparison.title,
-            introduction="Same model, same data, same seed; only the token mixer differs. "
+            introduction=f"Same model, same data, same {_seeds_and_width(sections[0].comparison)}. "
             f"Trained on {machine['device']} with {machine['versions']}, finished {machine['finished']}.",
             sections=[_section(section) for section in sections],
         ),
@@ -82,6 +84,8 @@ def columns(comparison: Comparison) -> list[tuple[str, bool]]:
         ("mixer", False),
         (comparison.quality_label, True),
         ("parameters", True),
+        *([("width", True)] if any(entry.width for entry in comparison.entries) else []),
+        *([("operations", True)] if any(entry.flops for entry in comparison.entries) else []),
         ("steps/s", True),
         (f"{comparison.items}/s", True),
         ("memory of a step", True),
@@ -96,9 +100,13 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
     quality = "–"
     if entry.quality is not None:
         quality = f"{comparison.quality_number(entry.quality):.{comparison.measured.digits}f}"
+    if entry.half_width is not None:
+        quality += f" ± {comparison.quality_number(entry.half_width):.{comparison.measured.digits}f}"
     return [
         quality,
         _count(entry.parameters),
+        *([entry.width or "–"] if any(other.width for other in comparison.entries) else []),
+        *([_count(entry.flops)] if any(other.flops for other in comparison.entries) else []),
         "–" if entry.steps_per_second is None else f"{entry.steps_per_second:.3g}",
         "–" if entry.items_per_second is None else f"{entry.items_per_second:,.0f}",
         "–" if entry.step_bytes is None else f"{entry.step_bytes / 2**20:,.1f} MiB",
@@ -109,7 +117,16 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
 def _count(value: int | None) -> str:
     if value is None:
         return "–"
+    if value >= 1e9:
+        return f"{value / 1e9:.2f} G"
     return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
+
+
+def _seeds_and_width(comparison: Comparison) -> str:
+    several = any(len(entry.seeds) > 1 for entry in comparison.entries)
+    wide = any(entry.width for entry in comparison.entries)
+    also = ", and its width so that sizes are equal" if wide else ""
+    return f"{'seeds' if several else 'seed'}; only the token mixer differs{also}"
 
 
 def _section(section: Section) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def _section(section: Section) -> dict[str, Any]:
         "rows": rows,
         "note": "Memory of a step is what the compiled training step needs for temporaries, beside parameters, "
         f"optimizer and batch. {DECODE_NOTE * (comparison.kind == 'text')}"
-        "One seed: small differences between mixers are within its noise.",
+        f"{noise.sentences(comparison)}",
         "figures": [_figure(name, path, comparison) for name, path in section.figures.items()],
         "samples": [
             {"mixer": entry.mixer, "prompt": entry.sample.prompt, "text": entry.sample.text}

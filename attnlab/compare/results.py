@@ -34,6 +34,16 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class SeedResult:
+    """What one seed gave; fields as in `Entry`."""
+
+    seed: int
+    quality: float
+    train_curve: tuple[Point, ...] = ()
+    eval_curve: tuple[Point, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One mixer of a comparison.
 
@@ -55,6 +65,10 @@ class Entry:
       eval_curve: (step, quality).
       timings: time against length.
       sample: what the model wrote, for text.
+      width: channels of its model, where mixers are compared at equal size.
+      flops: operations of a forward pass on one example, where mixers are compared at an equal number of them.
+      seeds: the result of each seed; `quality`, `loss` and rates are means over them, the rest is the first one's.
+      half_width: of the 95 % interval of the mean quality; None of one seed.
     """
 
     mixer: str
@@ -73,6 +87,10 @@ class Entry:
     eval_curve: tuple[Point, ...] = ()
     timings: tuple[Timing, ...] = ()
     sample: Sample | None = None
+    width: str | None = None
+    flops: int | None = None
+    seeds: tuple[SeedResult, ...] = ()
+    half_width: float | None = None
 
 
 class Quality(NamedTuple):
@@ -172,8 +190,13 @@ def entry_from(raw: dict[str, Any]) -> Entry:
         "eval_curve": tuple(map(tuple, raw["eval_curve"])),
         "timings": tuple(Timing(**timing) for timing in raw["timings"]),
         "sample": Sample(**raw["sample"]) if raw["sample"] else None,
+        "seeds": tuple(_seed_from(result) for result in raw.get("seeds", ())),
     }
     return Entry(**raw | changed)
+
+
+def _seed_from(raw: dict[str, Any]) -> SeedResult:
+    return SeedResult(**raw | {name: tuple(map(tuple, raw[name])) for name in ("train_curve", "eval_curve")})
 
 
 def write_text(path: Path, text: str) -> None:

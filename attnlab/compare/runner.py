@@ -2,6 +2,7 @@
 
     DIRECTORY/MIXER/           a run of `attnlab train`, with its checkpoints
     DIRECTORY/MIXER/entry.json what is known of a finished mixer; read instead of training it again
+    DIRECTORY/MIXER/seed_S/    the same for every further seed
     DIRECTORY/results.json     all of it
     DIRECTORY/plots/           the figures
     DIRECTORY/report.html      the page
@@ -26,7 +27,7 @@ import numpy as np
 
 import attnlab.data
 from attnlab import experiment as experiments
-from attnlab.compare import measure, plots, report
+from attnlab.compare import measure, noise, plots, report, size
 from attnlab.compare import results as results_file
 from attnlab.compare.results import Comparison, Entry, Sample
 from attnlab.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, decode, encode
@@ -46,12 +47,16 @@ class Options:
       prompt: beginning of the text that language models continue.
       sample_tokens: tokens of it.
       progress: whether to show progress on standard error.
+      seeds: number of seeds, from the experiment's on; the first one's models are those measured.
+      match: what the mixers' models have as much of as that of the first mixer, by their width; None for one width.
     """
 
     lengths: tuple[int, ...] | None = None
     prompt: str = "def main("
     sample_tokens: int = 240
     progress: bool = True
+    seeds: int = 1
+    match: size.Measure | None = None
 
 
 def compare(
@@ -84,6 +89,10 @@ def compare(
       TrainingInterrupted: after SIGTERM or Ctrl-C; what was trained is kept.
     """
     options = options or Options()
+    if options.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
+    if options.match not in (None, *size.MEASURES):
+        raise ValueError(f"match must be one of {', '.join(size.MEASURES)}, got {options.match!r}")
     if len(set(mixers)) < len(mixers) or not mixers:
         raise ValueError(f"mixers must be different names, at least one, got: {', '.join(mixers) or 'none'}")
     trials = [experiment.with_mixer(mixer) for mixer in mixers]  # finds misspelt names before anything is trained
@@ -94,9 +103,10 @@ def compare(
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if options.progress else (lambda text: None)
     tokens, example = measure.example_of(experiment, dataset)
     entries, maps = [], {}
+    sizes = _Sizes(trials[0], dataset.info, options.match, tokens)
     for number, (mixer, trial) in enumerate(zip(mixers, trials, strict=True), start=1):
         say(f"[{number}/{len(mixers)}] {mixer}")
-        entry = _entry(trial, mixer, dataset, directory / mixer, tokens, options, say)
+        entry = _over_seeds(trial, mixer, dataset, directory / mixer, tokens, options, sizes, say)
         entries.append(entry)
         attention = directory / mixer / "attention.npz"
         if entry.status == "done" and attention.exists():
@@ -108,7 +118,7 @@ def compare(
         title=title,
         kind=_kind(experiment),
         data=_data_facts(dataset.info),
-        setting=_setting_facts(experiment),
+        setting=_setting_facts(experiment) | sizes.facts(mixers[0]),
         machine=_machine_facts(),
         config=experiments.as_dict(experiment),
         entries=tuple(entries),
@@ -122,6 +132,61 @@ def compare(
     return section
 
 
+class _Sizes:
+    """The size that all models have where they are matched, that of the first."""
+
+    def __init__(self, first: Experiment, info: attnlab.data.DatasetInfo, match: size.Measure | None, x: np.ndarray):
+        self.info, self.match = info, match
+        length = getattr(first.task, "sequence_length", None)
+        self.inputs = jax.ShapeDtypeStruct(x.shape if length is None else (1, length), x.dtype)
+        self.target = None if match is None else size.size_of(first, info, match, self.inputs)
+
+    def matched(self, trial: Experiment) -> tuple[Experiment, dict[str, Any]]:
+        """The experiment at its width, and what the entry says of it."""
+        if self.match is None or self.target is None:
+            return trial, {}
+        trial = size.matched(trial, self.info, self.match, self.inputs, self.target)
+        about: dict[str, Any] = {"width": size.width(trial.model)}
+        if self.match == "flops":
+            about["flops"] = size.size_of(trial, self.info, "flops", self.inputs)
+        return trial, about
+
+    def facts(self, first: str) -> dict[str, str]:
+        if self.match is None:
+            return {}
+        what = {"parameters": "parameters", "flops": "operations of a forward pass on one example"}[self.match]
+        return {"size": f"each at the width at which its {what} are nearest to the {self.target:,} of {first}"}
+
+
+def _over_seeds(
+    trial: Experiment,
+    mixer: str,
+    dataset: attnlab.data.Dataset,
+    directory: Path,
+    tokens: np.ndarray,
+    options: Options,
+    sizes: _Sizes,
+    say: Say,
+) -> Entry:
+    """What is known of one mixer, over all seeds."""
+    try:
+        trial, about = sizes.matched(trial)
+    except ValueError as error:
+        say(f"    failed: {error}")
+        return Entry(mixer, "failed", reason=str(error))
+    entries: list[Entry] = []
+    for seed in range(trial.train.seed, trial.train.seed + options.seeds):
+        first = seed == trial.train.seed
+        if options.seeds > 1:
+            say(f"    seed {seed}")
+        one = dataclasses.replace(trial, train=dataclasses.replace(trial.train, seed=seed))
+        folder = directory if first else directory / f"seed_{seed}"
+        entries.append(_entry(one, mixer, dataset, folder, tokens, options, say, measured=first))
+        if entries[-1].status == "failed":
+            return entries[-1]
+    return dataclasses.replace(noise.over_seeds(entries), **about)
+
+
 def _entry(
     trial: Experiment,
     mixer: str,
@@ -130,9 +195,12 @@ def _entry(
     tokens: np.ndarray,
     options: Options,
     say: Say,
+    *,
+    measured: bool,
 ) -> Entry:
-    """What is known of one mixer: from an earlier call, or by training and measuring it now."""
+    """What is known of one mixer and seed: from an earlier call, or by training and measuring it now."""
     lengths = LENGTHS[trial.model.kind] if options.lengths is None else options.lengths
+    lengths = lengths if measured else ()
     asked = {
         "experiment": experiments.as_dict(trial),
         "digest": dataset.info.digest,
@@ -149,15 +217,17 @@ def _entry(
     try:
         trained = experiments.run(trial, directory, dataset=dataset, progress=options.progress)
         entry = _trained_entry(trial, mixer, trained)
-        say("    measuring")
-        entry = dataclasses.replace(
-            entry,
-            timings=measure.time_mixer(trial, mixer, lengths),
-            sample=_sample(trained, options) if _is_bytes(dataset.info) and options.sample_tokens else None,
-            decode_state=measure.decode_state(trained.model) if trial.model.kind == "text" else None,
-        )
-        weights = measure.attention_of(trained.model, tokens)
-        np.savez_compressed(directory / "attention.npz", **{f"layer{i:03}": layer for i, layer in enumerate(weights)})
+        if measured:
+            say("    measuring")
+            entry = dataclasses.replace(
+                entry,
+                timings=measure.time_mixer(trial, mixer, lengths),
+                sample=_sample(trained, options) if _is_bytes(dataset.info) and options.sample_tokens else None,
+                decode_state=measure.decode_state(trained.model) if trial.model.kind == "text" else None,
+            )
+            weights = measure.attention_of(trained.model, tokens)
+            layers = {f"layer{i:03}": layer for i, layer in enumerate(weights)}
+            np.savez_compressed(directory / "attention.npz", **layers)
     except ConfigMismatch:
         raise
     except Exception as error:  # one mixer that cannot be built, compiled or trained must not sink the others
@@ -173,19 +243,24 @@ def _trained_entry(trial: Experiment, mixer: str, trained: TrainResult) -> Entry
     split = "eval_ema" if "eval_ema" in trained.metrics else "eval"
     name = results_file.QUALITIES[_kind(trial)].metric
     records = [(record["split"], record["step"], record["values"]) for record in trained.history]
+    curves: dict[str, Any] = {
+        "train_curve": tuple((step, values["loss"]) for which, step, values in records if which == "train"),
+        "eval_curve": tuple((step, values[name]) for which, step, values in records if which == split),
+    }
+    quality = trained.metrics[split][name]
     return Entry(
         mixer,
         "done",
         parameters=trained.parameters,
-        quality=trained.metrics[split][name],
+        quality=quality,
         loss=trained.metrics[split]["loss"],
         steps=trained.steps,
         seconds=trained.seconds,
         steps_per_second=trained.steps_per_second,
         items_per_second=trained.units_per_second,
         step_bytes=trained.step_bytes,
-        train_curve=tuple((step, values["loss"]) for which, step, values in records if which == "train"),
-        eval_curve=tuple((step, values[name]) for which, step, values in records if which == split),
+        seeds=(results_file.SeedResult(trial.train.seed, quality, **curves),),
+        **curves,
     )
 
 

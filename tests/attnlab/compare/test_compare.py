@@ -91,6 +91,23 @@ def test_a_mixer_that_cannot_be_trained_does_not_sink_the_others(tmp_path, capsy
     assert "not trained:" in (tmp_path / "report.html").read_text()
 
 
+def test_several_seeds_at_equal_size_go_on_from_one_seed(directory, tmp_path, capsys):
+    at = DIGITS.index("--mixers")
+    settings = [*DIGITS[:at], *DIGITS[at + 4 : DIGITS.index("--lengths")], "--lengths", "16"]
+    command = [*settings, "--match", "parameters", "--out-dir", str(tmp_path)]
+    assert main([*command, "--mixers", "softmax_attention"]) == 0
+    assert main([*command, "--mixers", "softmax_attention", "lightning_attention_2", "--seeds", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("finished before") == 1 and "Means over 2 seeds" in printed.out
+    softmax, lightning = results.load(tmp_path / "results.json").entries
+    assert [result.seed for result in softmax.seeds] == [0, 1] and softmax.half_width is not None
+    assert softmax.width == "16" and lightning.width in ("12", "16")
+    assert abs(lightning.parameters - softmax.parameters) < 0.2 * softmax.parameters
+    assert softmax.quality == np.mean([result.quality for result in softmax.seeds])
+    html = (tmp_path / "report.html").read_text()
+    assert "±" in html and "its width so that sizes are equal" in html and "Means over 2 seeds" in html
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path):
     arguments = [argument if argument != "4" else "400" for argument in DIGITS]
@@ -117,6 +134,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
         ([], "--mixers is missing"),
         (["softmax_atention"], "did you mean softmax_attention"),
         (["hedgehog", "hedgehog"], "different names"),
+        (["hedgehog", "--seeds", "0"], "seeds must be at least 1"),
     ],
 )
 def test_mistakes_in_mixers(capsys, tmp_path, mixers, words):
