@@ -9,4 +9,5 @@ runner.py        gates and times every contender at every problem
 report.py        the table, results.json, and tokens per second against length
 mixers.py        registered mixers: gate and times
 mixer_report.py  their table, and time against length
+cpu.py           on a CPU, attention and models against PyTorch and timm; cpu_torch.py is their process
 """

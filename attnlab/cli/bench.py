@@ -17,6 +17,7 @@ SPARSE = ("block_sparse_attention", "neighborhood_attention")
 EXPLANATION = f"""\
 usage: attnlab bench OP [OPTIONS]
        attnlab bench mixer --mixers NAME NAME ... [OPTIONS]
+       attnlab bench cpu [OPTIONS]
 
 Times every implementation of an op that runs on this machine, and every peer that is installed: JAX's softmax
 attention, PyTorch's, and those of flash-linear-attention (in a process of their own). A result that is wrong is not
@@ -24,9 +25,10 @@ timed. Prints milliseconds, bytes and operations per second, the share of this m
 of the first line; writes results.json and drawings of tokens per second against length to --out-dir.
 Ops of sparse attention are held against dense attention, and JAX's own under a mask: --help tells their options.
 `mixer` times registered mixers instead, of any names, forward and with the gradient, in one run.
+`cpu` times attention and whole models on the CPU against PyTorch and timm, in turns.
 
 Ops: {", ".join((*OPS, *SPARSE))}
-`attnlab bench OP --help` and `attnlab bench mixer --help` print every option."""
+`attnlab bench OP --help` (or mixer, or cpu) prints every option."""
 
 # The shapes of flash-linear-attention's own benchmark, and one layer for a CPU.
 SHAPES = {
@@ -85,12 +87,16 @@ def run(arguments: list[str]) -> int:
         from attnlab.cli import bench_mixer
 
         return bench_mixer.run(rest)
+    if op == "cpu":
+        from attnlab.cli import bench_cpu
+
+        return bench_cpu.run(rest)
     if op in SPARSE:
         from attnlab.cli import bench_sparse
 
         return bench_sparse.run(op, rest)
     if op not in OPS:
-        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, *SPARSE, 'mixer'])}")
+        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, *SPARSE, 'mixer', 'cpu'])}")
     options = tyro.cli(BenchOptions, args=rest, prog=f"attnlab bench {op}")
     # Peers in another process need memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

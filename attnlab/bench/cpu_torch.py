@@ -1,0 +1,154 @@
+"""The process of `attnlab.bench.cpu` in which PyTorch computes: run as a file, it needs nothing of attnlab.
+
+Requests and answers are lines of JSON. `build` makes a case and writes what it computes; `forward` and `step` time it.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROUND = 0.02  # seconds of calls that are timed together
+
+
+def median_seconds(call: Callable[[], Any], budget: float) -> float:
+    """Median seconds of a call."""
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+
+    first = [run(1), run(1)]
+    count = max(1, min(1000, int(ROUND / max(min(first), 1e-7))))
+    times = first if count == 1 else []
+    while len(times) < 3 or sum(times) * count < budget:
+        times.append(run(count))
+    return statistics.median(times)
+
+
+def build(case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """Calls, forward and step, and the number of parameters; what the step computes is written to `outputs`."""
+    import numpy as np
+    import torch
+
+    with np.load(case["inputs"]) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    if case["kind"] == "model":
+        return _model(case, arrays["x"])
+    dy = arrays.pop("dy")
+    function = {"op": _op, "mixer": _mixer, "depthwise": _depthwise}[case["kind"]](case)
+    leaves = {name: array.requires_grad_() for name, array in arrays.items()}
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(leaves)
+
+    def step() -> Any:
+        y = function(leaves)
+        return y, torch.autograd.grad(y, list(leaves.values()), dy)
+
+    y, gradients = step()
+    named = dict(zip(leaves, gradients, strict=True))
+    np.savez(case["outputs"], y=y.detach().numpy(), **{name: g.numpy() for name, g in named.items()})
+    return forward, step, 0
+
+
+def _op(case: dict[str, Any]) -> Callable[[Any], Any]:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def function(a: dict[str, Any]) -> Any:
+        q, k, v = (a[name].transpose(1, 2) for name in "qkv")
+        return scaled_dot_product_attention(q, k, v, is_causal=case["causal"]).transpose(1, 2)
+
+    return function
+
+
+def _mixer(case: dict[str, Any]) -> Callable[[Any], Any]:
+    """`torch.nn.MultiheadAttention` by its function, so that gradients are of the weights given."""
+    import torch
+    from torch.nn.functional import multi_head_attention_forward
+
+    _, n, c, heads = case["shape"]
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(n) if case["causal"] else None
+
+    def function(a: dict[str, Any]) -> Any:
+        x = a["x"].transpose(0, 1)
+        joined = torch.cat([a[name].T for name in ("query", "key", "value")])
+        y, _ = multi_head_attention_forward(
+            *(x, x, x, c, heads, joined, None, None, None, False, 0.0, a["out"].T, None),
+            need_weights=False,
+            attn_mask=mask,
+            is_causal=case["causal"],
+        )
+        return y.transpose(0, 1)
+
+    return function
+
+
+def _depthwise(case: dict[str, Any]) -> Callable[[Any], Any]:
+    from torch.nn.functional import conv2d
+
+    def function(a: dict[str, Any]) -> Any:
+        x, kernel = a["x"].permute(0, 3, 1, 2), a["kernel"].permute(2, 0, 1)[:, None]
+        return conv2d(x, kernel, padding=1, groups=case["shape"][-1]).permute(0, 2, 3, 1)
+
+    return function
+
+
+def _model(case: dict[str, Any], x: Any) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    import numpy as np
+    import timm
+    import torch
+
+    model = timm.create_model(case["peer"], pretrained=False, num_classes=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, labels = x.permute(0, 3, 1, 2).contiguous(), torch.arange(case["shape"][0])
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return model(x)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    np.savez(case["outputs"])
+    return forward, step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    """Answers requests until the other process closes the pipe."""
+    here = [name for name in ("torch", "timm") if importlib.util.find_spec(name)]
+    calls: dict[str, Callable[[], Any]] = {}
+    if "torch" in here:
+        import torch
+
+        torch.set_num_threads(int(sys.argv[1]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any]
+        if request["what"] == "versions":
+            answer = {name: importlib.metadata.version(name) for name in here}
+        elif request["what"] == "build":
+            if request["kind"] == "model" and "timm" not in here:
+                answer = {"reason": "timm is not installed"}
+            else:
+                try:
+                    calls["forward"], calls["step"], count = build(request)
+                    answer = {"parameters": count}
+                except Exception as error:  # a package that is broken there is a line of the table
+                    answer = {"reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        else:
+            answer = {"seconds": median_seconds(calls[request["what"]], request["seconds"])}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
