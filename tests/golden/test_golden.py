@@ -23,6 +23,11 @@ def bounded_memory():
         jax.clear_caches()
 
 
+# Cases whose input gradient is not that of their own outputs, which are met: it does not sum to zero over the channels
+# in front of a LayerNorm, and differs from finite differences.
+CONTRADICTED = {("l2vit", "l2vit_tiny")}
+
+
 def every_case(test):
     """Runs a test for every case: the committed ones, one per class, always; the others with `make test-goldens`."""
     params = [
@@ -42,7 +47,11 @@ def adapter(path):
 
 @every_case
 def test_the_authors_numbers(path, bounded_memory):
-    assert not faults(path, adapter(path).run)
+    found = faults(path, adapter(path).run)
+    if (path.parent.name, path.stem) in CONTRADICTED:
+        assert [each.split()[0] for each in found] == ["grad_in/x"]
+    else:
+        assert not found
 
 
 @pytest.mark.goldens
