@@ -24,6 +24,7 @@ from attnlab.contract import record
 from attnlab.models.inputs import Vectors
 from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.softmax import attention_weights, softmax_attention
+from attnlab.points import Editable, visit
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
 
 PAPER = Paper(
@@ -150,7 +151,7 @@ def _uniform(bound: float) -> nnx.Initializer:
     summary="the one-layer model on sequences whose last vector is the query, to be trained on in-context regression",
     small={"token_features": 4, "responses": 1, "num_heads": 2},
 )
-class InContextRegressor(nnx.Module):
+class InContextRegressor(Editable):
     """Sequences `(B, L + 1, n)` of examples and a query to predictions `(B, responses)` in float32.
 
     Args:
@@ -165,6 +166,7 @@ class InContextRegressor(nnx.Module):
     """
 
     inputs: ClassVar[Vectors] = Vectors()
+    model_points = frozenset({"logits"})
 
     def __init__(
         self,
@@ -185,4 +187,5 @@ class InContextRegressor(nnx.Module):
     def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """Predicts from vectors, of which the last is the query."""
         x = jnp.asarray(x)
-        return self.attention(x[:, -1:], x[:, :-1])[:, 0].astype(jnp.float32)
+        y = self.attention(x[:, -1:], x[:, :-1])[:, 0].astype(jnp.float32)
+        return visit(self, self.edits().model, "logits", y)
