@@ -183,7 +183,7 @@ def test_the_registry_builds_it():
     [
         ({"num_heads": 3}, "not a multiple of num_heads 3"),
         ({"num_kv_heads": 3}, "multiple of num_kv_heads 3"),
-        ({"head_dim": 5, "rotary": 10.0}, "head size must be even"),
+        ({"head_dim": 5, "rotary": 10.0}, "their number must be even, got 5"),
         ({"rotary": Rotary(split=(1, 1))}, "split must give 1 axes 2 pairs"),
         ({"rotary": True}, "rotary must be"),
         ({"alibi": True, "layout": "image"}, "alibi is a distance"),
@@ -275,5 +275,5 @@ def test_another_core_has_the_same_weights():
     assert relative_rms(capped[0](x), model[0](x)) == 0
     with pytest.raises(ValueError, match="layers must be among the 2"):
         with_core(model, SoftmaxCore(4), layers=[2])
-    with pytest.raises(ValueError, match="head size must be even"):
+    with pytest.raises(ValueError, match="their number must be even, got 5"):
         with_core(build(20, num_heads=4), SoftmaxCore(4, rotary=10.0))
