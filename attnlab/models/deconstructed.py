@@ -126,7 +126,7 @@ class HeldBlock(Block):
     source=Source.PAPER_TEXT,
     cost=Cost(time="O(N²·H·D)", memory="O(N²·H)", state="N·H·(D+E)"),
     summary="a language model whose queries and keys come from embeddings, noise or one fixed text",
-    small={"vocab_size": 11, "source": "random", "max_source": 8, "features": 8, "depth": 2, "num_heads": 2},
+    small={"vocab_size": 11, "source": "random", "max_source": 16, "features": 8, "depth": 2, "num_heads": 2},
 )
 class ForeignLanguageModel(LanguageModel):
     """Token ids `(B, N)` to logits `(B, N, vocab_size)` in float32.
