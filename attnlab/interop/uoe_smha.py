@@ -31,8 +31,18 @@ class SelectiveLayer(_Residual):
 
     branch: SelectiveHeadAttention
 
-    def __init__(self, features: int, *, pre_lnorm: bool = False, rngs: nnx.Rngs, **given: Any):
-        super().__init__(SelectiveHeadAttention(features, **given, rngs=rngs), features, pre_lnorm, rngs=rngs)
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        head_dim: int | None = None,
+        rotary: float | None = None,
+        pre_lnorm: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        mixer = SelectiveHeadAttention(features, num_heads=num_heads, head_dim=head_dim, rotary=rotary, rngs=rngs)
+        super().__init__(mixer, features, pre_lnorm, rngs=rngs)
 
 
 class ExpertsLayer(_Residual):
@@ -40,8 +50,18 @@ class ExpertsLayer(_Residual):
 
     branch: UnionOfExpertsMLP
 
-    def __init__(self, features: int, *, pre_lnorm: bool = False, rngs: nnx.Rngs, **given: Any):
-        super().__init__(UnionOfExpertsMLP(features, **given, rngs=rngs), features, pre_lnorm, rngs=rngs)
+    def __init__(
+        self,
+        features: int,
+        *,
+        hidden_features: int,
+        num_experts: int,
+        k: int,
+        pre_lnorm: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        mlp = UnionOfExpertsMLP(features, hidden_features, num_experts=num_experts, k=k, rngs=rngs)
+        super().__init__(mlp, features, pre_lnorm, rngs=rngs)
 
 
 def _selected(routing: Routing, gates: jax.Array, given: jax.Array) -> jax.Array:

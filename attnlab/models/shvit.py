@@ -20,6 +20,7 @@ from attnlab.attention.dense.shvit import PAPER, SingleHeadAttention
 from attnlab.models import staged
 from attnlab.models.block import Block
 from attnlab.models.staged import Choice, Mixers, Models, Stage, StagedBackbone
+from attnlab.nn.activations import relu
 from attnlab.nn.chain import Chain, call
 from attnlab.nn.conv import ConvNorm, ConvStem, SqueezeExcite
 from attnlab.nn.linear import Linear, trunc_normal
@@ -38,7 +39,7 @@ def conv_norm(in_features: int, features: int, side: int, *, zero: bool = False,
 def feed_forward(features: int, **common: Any) -> Chain:
     """Two maps with their norms around a ReLU, which begin as nothing."""
     return Chain(
-        conv_norm(features, 2 * features, 1, activation=jax.nn.relu, axes=("embed", "mlp"), **common),
+        conv_norm(features, 2 * features, 1, activation=relu, axes=("embed", "mlp"), **common),
         conv_norm(2 * features, features, 1, zero=True, axes=("mlp", "embed"), **common),
     )
 
@@ -93,8 +94,8 @@ class InvertedMerging(nnx.Module):
 
     def __init__(self, features: int, out_features: int, **common: Any):
         hidden = 4 * features
-        self.expand = conv_norm(features, hidden, 1, activation=jax.nn.relu, axes=("embed", "mlp"), **common)
-        spatial = {"stride": 2, "groups": hidden, "axes": (None, "mlp"), "activation": jax.nn.relu}
+        self.expand = conv_norm(features, hidden, 1, activation=relu, axes=("embed", "mlp"), **common)
+        spatial = {"stride": 2, "groups": hidden, "axes": (None, "mlp"), "activation": relu}
         self.spatial = conv_norm(hidden, hidden, 3, **spatial, **common)
         self.gate = SqueezeExcite(hidden, _divisible(features), **common)
         self.reduce = conv_norm(hidden, out_features, 1, axes=("mlp", "embed"), **common)
@@ -221,7 +222,7 @@ class SHViT(StagedBackbone):
                 channels,
                 (first // 8, first // 4, first // 2, first),
                 strides=(2, 2, 2, 2),
-                activation=jax.nn.relu,
+                activation=relu,
                 use_bias=False,
                 **common,
             ),

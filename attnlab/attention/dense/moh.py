@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.contract import Given, Layout, Pattern, View, record
+from attnlab.nn.activations import relu
 from attnlab.nn.dense_mixer import Core, Heads
 from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.masking import existing_keys, masked_softmax, visible_count, visible_keys
@@ -373,7 +374,7 @@ class CosineMixtureOfHeadAttention(RoutedHeadsMixer):
         self.grid = tuple(grid)
         counts = head_counts(num_heads, shared_heads, active_heads)
         self.router = HeadRouter(features, num_heads, *counts, load_factor=balance_factor / num_layers, **stored)
-        network = MLP(2, bias_features, out_features=num_heads, activation=jax.nn.relu, **stored)
+        network = MLP(2, bias_features, out_features=num_heads, activation=relu, **stored)
         bias = NetworkBias(self.grid, network, log_spaced=True)
         size = self.sizes.key_size
         self.set_core(GatedCosineCore(num_heads, size, bias=bias, dropout=attention_dropout, **stored))
