@@ -96,6 +96,17 @@ class Rotary:
         """`rotary` with these options."""
         return rotary(x, positions, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
+    @classmethod
+    def of(cls, rotary: "Rotary | float | None", **options: Any) -> "Rotary | None":
+        """What an argument `rotary` means: itself, none, or theta for a `Rotary` with these options.
+
+        Raises:
+          ValueError: for a boolean.
+        """
+        if isinstance(rotary, bool | np.bool_):
+            raise ValueError(f"rotary must be a Rotary or theta, got {rotary}")
+        return cls(float(rotary), **options) if isinstance(rotary, int | float | np.number) else rotary
+
     def check(self, size: int, axes: int) -> None:
         """Raises `ValueError` if these options do not fit heads of `size` channels and positions along `axes` axes."""
         _pairs(_turning(size, self.channels), axes, self.split)

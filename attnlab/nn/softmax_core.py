@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -51,11 +50,9 @@ class ProductCore(Core):
         dropout: float = 0.0,
         rngs: nnx.Rngs | None = None,
     ):
-        if isinstance(rotary, bool):
-            raise ValueError(f"rotary must be a Rotary or theta, got {rotary}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float | np.number) else rotary
+        self.rotary = Rotary.of(rotary)
         self.rotate_keys, self.cache_rotated, self.dropout = rotate_keys, cache_rotated, dropout
         self.dropout_rngs = rngs["dropout"].fork() if dropout > 0 else nnx.data(None)
         self.looks_at_positions = self.rotary is not None

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -171,8 +170,7 @@ class CompressedConvolutionalAttention(DenseMixer):
         start = jnp.full((groups,), 0 if clamp_temperature else 1, param_dtype)
         self.temperature = nnx.Param(start, logical_axes=("heads",))
         self.out = FromHeads(num_heads, head_dim, features, use_bias=use_bias, **common)
-        if isinstance(rotary, int | float | np.number) and not isinstance(rotary, bool):
-            rotary = Rotary(float(rotary), channels=head_dim // 4 * 2)
+        rotary = Rotary.of(rotary, channels=head_dim // 4 * 2)
         core: dict[str, Any] = {"structural_mask": structural_mask, "dropout": attention_dropout, "rngs": rngs}
         self.set_core(SoftmaxCore(num_heads, rotary=rotary, block_size=block_size, **core))
         self.permutation_equivariant = False

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -213,8 +212,7 @@ class MultiHeadLatentAttention(DenseMixer):
         self.latent = Linear(source, rank + rope_dim, **down)
         self.latent_norm = _norm(rank, norm_eps, param_dtype, rngs) if latent_norm else nnx.data(None)
         self.out = FromHeads(num_heads, value_dim, features, use_bias=use_bias, **common)
-        if isinstance(rotary, int | float | np.number) and not isinstance(rotary, bool):
-            rotary = Rotary(float(rotary), interleaved=interleaved)
+        rotary = Rotary.of(rotary, interleaved=interleaved)
         core = {"rotary": rotary, "scale": scale, "dropout": attention_dropout, "block_size": block_size}
         sizes = {"rank": rank, "nope_dim": nope_dim, "rope_dim": rope_dim, "value_dim": value_dim}
         self.set_core(LatentCore(num_heads, **sizes, **core, **common))

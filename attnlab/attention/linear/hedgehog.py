@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -240,7 +239,7 @@ class HedgehogAttention(LinearMixer):
             raise ValueError(f"tie_qk_kernels needs as many key heads as heads, got {groups} and {num_heads}")
         self.features, self.num_heads, self.causal, self.dtype = features, num_heads, causal, dtype
         self.normalize, self.scale = normalize, scale
-        self.rotary = Rotary(float(rotary)) if isinstance(rotary, int | float | np.number) else rotary
+        self.rotary = Rotary.of(rotary)
         self.value_size, self.context_features = head_dim, context_features
         self.permutation_equivariant = rotary is None
         if causal and context_features is not None:

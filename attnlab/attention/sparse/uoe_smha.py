@@ -109,7 +109,7 @@ class SelectiveCore(SoftmaxCore):
         rngs: nnx.Rngs | None = None,
     ):
         super().__init__(num_heads, dropout=dropout, rngs=rngs)
-        self.turn = Rotary(float(turn)) if isinstance(turn, int | float) else turn
+        self.turn = Rotary.of(turn)
         self.permutation_equivariant &= turn is None
 
     def check(self, sizes: HeadSizes, layout: Layout) -> None:
