@@ -11,14 +11,15 @@ from attnlab.models.staged import build_named
 from attnlab.nn.conv import folded
 from tests.accuracy import relative_rms
 
+# The paper cuts its numbers off behind the first decimal.
+MILLIONS = {"shvit_s1": 6.3, "shvit_s2": 11.4, "shvit_s3": 14.2, "shvit_s4": 16.5}
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("shvit_s1", 6.3), ("shvit_s2", 11.4), ("shvit_s3", 14.2), ("shvit_s4", 16.5)]
-)
-def test_sizes_are_those_of_the_paper(name, millions):
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "shvit_s1" else pytest.mark.slow) for n in MILLIONS])
+def test_sizes_are_those_of_the_paper(name):
     model = nnx.eval_shape(lambda: build_named(SHVITS, name, rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert millions <= count / 1e6 < millions + 0.1
+    assert MILLIONS[name] <= count / 1e6 < MILLIONS[name] + 0.1
 
 
 def test_folded_norms_change_nothing_at_inference():

@@ -16,6 +16,10 @@ VISION = sorted(
     | set(attnlab.names(kind=attnlab.Kind.MIXER, pattern=Pattern.SELF, layout=Layout.SEQUENCE))
 )
 
+# One of each kind of base in `make test`, all in `make test-slow`.
+QUICK = {"softmax_attention", "window_attention", "biformer_bra", "lightnet", "neighborhood_attention", "hornet"}
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VISION]
+
 
 def images(size=(8, 8), channels=1, batch=2) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (batch, *size, channels))
@@ -26,7 +30,7 @@ def vit(image_size=(8, 8), **options) -> ViT:
     return ViT(image_size, 10, **(sizes | options), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("mixer", VISION)
+@pytest.mark.parametrize("mixer", EVERY)
 def test_every_mixer_of_images_fits_a_vit_and_a_pyramid(mixer):
     """The pyramid goes down to a single token, through odd grids."""
     x = images((12, 20))
