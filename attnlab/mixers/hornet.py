@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.contract import Given, Layout, TokenMixer
+from attnlab.contract import Given, Layout, Site, TokenMixer
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.norms import LayerNorm
@@ -105,6 +105,11 @@ class RecursiveGatedConv(TokenMixer):
     """
 
     layouts = frozenset(Layout)
+
+    @classmethod
+    def site_defaults(cls, site: Site) -> dict[str, Any]:
+        # The highest order up to the usual one that the channels allow.
+        return {"order": next(order for order in (5, 4, 3, 2, 1) if site.features % 2 ** (order - 1) == 0)}
 
     def __init__(
         self,
