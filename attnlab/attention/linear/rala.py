@@ -144,7 +144,11 @@ class ModulatedAttention(TokenMixer):
         record(self, "attention", lambda: self.weights(heads, at, mask))
         y = self.attend(heads._replace(v=v), at, mask)
         local = self.local(v.reshape(v.shape[0], *grid, *v.shape[2:])).reshape(v.shape)
-        y = visit(self, given.edits, "heads", y + local)
+        y = y + local
+        if mask is not None:
+            # The convolution's bias is there where nothing else is.
+            y = jnp.where(mask.any(1)[:, None, None, None], y, 0)
+        y = visit(self, given.edits, "heads", y)
         return self.out(y * self.gate(tokens)).reshape(x.shape)
 
 
