@@ -8,11 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from attnlab.registry import Cost, Kind, Paper, Source, register
+from attnlab.attention.dense.urpe import PAPER
+from attnlab.registry import Cost, Kind, Source, register
 
-PAPER = Paper(
-    "Your Transformer May Not be as Powerful as You Expect", "Luo et al.", 2022, arxiv="2205.13401", number=28
-)
 _FIRST, _FEWER = 11, 20
 
 
