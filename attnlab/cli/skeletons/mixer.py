@@ -33,10 +33,10 @@ def skeleton(values: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
       (B, 1, H, E) in the dtype of `values`; computed in float32.
     """
     values = jnp.asarray(values)
-    exists = jnp.ones(values.shape[:2], bool) if mask is None else jnp.asarray(mask)
-    weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
     wide = at_least_float32(values.dtype)
-    return jnp.einsum("bn,bnhe->bhe", weights.astype(wide), values.astype(wide))[:, None].astype(values.dtype)
+    exists = jnp.ones(values.shape[:2], wide) if mask is None else jnp.asarray(mask).astype(wide)
+    weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
+    return jnp.einsum("bn,bnhe->bhe", weights, values.astype(wide))[:, None].astype(values.dtype)
 
 
 @register(

@@ -24,10 +24,10 @@ PAPER = Paper("Title of the paper", "First et al.", 2026)
 def skeleton(x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
     """Mean (B, 1, C) over the tokens (B, N, C) that exist, (B, N) of `mask`; zeros where none exists."""
     x = jnp.asarray(x)
-    exists = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
-    weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
     wide = at_least_float32(x.dtype)
-    return jnp.einsum("bn,bnc->bc", weights.astype(wide), x.astype(wide))[:, None].astype(x.dtype)
+    exists = jnp.ones(x.shape[:2], wide) if mask is None else jnp.asarray(mask).astype(wide)
+    weights = exists / jnp.maximum(exists.sum(1, keepdims=True), 1)
+    return jnp.einsum("bn,bnc->bc", weights, x.astype(wide))[:, None].astype(x.dtype)
 
 
 def _example() -> Example:
