@@ -28,7 +28,7 @@ demo: $(READY) ## train and compare attention variants on real data (about 10 mi
 test: $(READY) lint ## lint, and run the tests that need no accelerator; a mechanism alone: .venv/bin/python -m pytest -k SLUG
 	$(PYTEST) -m 'not slow and not goldens'
 
-test-slow: $(READY) ## the tests that take minutes, and mixers in the patterns and layouts that `test` does not draw
+test-slow: $(READY) ## the tests that take minutes, and mixers in patterns and layouts that are not the paper's own
 	$(PYTEST) -m slow
 
 test-goldens: $(READY) ## all golden cases beside this checkout, not one per class alone

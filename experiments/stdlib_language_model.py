@@ -21,11 +21,11 @@ CONFIG = Experiment(
     data=StdlibText(max_bytes=1_000_000),
     task=LanguageTask(sequence_length=128),
     train=TrainConfig(
-        steps=500,
+        steps=600,
         batch_size=16,
         eval_batch_size=64,
         eval_every=100,
-        checkpoint_every=250,
+        checkpoint_every=300,
         log_every=5,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, weight_decay=0.1),
     ),

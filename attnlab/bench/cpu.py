@@ -1,4 +1,4 @@
-"""On a CPU, against what a user would pick instead: PyTorch's fused attention, its MultiheadAttention, timm's models.
+"""On a CPU, against what a user would pick instead: PyTorch's fused attention and modules around it, timm's models.
 
 Ours runs in this process, theirs in another (`cpu_torch`), in turns, so that what else the machine does meets both.
 Ops and mixers compute the same numbers before they are timed; models have the same number of parameters.
@@ -24,10 +24,12 @@ from flax import nnx
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.bench.timing import median_seconds
+from attnlab.models.gpt2 import GPT2
 from attnlab.models.vit import ViT
 from attnlab.nn.depthwise import depthwise_conv
 from attnlab.nn.softmax import softmax_attention
 
+VOCABULARY = 256
 TOLERANCE = 1e-5
 """Of outputs and gradients, relative RMS, in float32."""
 
@@ -39,14 +41,15 @@ class Case:
     Attributes:
       name: in the table.
       kind: "op" (q, k, v of `shape` B, N, H, D), "mixer" (tokens of B, N, C, H), "depthwise" (B, side, C and a 3×3
-        kernel) or "model" (batch of a model of 224×224 images: B, C, depth, H).
+        kernel), "model" (batch of a model of 224×224 images: B, C, depth, H) or "language" (of GPT-2 with 256 tokens:
+        B, N, C, depth, H).
       shape: see `kind`.
       causal: of attention.
       peer: the model's name in timm.
     """
 
     name: str
-    kind: Literal["op", "mixer", "depthwise", "model"]
+    kind: Literal["op", "mixer", "depthwise", "model", "language"]
     shape: tuple[int, ...]
     causal: bool = False
     peer: str = ""
@@ -61,6 +64,7 @@ CASES = (
     Case("depthwise 3×3, 8×56×56×96", "depthwise", (8, 56, 96)),
     Case("DeiT-tiny, 4 images", "model", (4, 192, 12, 3), peer="deit_tiny_patch16_224"),
     Case("ViT-S, 4 images", "model", (4, 384, 12, 6), peer="vit_small_patch16_224"),
+    Case("GPT-2 of 6 layers, 8×256×384", "language", (8, 256, 384, 6, 6), causal=True),
 )
 
 
@@ -75,7 +79,7 @@ class Line:
 
 
 def arrays_of(case: Case) -> dict[str, np.ndarray]:
-    """What both are given: float32 arrays by name."""
+    """What both are given: float32 arrays by name, of language token ids."""
     rng = np.random.default_rng(0)
     if case.kind == "op":
         shapes = dict.fromkeys(("q", "k", "v", "dy"), case.shape)
@@ -85,6 +89,8 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
     elif case.kind == "depthwise":
         b, side, c = case.shape
         shapes = {"x": (b, side, side, c), "kernel": (3, 3, c), "dy": (b, side, side, c)}
+    elif case.kind == "language":
+        return {"x": rng.integers(VOCABULARY, size=case.shape[:2])}
     else:
         shapes = {"x": (case.shape[0], 224, 224, 3)}
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -97,7 +103,7 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
 def ours(case: Case) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, np.ndarray], int]:
     """Compiled calls, forward and step; the forward's result and gradients by name; and the number of parameters."""
     arrays = {name: jnp.asarray(array) for name, array in arrays_of(case).items()}
-    if case.kind == "model":
+    if case.kind in ("model", "language"):
         return _our_model(case, arrays["x"])
     dy = arrays.pop("dy")
     if case.kind == "op":
@@ -133,12 +139,15 @@ def ours(case: Case) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, np
 
 
 def _our_model(case: Case, x: jax.Array) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, np.ndarray], int]:
-    batch, features, depth, heads = case.shape
-    options = {"patch_size": 16, "features": features, "depth": depth, "num_heads": heads, "pooling": "cls"}
-    model = ViT((224, 224), 1000, **options, rngs=nnx.Rngs(0))
+    features, depth, heads = case.shape[-3:]
+    sizes = {"features": features, "depth": depth, "num_heads": heads, "rngs": nnx.Rngs(0)}
+    if case.kind == "language":
+        model, labels = GPT2(VOCABULARY, max_length=x.shape[1], **sizes), jnp.roll(x, -1, 1)
+    else:
+        model = ViT((224, 224), 1000, patch_size=16, pooling="cls", **sizes)
+        labels = jnp.arange(x.shape[0])
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adamw(1e-3)
-    labels = jnp.arange(batch)
 
     def logits(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graph, params, rest, copy=True)(x)
@@ -220,7 +229,8 @@ def run(cases: list[Case], peer: Peer, *, rounds: int, seconds: float) -> Iterat
         with tempfile.TemporaryDirectory() as folder:
             inputs, outputs = Path(folder) / "in.npz", Path(folder) / "out.npz"
             np.savez(inputs, **arrays_of(case))
-            request = dataclasses.asdict(case) | {"what": "build", "inputs": str(inputs), "outputs": str(outputs)}
+            request = dataclasses.asdict(case) | {"what": "build", "vocabulary": VOCABULARY}
+            request |= {"inputs": str(inputs), "outputs": str(outputs)}
             built = peer.ask(request)
             if "reason" in built:
                 yield Line(case.name, reason=built["reason"])

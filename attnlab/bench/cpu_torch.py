@@ -39,7 +39,7 @@ def build(case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any], i
 
     with np.load(case["inputs"]) as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    if case["kind"] == "model":
+    if case["kind"] in ("model", "language"):
         return _model(case, arrays["x"])
     dy = arrays.pop("dy")
     function = {"op": _op, "mixer": _mixer, "depthwise": _depthwise}[case["kind"]](case)
@@ -103,12 +103,16 @@ def _depthwise(case: dict[str, Any]) -> Callable[[Any], Any]:
 
 def _model(case: dict[str, Any], x: Any) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     import numpy as np
-    import timm
     import torch
 
-    model = timm.create_model(case["peer"], pretrained=False, num_classes=1000)
+    if case["kind"] == "language":
+        model, labels = _gpt2(int(case["vocabulary"]), case["shape"]), x.roll(-1, 1)
+    else:
+        import timm
+
+        model = timm.create_model(case["peer"], pretrained=False, num_classes=1000)
+        x, labels = x.permute(0, 3, 1, 2).contiguous(), torch.arange(x.shape[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    x, labels = x.permute(0, 3, 1, 2).contiguous(), torch.arange(case["shape"][0])
 
     def forward() -> Any:
         with torch.no_grad():
@@ -116,11 +120,47 @@ def _model(case: dict[str, Any], x: Any) -> tuple[Callable[[], Any], Callable[[]
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, -2), labels.flatten()).backward()
         optimizer.step()
 
     np.savez(case["outputs"])
     return forward, step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _gpt2(vocabulary: int, shape: list[int]) -> Any:
+    """GPT-2 of PyTorch's own modules and its fused attention: token ids (B, N) to logits (B, N, vocabulary)."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import scaled_dot_product_attention
+
+    _, length, features, depth, heads = shape
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(features), nn.LayerNorm(features)
+            self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
+            wide = nn.Linear(features, 4 * features)
+            self.mlp = nn.Sequential(wide, nn.GELU(approximate="tanh"), nn.Linear(4 * features, features))
+
+        def forward(self, x: Any) -> Any:
+            qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, heads, features // heads))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+            return x + self.mlp(self.norm2(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(vocabulary, features), nn.Embedding(length, features)
+            self.layers, self.norm = nn.Sequential(*(Layer() for _ in range(depth))), nn.LayerNorm(features)
+
+        def forward(self, ids: Any) -> Any:
+            x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+            return self.norm(self.layers(x)) @ self.tokens.weight.T
+
+    return Model()
 
 
 def main() -> None:

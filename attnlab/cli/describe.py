@@ -41,6 +41,15 @@ def address(variant: Variant) -> str:
     return f"{variant.target.__module__}.{variant.target.__qualname__}"
 
 
+def sizes_of(variant: Variant) -> tuple[str, ...]:
+    """The names under which `attnlab.models.create` builds a backbone in the sizes of its paper."""
+    if variant.kind is not Kind.BACKBONE:
+        return ()
+    from attnlab.models import named_models
+
+    return tuple(name for name, (cls, _) in named_models().items() if cls is variant.target)
+
+
 def source_file(variant: Variant) -> Path:
     """The file that defines the class or function."""
     path = inspect.getsourcefile(inspect.unwrap(variant.target))

@@ -83,6 +83,7 @@ def heading(kind: registry.Kind, family: str) -> str:
 
 def _print(variants: tuple[registry.Variant, ...]) -> None:
     from rich.console import Console
+    from rich.padding import Padding
     from rich.text import Text
 
     console = Console(highlight=False)
@@ -105,7 +106,11 @@ def _print(variants: tuple[registry.Variant, ...]) -> None:
                 url = describe.paper_url(variant.paper)
                 line.append("  ").append(describe.paper_short(variant.paper), f"link {url}" if url else "dim")
             console.print(line, no_wrap=True, crop=False, soft_wrap=True)
+            if sizes := describe.sizes_of(variant):
+                console.print(Padding(Text(", ".join(sizes), "dim"), (0, 0, 0, 4)))
     if variants:
         console.print()
     count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"
     console.print(f"{count}; `attnlab show NAME` prints everything about one")
+    if any(variant.kind is registry.Kind.BACKBONE for variant in variants):
+        console.print("below a backbone its named sizes: `attnlab.models.create(NAME, num_classes=…)`")

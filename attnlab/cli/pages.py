@@ -54,6 +54,7 @@ def _facts(variant: Variant) -> dict[str, str]:
         "Memory": escape(variant.cost.memory),
         "Decode state": escape(describe.decode_state(variant)),
         "Kernel": f"[`{variant.kernel}`](../../pallas_kernels/{variant.kernel})" if variant.kernel else "",
+        "Named sizes": ", ".join(f"`{name}`" for name in describe.sizes_of(variant)),
         "File": f"[{path}](../../{path})",
     }
     return {name: answer for name, answer in facts.items() if answer}

@@ -21,6 +21,7 @@ from tests.conformance.subjects import (
     HEADS,
     ODD_GRIDS,
     Subject,
+    at_home,
     close,
     decodes,
     finite,
@@ -29,6 +30,9 @@ from tests.conformance.subjects import (
     parameters,
     those,
 )
+
+# What follows from how a mixer is built, which patterns and layouts change little in: once for each.
+its_structure = those(at_home)
 
 
 @those()
@@ -107,7 +111,7 @@ def test_examples_are_independent(subject: Subject):
     close(one(its.state, *its.arguments), its.plain.y)
 
 
-@those()
+@its_structure
 def test_scan_over_layers(subject: Subject):
     """Depth is an array: layers of one structure, stacked and scanned, are their loop, whatever their places.
 
@@ -167,7 +171,7 @@ def test_large_inputs_stay_finite(subject: Subject):
             assert finite(array), (name, dtype)
 
 
-@those()
+@its_structure
 def test_save_and_restore(subject: Subject, tmp_path):
     its = programs(subject)
     other = subject.build(seed=4)
@@ -180,7 +184,7 @@ def test_save_and_restore(subject: Subject, tmp_path):
     np.testing.assert_array_equal(its.pull(its.arguments, state=state).y, its.plain.y)
 
 
-@those()
+@its_structure
 def test_pickled_and_read_again_it_is_the_same(subject: Subject):
     module = programs(subject).module
     again = pickle.loads(pickle.dumps(module))
@@ -189,7 +193,7 @@ def test_pickled_and_read_again_it_is_the_same(subject: Subject):
         np.testing.assert_array_equal(parameters(again)[name], leaf)
 
 
-@those()
+@its_structure
 def test_numbers_of_numpy_are_numbers(subject: Subject):
     """Options and sizes as NumPy's scalars, and no examples at all."""
     options = {
@@ -210,12 +214,12 @@ def test_numbers_of_numpy_are_numbers(subject: Subject):
     assert y.shape == (0, *subject.tokens().shape[1:])
 
 
-@those()
+@its_structure
 def test_no_shared_references(subject: Subject):
     assert not nnx.find_duplicates(programs(subject).module)
 
 
-@those()
+@its_structure
 def test_logical_axes_fit(subject: Subject):
     """Where a parameter names its axes, it names each of them, in the words of attnlab.nn.linear."""
     for path, variable in nnx.to_flat_state(nnx.state(programs(subject).module, nnx.Param)):
@@ -225,7 +229,7 @@ def test_logical_axes_fit(subject: Subject):
             assert set(axes) <= {"embed", "heads", "mlp", "vocab", None}, path
 
 
-@those()
+@its_structure
 def test_parameters_say_whether_they_decay(subject: Subject):
     """Weight decay is for kernels; what decays and is no kernel was decided to, and so was a table that does not."""
     for path, variable in nnx.to_flat_state(nnx.state(subject.abstract(), nnx.Param)):
