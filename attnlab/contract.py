@@ -45,6 +45,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from attnlab.promotion import numpy_ranks
 from attnlab.suggest import suggestion
 from pallas_kernels.integers import integers, runs, segments
 from pallas_kernels.masks import Mask
@@ -242,6 +243,7 @@ class Pooling(SiteModule):
     dtype: Any = None
 
     @final
+    @numpy_ranks()
     def __call__(
         self,
         x: ArrayLike,
@@ -342,6 +344,7 @@ class TokenMixer(SiteModule):
     dtype: Any = None
 
     @final
+    @numpy_ranks()
     def __call__(
         self,
         x: ArrayLike,

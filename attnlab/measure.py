@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab.points import Editable, layer_paths
+from attnlab.promotion import numpy_ranks
 
 
 class Statistic(NamedTuple):
@@ -147,6 +148,7 @@ def each_layer(analysis: Callable[..., NamedTuple], point: str = "attention", **
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("fn", "layers", "inputs"))
+@numpy_ranks()
 def _run(graph: Any, state: Any, batch: Any, *, fn: Any, layers: Any, inputs: Any) -> dict[str, Any]:
     args = inputs(batch) if inputs is not None else (batch["inputs"] if isinstance(batch, Mapping) else batch,)
     return dict(fn(watch(nnx.merge(graph, state), *args, layers=layers)[1], batch))

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.models.language_model import LanguageModel
+from attnlab.promotion import numpy_ranks
 
 
 class Generation(NamedTuple):
@@ -151,6 +152,7 @@ def _rounded(size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "rows", "filters"))
+@numpy_ranks()
 def _generate(
     graph, weights, prompt, real, key, stop_tokens, count, temperature, top_k, top_p, pad_token, *, room, rows, filters
 ):

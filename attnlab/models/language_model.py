@@ -21,6 +21,7 @@ from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.nn.lookup import table_rows
 from attnlab.points import Editable, Edits, visit
+from attnlab.promotion import numpy_ranks
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
 
@@ -171,6 +172,7 @@ class LanguageModel(Editable):
         if not tie_embeddings:
             self.head = Linear(features, vocab_size, use_bias=False, axes=("embed", "vocab"), **common, rngs=rngs)
 
+    @numpy_ranks()
     def __call__(
         self,
         tokens: ArrayLike | None = None,
@@ -230,6 +232,7 @@ class LanguageModel(Editable):
         """Rows `(..., C)` of the embedding for token ids `(...)`, to be joined with others and given as embeddings."""
         return table_rows(self.embedding[...], tokens, "token ids")
 
+    @numpy_ranks()
     def prefill(
         self,
         tokens: ArrayLike | None,
@@ -263,6 +266,7 @@ class LanguageModel(Editable):
         logits = self._logits(x, edits.model)
         return logits, LanguageState(mixers, state.length + seen[:, -1], position, edits.memories)
 
+    @numpy_ranks()
     def step(
         self, token: ArrayLike | None, state: LanguageState, *, embeddings: ArrayLike | None = None
     ) -> tuple[jax.Array, LanguageState]:

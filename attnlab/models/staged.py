@@ -29,6 +29,7 @@ from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.points import Editable, Edits, Pass, visit
+from attnlab.promotion import numpy_ranks
 from attnlab.suggest import suggestion
 from pallas_kernels.dtypes import at_least_float32
 
@@ -174,6 +175,7 @@ class StagedBackbone(Editable):
         """The blocks of all stages, in the order of the pass."""
         return tuple(block for stage in self.stage for block in stage.blocks)
 
+    @numpy_ranks()
     def stages(self, images: ArrayLike, *, deterministic: bool = True) -> tuple[jax.Array, ...]:
         """The map `(B, Hh, Ww, C)` that each stage leaves, for dense prediction; without the tokens of a prefix.
 
@@ -186,6 +188,7 @@ class StagedBackbone(Editable):
             raise ValueError("an intervention leaves tokens out: there is no map of what is left")
         return maps
 
+    @numpy_ranks()
     def features(
         self, images: ArrayLike, *, layers: Sequence[int] | None = None, deterministic: bool = True
     ) -> tuple[jax.Array, ...]:
@@ -207,14 +210,17 @@ class StagedBackbone(Editable):
             raise ValueError(f"layers must be among the {len(behind)} of the model, got {list(chosen)}")
         return tuple(behind[layer] for layer in chosen)
 
+    @numpy_ranks()
     def tokens(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """The last stage's tokens `(B, prefix + N, C)`, normed unless the norm stands behind the pooling."""
         return self._through(images, self.edits(), deterministic)[1]
 
+    @numpy_ranks()
     def pooled(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """What is classified: one vector `(B, C)` for each image."""
         return self._pooled(images, self.edits(), deterministic)
 
+    @numpy_ranks()
     def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """Logits, or without a head what `pooled` gives."""
         edits = self.edits()

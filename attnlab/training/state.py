@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from attnlab.nn.aux_loss import total_aux_loss
+from attnlab.promotion import numpy_rules
 from attnlab.training.task import Sums, Task
 
 Batch = Mapping[str, jax.Array]
@@ -84,6 +85,7 @@ def make_train_step(
 
         return jax.lax.scan(add, (grads, sums, other), micro)[0]
 
+    @numpy_rules()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         grads, sums, other = (gradient if accumulate == 1 else accumulated)(state.params, state.other, batch)
         # A batch without any weight has a zero gradient, not 0/0.
@@ -104,6 +106,7 @@ def make_train_step(
 def make_eval_step(graphdef: nnx.GraphDef, task: Task) -> Callable[[nnx.State, nnx.State, Batch], Sums]:
     """A pure function from parameters, other state and a batch to the sums of the task."""
 
+    @numpy_rules()
     def eval_step(params: nnx.State, other: nnx.State, batch: Batch) -> Sums:
         model = nnx.merge(graphdef, params, other, copy=True)
         return task.sums(model, batch, deterministic=True)

@@ -69,12 +69,16 @@ def test_in_64_bits_too(subject: Subject):
 
 @those()
 def test_no_dtype_is_promoted_unasked(subject: Subject):
-    """Under `jax_numpy_dtype_promotion="strict"`, traced alone; a decoder's prefill and step, too."""
+    """Under `jax_numpy_dtype_promotion="strict"`, traced alone; a decoder's prefill and step, too.
+
+    A call asks for no leave to promote ranks either.
+    """
     its = programs(subject)
     params, rest = nnx.split_state(its.state, nnx.Param, ...)
     half = rounded(its.arguments)
     with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(its.traced, params, rest, half)
+        with jax.numpy_rank_promotion("raise"):
+            jax.eval_shape(its.traced, params, rest, half)
         if decodes(subject):
 
             def decode(state, x, *context):
