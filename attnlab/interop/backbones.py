@@ -1,7 +1,7 @@
 """What LeapLabTHU/Agent-Attention and LeapLabTHU/InLine share: PVT, Swin, CSwin and DeiT, as both keep them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,10 +54,14 @@ def _window(given: Given) -> dict[str, Any]:
     return {"window": {-1: (side, side), 0: (side, split), 1: (split, side)}[given["idx"]]}
 
 
-def _on_stripes(branch: StripeAttention, inputs: Inputs, given: Given) -> jax.Array:
-    arrays = [*inputs["qkv"], *([inputs["x_mean"]] if "x_mean" in inputs else [])]
+def on_stripes(branch: StripeAttention, arrays: Sequence[jax.Array], given: Given) -> jax.Array:
+    """A branch on queries, keys, values, and what else its core is given."""
     q, k, v, *extra = (split_heads(array, given["num_heads"]) for array in arrays)
     return merge_heads(branch(Heads(q, k, v, tuple(extra)), pair(given["resolution"])))
+
+
+def _on_stripes(branch: StripeAttention, inputs: Inputs, given: Given) -> jax.Array:
+    return on_stripes(branch, [*inputs["qkv"], *([inputs["x_mean"]] if "x_mean" in inputs else [])], given)
 
 
 def stripe(symbol: str, core: Table, names: Table, **defaults: Any) -> Official:
@@ -76,9 +80,9 @@ def cross(core: Table, names: Table, cls: Any = CrossShapedWindowAttention, **de
     return Official("CSWinBlock", cls, HEADS | sizes | core, names, plain, defaults | {"qkv_bias": False})
 
 
-_CORE = {"qk_scale": lambda given: {"core": functools.partial(softmax_core, scale=given["qk_scale"])}}
-CROSS = cross(_CORE, {}, qk_scale=None)
-SOFTMAX = [REDUCING, PLAIN, WINDOW, stripe("LePEAttention", _CORE, {})]
+SOFTMAX_CORE: Table = {"qk_scale": lambda given: {"core": functools.partial(softmax_core, scale=given["qk_scale"])}}
+CROSS = cross(SOFTMAX_CORE, {}, qk_scale=None)
+SOFTMAX = [REDUCING, PLAIN, WINDOW, stripe("LePEAttention", SOFTMAX_CORE, {})]
 
 
 def block(symbol: str, call: Call, kinds: Mapping[str, Official], base: str = "attn", **more: Any) -> Official:

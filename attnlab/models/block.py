@@ -121,6 +121,8 @@ class Block(Layer):
         x = x + scale1(mixer(norm1(x)));  x = x + scale2(mlp(norm2(x)))          order "pre"
         x = norm1(x + scale1(mixer(x)));  x = norm2(x + scale2(mlp(x)))          order "post"
 
+    and, behind both,   x = after(x)
+
     With `scaled="skip"` the scales stand before the sum's other term: `x = scale1(x) + mixer(norm1(x))`.
     Each branch is under stochastic depth. `before` may also stand in front of the second branch (`before2`). Parts
     whose call takes `deterministic` are told. A mixer of sequences is handed the tokens of an image as a sequence.
@@ -135,6 +137,7 @@ class Block(Layer):
       scale2: factor of the feed-forward's branch.
       before: module whose result is added first, such as a depthwise convolution (conditional positions).
       before2: the same in front of the feed-forward's branch.
+      after: module whose result takes the place of what the block leaves.
       order: norms before the branches, or after the sums.
       scaled: whether the scales are factors of the "branch", or of the "skip" connection beside it.
       drop_path: probability that a branch is dropped for an example in training.
@@ -155,6 +158,7 @@ class Block(Layer):
         scale2: nnx.Module | None = None,
         before: nnx.Module | None = None,
         before2: nnx.Module | None = None,
+        after: nnx.Module | None = None,
         order: Order = "pre",
         scaled: Literal["branch", "skip"] = "branch",
         drop_path: float = 0.0,
@@ -166,7 +170,7 @@ class Block(Layer):
             raise ValueError(f"scaled must be 'branch' or 'skip', got {scaled!r}")
         self.order, self.scaled = order, scaled
         parts = {"mixer": mixer, "mlp": mlp, "norm1": norm1, "norm2": norm2, "scale1": scale1, "scale2": scale2}
-        for name, part in (parts | {"before": before, "before2": before2}).items():
+        for name, part in (parts | {"before": before, "before2": before2, "after": after}).items():
             setattr(self, name, nnx.data(None) if part is None else part)
         self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
 
@@ -176,7 +180,7 @@ class Block(Layer):
         own |= set() if self.mixer is None else {"normed", "mixed"}
         # What needs the grid of its tokens can hand over no fewer.
         of_sequences = getattr(self.mixer, "layout", None) is Layout.SEQUENCE and getattr(self.mixer, "prefix", 0) == 0
-        if of_sequences and self.before is None and self.before2 is None:
+        if of_sequences and self.before is None and self.before2 is None and self.after is None:
             own.add("tokens")
         return getattr(self.mixer, "points", frozenset()) | own
 
@@ -270,7 +274,7 @@ class Block(Layer):
             x = x + call(self.before2, x, deterministic)
         if self.mlp is not None:
             x = self._branch(x, fed, self.norm2, self.scale2, pre, deterministic)
-        return x, new
+        return (x if self.after is None else call(self.after, x, deterministic)), new
 
     def _branch(
         self,

@@ -22,7 +22,7 @@ from attnlab.models.block import Block
 from attnlab.models.staged import Choice, Mixers, Models, Stage, StagedBackbone
 from attnlab.nn.activations import relu
 from attnlab.nn.chain import Chain, call
-from attnlab.nn.conv import ConvNorm, ConvStem, SqueezeExcite
+from attnlab.nn.conv import ConvNorm, ConvStem, SqueezeExcite, divisible
 from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.norms import BatchNorm, LayerNorm
 from attnlab.registry import Cost, Kind, Source, register
@@ -97,7 +97,7 @@ class InvertedMerging(nnx.Module):
         self.expand = conv_norm(features, hidden, 1, activation=relu, axes=("embed", "mlp"), **common)
         spatial = {"stride": 2, "groups": hidden, "axes": (None, "mlp"), "activation": relu}
         self.spatial = conv_norm(hidden, hidden, 3, **spatial, **common)
-        self.gate = SqueezeExcite(hidden, _divisible(features), **common)
+        self.gate = SqueezeExcite(hidden, divisible(features), **common)
         self.reduce = conv_norm(hidden, out_features, 1, axes=("mlp", "embed"), **common)
 
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -112,12 +112,6 @@ def merging(features: int, out_features: int, **common: Any) -> Chain:
         InvertedMerging(features, out_features, **common),
         Convolved(out_features, **common),
     )
-
-
-def _divisible(value: float, by: int = 8) -> int:
-    """The nearest multiple, not below nine tenths of the value."""
-    rounded = max(by, int(value + by / 2) // by * by)
-    return rounded + by if rounded < 0.9 * value else rounded
 
 
 @register(

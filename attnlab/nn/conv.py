@@ -26,6 +26,12 @@ def _each(value: int | Sequence[int]) -> Sequence[int]:
     return (value,) if isinstance(value, int | np.integer) else value
 
 
+def divisible(channels: float, by: int = 8) -> int:
+    """The nearest multiple, at least `by` and nine tenths of the channels: for widths that follow from others."""
+    rounded = max(by, int(channels + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * channels else rounded
+
+
 class ConvNorm(nnx.Module):
     """A convolution with a norm and an activation: stems, and the downsampling between stages.
 

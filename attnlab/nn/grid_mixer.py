@@ -14,9 +14,9 @@ from flax import nnx
 
 from attnlab.contract import Given, Layout, TokenMixer, UnsupportedArgument, View, record
 from attnlab.nn.dense_mixer import Core, Heads
-from attnlab.nn.grids import crop, pad_to_multiple, to_tokens
+from attnlab.nn.grids import to_tokens
 from attnlab.nn.heads import FromHeads, ToHeads
-from attnlab.nn.windows import ShiftedWindows
+from attnlab.nn.windows import ShiftedWindows, Windows
 from attnlab.points import visit
 
 
@@ -48,6 +48,7 @@ class GridMixer(TokenMixer):
     layout = Layout.IMAGE
     points = frozenset({"qkv", "heads"})
     core: Core
+    windows: Windows
 
     def __init__(
         self,
@@ -94,38 +95,49 @@ class GridMixer(TokenMixer):
         """Heads of the tokens `(B, N, C)`; `extra` as the core needs it, inside windows."""
         return Heads(self.query(x), self.key(x), self.value(x))
 
-    def view(self, grid: tuple[int, int], batch: int) -> View:
-        """Who sees whom inside the windows of all `batch` images."""
+    def windows_on(self, grid: tuple[int, int]) -> Windows:
+        """The windows of an image of that grid, padded or not."""
+        return self.windows
+
+    def padding(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
+        """How many zeros a padded mixer puts before and behind each axis of an image, so that windows tile it."""
+        return [(0, -length % side) for length, side in zip(grid, self.windows.size, strict=True)]
+
+    def view(self, grid: tuple[int, int], batch: int, real: np.ndarray | None = None) -> View:
+        """Who sees whom inside the windows of all `batch` images; `real` `(*grid,)` is False at padding."""
         return View()
 
     def inside(self, heads: Heads, view: View, *, deterministic: bool = True) -> jax.Array:
         """`(B·W, n, H, E)` from heads inside windows."""
         return self.core(heads, view, deterministic=deterministic)[0]
 
-    def attention(self, heads: Heads, grid: tuple[int, int]) -> jax.Array:
+    def attention(self, heads: Heads, grid: tuple[int, int], real: np.ndarray | None = None) -> jax.Array:
         """The map `(B, H, N, N)` of the image, zero between windows."""
-        view = self.view(grid, heads.q.shape[0])
-        return self.windows.scatter_map(self.core.attention(self.windows.heads(heads, grid), view), grid)
+        view, windows = self.view(grid, heads.q.shape[0], real), self.windows_on(grid)
+        return windows.scatter_map(self.core.attention(windows.heads(heads, grid), view), grid)
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
-        whole, real = x.shape[1:-1], None
-        if self.padded:
-            x, real = pad_to_multiple(x, self.windows.size)
-        y = self._mix(x, real, given)
-        return y if real is None else crop(y, whole)
+        whole = x.shape[1:-1]
+        widths = self.padding(whole) if self.padded else []
+        if not any(sum(pair) for pair in widths):
+            return self._mix(x, None, given)
+        real = np.pad(np.ones(whole, bool), widths)
+        y = self._mix(jnp.pad(x, [(0, 0), *widths, (0, 0)]), real, given)
+        rows, columns = (slice(front, front + n) for (front, _), n in zip(widths, whole, strict=True))
+        return y[:, rows, columns]
 
     def _mix(self, x: jax.Array, real: np.ndarray | None, given: Given) -> jax.Array:
         grid = self._grid(x)
         heads = visit(self, given.edits, "qkv", self.project(to_tokens(x), grid))
 
         def seen() -> jax.Array:
-            weights = self.attention(heads, grid)
+            weights = self.attention(heads, grid, real)
             return weights if real is None else weights[:, :, real.ravel()][..., real.ravel()]
 
         record(self, "attention", seen)
-        view = self.view(grid, x.shape[0])
-        y = self.inside(self.windows.heads(heads, grid), view, deterministic=given.deterministic)
-        y = self.out(visit(self, given.edits, "heads", self.windows.merge(y, grid))).reshape(x.shape)
+        view, windows = self.view(grid, x.shape[0], real), self.windows_on(grid)
+        y = self.inside(windows.heads(heads, grid), view, deterministic=given.deterministic)
+        y = self.out(visit(self, given.edits, "heads", windows.merge(y, grid))).reshape(x.shape)
         return y if self.dropout is None else self.dropout(y, deterministic=given.deterministic)
 
     def _grid(self, x: jax.Array) -> tuple[int, int]:

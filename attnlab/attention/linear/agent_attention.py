@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnlab.contract import Site, UnsupportedArgument, View, record
@@ -305,7 +306,7 @@ class AgentAttention(GridMixer):
             v = split_heads(image.reshape(v.shape[0], -1, self.features), self.num_heads)
         return y + on_tokens(self.local, v, self.core.grid)
 
-    def attention(self, heads: Heads, grid: tuple[int, int]) -> jax.Array:
+    def attention(self, heads: Heads, grid: tuple[int, int], real: np.ndarray | None = None) -> jax.Array:
         if self.reduce is None:
-            return super().attention(heads, grid)
+            return super().attention(heads, grid, real)
         return self.reduce.spread(self.core.attention(heads, View()), grid)

@@ -15,6 +15,7 @@ Reference for names and defaults: microsoft/Swin-Transformer.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnlab.contract import Site, View
@@ -106,6 +107,6 @@ class WindowAttention(GridMixer):
         fitting = (max(w for w in range(1, 8) if length % w == 0) for length in site.grid)
         return {"window": tuple(length if w == 1 else w for w, length in zip(fitting, site.grid, strict=True))}
 
-    def view(self, grid: tuple[int, int], batch: int) -> View:
+    def view(self, grid: tuple[int, int], batch: int, real: np.ndarray | None = None) -> View:
         region = self.windows.same_region(grid)
         return View(mask=None if region is None else jnp.tile(region, (batch, 1, 1))[:, None])

@@ -43,8 +43,9 @@ def test_refuses_windows_that_do_not_tile_the_image():
 def test_cross_shaped_windows_see_a_cross():
     mixer = CrossShapedWindowAttention(8, num_heads=2, grid=(16, 16), split=2, rngs=nnx.Rngs(0))
     weights = attention_map(mixer, jax.random.normal(jax.random.key(0), (1, 16, 16, 8)))
-    seen = np.asarray(weights[0]).any(0).sum(-1)
-    assert (seen == 2 * (16 + 16) - 2**2).all()
+    seen = np.asarray(weights[0]).any(0)
+    assert (seen.sum(-1) == 2 * (16 + 16) - 2**2).all()
+    assert (seen.astype(int) @ seen > 0).all()  # two layers reach the whole image
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,19 @@ def test_cross_shaped_windows_see_a_cross():
 def test_cross_shaped_windows_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         CrossShapedWindowAttention(8, **({"num_heads": 2, "grid": (4, 4), "split": 2, "rngs": nnx.Rngs(0)} | options))
+
+
+def test_padded_stripes_take_images_of_any_size():
+    mixer = CrossShapedWindowAttention(8, num_heads=2, split=4, padded=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8))
+    weights = np.asarray(attention_map(mixer, x))
+    assert mixer(x).shape == x.shape and weights.shape == (2, 2, 40, 40)
+    # Rows are padded by 3, one of them above: those of the horizontal stripes are 0..2 and 3..4.
+    rows = np.arange(40) // 8
+    assert (weights[0, 1].astype(bool) == ((rows < 3)[:, None] == (rows < 3))).all()
+    assert (weights[:, 0].sum(-1) > 0.999).all() and (weights[:, 1].sum(-1) < 0.999).all()
+    with pytest.raises(ValueError, match="core must do without the grid"):
+        CrossShapedWindowAttention(8, num_heads=2, core=InlineCore, padded=True, rngs=nnx.Rngs(0))
 
 
 def test_inline_stripes_must_cover_the_image():

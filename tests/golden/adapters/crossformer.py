@@ -1,0 +1,6 @@
+"""Golden adapter of `crossformer`."""
+
+from attnlab.interop.crossformer import OFFICIAL
+from attnlab.interop.official import runner
+
+run = runner(OFFICIAL)
