@@ -9,6 +9,7 @@ labels allow. With roles IMAGE, QUESTION and so on as labels, on top of the caus
     Causal() & ~LabelPairs((ANSWER, FIRST_VIDEO))                   an answer does not see the first video
     LabelPairs((IMAGE, IMAGE)) & SlidingWindow(0, 0) | ...          tokens of an image see themselves alone
     (Causal() & ~BothLabelled()) | LabelAtMost()                    rings: the inner see the outer, of lower label
+    Causal() & ~RolePairs((ANSWER, VIDEO | FIRST))                  the same where a token has several roles, bits
 
 The rules hold in decoding too, where the labels of tokens in the cache are kept.
 """
@@ -22,7 +23,7 @@ from jax.typing import ArrayLike
 
 from attnlab.nn.masking import LabelRule, SameLabel
 
-__all__ = ["BothLabelled", "LabelAtMost", "LabelPairs", "LabelRule", "SameLabel", "span_labels"]
+__all__ = ["BothLabelled", "LabelAtMost", "LabelPairs", "LabelRule", "RolePairs", "SameLabel", "span_labels"]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -46,6 +47,30 @@ class LabelPairs(LabelRule):
             by_query = True if query is None else q_labels == query
             by_key = True if key is None else k_labels == key
             allowed |= by_query & by_key
+        return allowed
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class RolePairs(LabelRule):
+    """Pairs of tokens with certain roles, where a label is a set of them: the sum of powers of two, 0 for none.
+
+    Attributes:
+      pairs: of what the query's label must hold and what the key's must, each a role or a sum of roles.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def __init__(self, *pairs: tuple[int, int]):
+        if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+            raise ValueError(f"pairs must be (query, key) of sets of roles, of at least 0, got {pairs}")
+        object.__setattr__(self, "pairs", tuple((int(query), int(key)) for query, key in pairs))
+
+    def on_labels(self, q_labels: jax.Array, k_labels: jax.Array) -> jax.Array:
+        allowed = jnp.zeros(jnp.broadcast_shapes(q_labels.shape, k_labels.shape), bool)
+        for query, key in self.pairs:
+            # A negative label is none, though all its bits are set.
+            by_query = (q_labels >= 0) & ((q_labels & query) == query)
+            allowed |= by_query & (k_labels >= 0) & ((k_labels & key) == key)
         return allowed
 
 
