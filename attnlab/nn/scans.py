@@ -6,6 +6,9 @@ it, once for each grid; `permute` brings tokens into it, `inverse_order` gives t
     order = scan_order("spiral", (14, 14))
     y = permute(recurrence(permute(x, order)), inverse_order(order))
 
+Scans of images go through a grid by several routes: `scan_routes` gives an order, a second one that is its mirror
+image, and both backwards, side by side.
+
 - `raster`: row by row; any number of axes, the last the fastest.
 - `snake`: as raster, every other row (plane, …) backwards, so that neighbours in time are neighbours on the grid.
 - `diagonal`: by anti-diagonals i + j, each from its upper right end; `zigzag`: every other one from its lower left end.
@@ -67,6 +70,62 @@ def scan_order(
     if mirror is not None and not 0 <= mirror < len(grid):
         raise ValueError(f"mirror must be an axis of the grid, 0..{len(grid) - 1}, got {mirror}")
     return _order(name, grid, transpose, mirror, reverse, None if size is None else lengths(size, len(grid)))
+
+
+def scan_routes(
+    name: str,
+    grid: Sequence[int],
+    *,
+    second: bool = True,
+    reverse: bool = True,
+    paired: bool = False,
+    size: Lengths | None = None,
+) -> np.ndarray:
+    """The routes of a scan along an order: itself, a second one across it, and both from the last token to the first.
+
+    The second is the transposed order, of columns where the first is of rows; that of diagonals is mirrored left to
+    right, and that of a spiral upside down.
+
+    Args:
+      name: as `scan_order`.
+      grid: as `scan_order`.
+      second: whether there is a second order; a sequence has none.
+      reverse: whether there are those backwards.
+      paired: whether each is followed by its reverse, [r0, r0 backwards, r1, r1 backwards], as in MHS-VM; otherwise
+        both come first, [r0, r1, r0 backwards, r1 backwards], as in VMamba.
+      size: as `scan_order`.
+
+    Returns:
+      `(K, N)` int32, K of 1, 2 or 4.
+
+    Raises:
+      ValueError: as `scan_order`, and for a second order of a sequence.
+    """
+    if second and len(grid) < 2:
+        raise ValueError(f"a sequence has no second order, got second=True for the grid {tuple(grid)}")
+    first = scan_order(name, grid, size=size)
+    others = {"mirror": _MIRRORED[name]} if name in _MIRRORED else {"transpose": True}
+    orders = [first, scan_order(name, grid, size=size, **others)] if second else [first]
+    if not reverse:
+        return np.stack(orders)
+    backwards = [order[::-1] for order in orders]
+    if paired:
+        return np.stack([each for pair in zip(orders, backwards, strict=True) for each in pair])
+    return np.stack(orders + backwards)
+
+
+def read_routes(x: ArrayLike, routes: np.ndarray) -> jax.Array:
+    """Tokens `(B, N, K, C)`, or `(B, N, C)` for all routes, in the orders `(K, N)` of the routes: `(B, N, K, C)`."""
+    x, routes = jnp.asarray(x), np.asarray(routes)
+    if x.ndim == 3:
+        return x[:, jnp.asarray(routes.T)]
+    return x[:, jnp.asarray(routes.T), jnp.arange(len(routes))]
+
+
+def write_routes(x: ArrayLike, routes: np.ndarray) -> jax.Array:
+    """Undoes `read_routes`: `(B, N, K, C)` in the orders of the routes to the order of the grid."""
+    inverse = np.stack([inverse_order(order) for order in np.asarray(routes)])
+    return read_routes(x, inverse)
 
 
 def scan_segments(name: str, grid: Sequence[int], size: Lengths) -> np.ndarray:
@@ -273,3 +332,4 @@ _ORDERS: dict[str, Callable[..., Iterator[Place]]] = {
     "dilated": _dilated,
 }
 _SIZED = ("window", "dilated")
+_MIRRORED = {"diagonal": 1, "zigzag": 1, "spiral": 0}
