@@ -109,6 +109,14 @@ class Stage(Blocks):
         """The stage before's tokens `(B, H, W, C)` to this stage's, in front of its blocks and without a prefix."""
         return x if self.down is None else call(self.down, x, deterministic)
 
+    def placed(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """What `enter` made with prefix, positions and dropout: what the first block is given."""
+        # Positions of tokens behind a prefix, which are a sequence, are told the grid.
+        grid = {"grid": x.shape[1:-1]} if getattr(self.position, "prefix", 0) else {}
+        x = x if self.prefix is None else self.prefix(x)
+        x = x if self.position is None else x + call(self.position, x, deterministic, **grid)
+        return x if self.dropout is None else self.dropout(x, deterministic=deterministic)
+
     def __call__(
         self,
         x: jax.Array,
@@ -119,11 +127,7 @@ class Stage(Blocks):
         **arguments: Any,
     ) -> jax.Array:
         """What `enter` made to the same shape, or with a prefix to `(B, prefix + N, C)`."""
-        # Positions of tokens behind a prefix, which are a sequence, are told the grid.
-        grid = {"grid": x.shape[1:-1]} if getattr(self.position, "prefix", 0) else {}
-        x = x if self.prefix is None else self.prefix(x)
-        x = x if self.position is None else x + call(self.position, x, deterministic, **grid)
-        x = x if self.dropout is None else self.dropout(x, deterministic=deterministic)
+        x = self.placed(x, deterministic=deterministic)
         x = super().__call__(x, edits=edits, behind=behind, deterministic=deterministic, **arguments)
         return x if self.norm is None else call(self.norm, x, deterministic)
 
@@ -481,11 +485,11 @@ def token_mean(x: jax.Array) -> jax.Array:
 
 # Models of papers by name
 
-Models = Mapping[str, tuple[type[StagedBackbone], Mapping[str, Any]]]
-"""A class and its constructor arguments for each name."""
+Models = Mapping[str, tuple[type[Any], Mapping[str, Any]]]
+"""A class of backbones, such as a `StagedBackbone`, and its constructor arguments for each name."""
 
 
-def build_named(table: Models, name: str, *, rngs: nnx.Rngs, **overrides: Any) -> StagedBackbone:
+def build_named(table: Models, name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:
     """The model of that name in a table; `overrides` replace its constructor arguments.
 
     Raises:
