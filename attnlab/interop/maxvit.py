@@ -20,6 +20,7 @@ from attnlab.models.block import Block
 from attnlab.models.maxvit import Bottleneck, Entry, MaxViT, MaxViTRW, attention_of, blocks_of, bottleneck_block
 from attnlab.models.staged import Place, Stage, transformer_block
 from attnlab.nn.activations import gelu, gelu_tanh, relu, silu
+from attnlab.nn.windows import DilatedWindows
 
 Table = dict[Any, Any]
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "swish": silu, "relu": relu}
@@ -220,7 +221,7 @@ def _stage(stage: Stage, block: Callable[[Block], Table], base: str, numbered: b
             outer, kind = outer if first else outer + 1, "conv"
             first = False
         else:
-            kind = kinds[1 + (type(each.mixer.windows).__name__ == "DilatedWindows")]
+            kind = kinds[1 + isinstance(each.mixer.windows, DilatedWindows)]
         names[f"blocks.{index}"] = Part(f"{base}{outer}.{kind}" if numbered else kind, block(each))
     return names
 
