@@ -45,10 +45,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.promotion import numpy_ranks
 from attnlab.suggest import suggestion
 from pallas_kernels.integers import integers, runs, segments
 from pallas_kernels.masks import Mask
+from pallas_kernels.promotion import numpy_ranks
 
 
 class Pattern(enum.StrEnum):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab.points import Editable, layer_paths
-from attnlab.promotion import numpy_ranks
+from pallas_kernels.promotion import numpy_ranks
 
 
 class Statistic(NamedTuple):
@@ -63,6 +63,11 @@ class Seen(Mapping[str, Any]):
         if silent := [layer for layer, found in zip(self.layers, values, strict=True) if not found]:
             raise KeyError(f"{point!r} was not recorded in the layers {silent}: choose others by layers")
         return tuple(_one(found) for found in values)
+
+    def recorded(self, point: str) -> dict[int, Any]:
+        """What those of the layers recorded that did, by their index; nothing if none did."""
+        found = self._of_layers.get(point, [])
+        return {layer: _one(values) for layer, values in enumerate(found) if values and layer in self.layers}
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys((*self._of_layers, *self._of_model)))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.symbolic_zeros import cotangent
 
 Tokens = dict[str, jax.Array]
@@ -73,6 +74,7 @@ def _sweep_forward(plan: Plan, shared: Any, tokens: Tokens, state: jax.Array):
     return (y, last), (wanted, others, kept)
 
 
+@numpy_ranks()
 def _sweep_backward(plan: Plan, residuals, cotangents):
     (wanted, others, kept), (dy, dlast) = residuals, map(cotangent, cotangents)
     shared, tokens = _joined(wanted, others)

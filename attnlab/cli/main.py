@@ -15,6 +15,8 @@ COMMANDS = {
     "bench": "time a kernel against its peers and this machine, or mixers against each other",
     "convert": "make a linear language model, or another, of a trained one",
     "generate": "continue a prompt with a trained language model",
+    "predict": "print what a classifier sees in images",
+    "attend": "draw where a classifier looks in images",
     "list": "print the variants",
     "show": "print everything about one variant",
     "new": "write the skeleton of a mechanism with its test",

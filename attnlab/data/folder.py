@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from attnlab.data.dataset import Dataset, DatasetInfo, Example, Loading
 from attnlab.data.errors import DataError, data_error, existing
 from attnlab.data.images import Augment, ImageTransform, Scale, stratified_split
 from attnlab.suggest import suggestion
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -151,23 +154,42 @@ class _Files(Sequence[Example]):
         return {"image": image, "label": np.int32(label), "weight": np.float32(1)}
 
 
-def read_image(path: Path, size: int, channels: int) -> np.ndarray:
-    """Decodes a file to the middle square of the image, uint8 (size, size, channels), resized with antialiasing.
+def read_image(path: Path, size: int | tuple[int, int], channels: int) -> np.ndarray:
+    """Decodes a file to the middle of the image, uint8 (rows, columns, channels), resized with antialiasing.
+
+    Grey images of 16 or 32 bits keep their brightness; what is transparent has the colour that the file gives it.
+
+    Args:
+      path: of the file.
+      size: (rows, columns), or one number for both.
+      channels: 3 for colours, 1 for grey.
 
     Raises:
       DataError: if it is not an image, or is cut off.
     """
     from PIL import Image, ImageOps
 
+    rows, columns = (size, size) if isinstance(size, int) else size
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-            square = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
+            middle = ImageOps.fit(upright, (columns, rows), Image.Resampling.BICUBIC)
     except Exception as error:  # a broken file makes decoders raise anything: struct.error, KeyError, SyntaxError, ...
         expected = f"an image that pillow can decode ({', '.join(sorted(SUFFIXES))})"
         problem = f"cannot be decoded as an image ({error})"
         raise data_error(path, problem, expected=expected, get_it=f"{_GET_IT}; or remove the file") from error
-    return np.asarray(square, np.uint8).reshape(size, size, channels)
+    return np.asarray(middle, np.uint8).reshape(rows, columns, channels)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """Wider grey values brought to a byte, which Pillow's own conversion would cut off at 255."""
+    from PIL import Image as images
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, np.float64)
+    top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0)))
+    return images.fromarray(np.clip(values * 255 / top, 0, 255).astype(np.uint8))
 
 
 def _classes(folder: Path) -> list[str]:

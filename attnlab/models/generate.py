@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.models.language_model import LanguageModel
-from attnlab.promotion import numpy_ranks
+from pallas_kernels.promotion import numpy_ranks
 
 
 class Generation(NamedTuple):

@@ -21,9 +21,9 @@ from attnlab.models.inputs import TokenIds
 from attnlab.nn.linear import Linear
 from attnlab.nn.lookup import table_rows
 from attnlab.points import Editable, Edits, visit
-from attnlab.promotion import numpy_ranks
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
+from pallas_kernels.promotion import numpy_ranks
 
 POSITIONS = ("rotary", "learned", "none")
 

@@ -29,9 +29,9 @@ from attnlab.nn.linear import Linear, trunc_normal
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.points import Editable, Edits, Pass, visit
-from attnlab.promotion import numpy_ranks
 from attnlab.suggest import suggestion
 from pallas_kernels.dtypes import at_least_float32
+from pallas_kernels.promotion import numpy_ranks
 
 
 class Prefix(nnx.Module):

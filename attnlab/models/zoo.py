@@ -68,6 +68,7 @@ def create(
     weights: str | Path | Mapping[str, ArrayLike] | None = None,
     features_only: bool = False,
     image_size: int | Sequence[int] | None = None,
+    key: str | Sequence[str] | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> nnx.Module:
@@ -82,6 +83,7 @@ def create(
       features_only: the result is a `Features`, which gives the map of every stage, and has no classifier.
       image_size: rows and columns of the images, or one number for both; the paper's when None. Weights of another size
         are resized as the authors' scripts do, see `attnlab.interop.resized`.
+      key: where the state dict stands in a file of `torch.save` that holds more: `"model"`.
       rngs: streams `params`, and `dropout` if there is any; `nnx.Rngs(0)` when None.
       **options: constructor arguments in place of those in the table.
 
@@ -109,7 +111,7 @@ def create(
         # Descriptions of the authors' classes import the models.
         from attnlab.interop import load
 
-        load(model, weights, resize=image_size is not None)
+        load(model, weights, key=key, resize=image_size is not None)
     if not features_only:
         return model
     if getattr(model, "head", None) is not None:

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 
 from attnlab.nn.aux_loss import total_aux_loss
-from attnlab.promotion import numpy_rules
 from attnlab.training.task import Sums, Task
+from pallas_kernels.promotion import numpy_rules
 
 Batch = Mapping[str, jax.Array]
 

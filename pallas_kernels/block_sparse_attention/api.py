@@ -20,6 +20,7 @@ from pallas_kernels.block_sparse_attention import checks, reference
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Extras, Rules, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
 from pallas_kernels.masks import Full, Mask
+from pallas_kernels.promotion import numpy_ranks
 
 OP = "block_sparse_attention"
 SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
@@ -41,6 +42,7 @@ dispatch.register(
 )
 
 
+@numpy_ranks()
 def block_sparse_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -111,6 +113,7 @@ def block_sparse_attention(
     return (y, lse) if return_lse else y
 
 
+@numpy_ranks()
 def attention_weights(q: ArrayLike, k: ArrayLike, **options: Any) -> jax.Array:
     """The weights that `block_sparse_attention` never builds, to look at: O(N·M) memory.
 

@@ -30,6 +30,7 @@ from pallas_kernels.block_sparse_attention.scores import Indices
 from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of, is_static, tiles_of
 from pallas_kernels.masks import Mask
 from pallas_kernels.partition import same_manual_axes
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.symbolic_zeros import cotangent
 
 # In elements of scores, measured on CPU (README.md): what a step costs beside its scores, and the most in one step.
@@ -372,6 +373,7 @@ def _sweep_forward(plan: _Plan, x: _Tensors, steps: _Steps):
     return (y, lse), (x, steps, y, lse, marks)
 
 
+@numpy_ranks()
 def _sweep_backward(plan: _Plan, residuals, cotangents):
     x, steps, y, lse, marks = residuals
     dy, dlse = map(cotangent, cotangents)

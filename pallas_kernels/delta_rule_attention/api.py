@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch, recurrence
 from pallas_kernels.delta_rule_attention.arguments import Arguments, per_head
 from pallas_kernels.delta_rule_attention.reference import token
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.recurrence import check_tensors, check_token, finish, init_state, normal_log_decay
 
 __all__ = ["OP", "delta_rule_attention", "delta_rule_attention_step", "explain", "init_state", "normal_form"]
@@ -39,6 +40,7 @@ dispatch.register(
 )
 
 
+@numpy_ranks()
 def delta_rule_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -102,6 +104,7 @@ def delta_rule_attention(
     return (y, state) if return_state else y
 
 
+@numpy_ranks()
 def delta_rule_attention_step(
     q_t: ArrayLike,
     k_t: ArrayLike,

@@ -25,6 +25,7 @@ from pallas_kernels.chunk_decay import constant_decay, decay_of_chunk, decayed, 
 from pallas_kernels.chunks import Plan, Tokens, grouped, merged, product_precision, sweep, tokens_per_chunk
 from pallas_kernels.delta_rule_attention.arguments import Arguments
 from pallas_kernels.partition import same_manual_axes
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.recurrence import decay_of_segments
 
 CHUNK = 64  # measured on CPU, see README.md
@@ -143,6 +144,7 @@ def _solve_forward(precision: jax.lax.Precision, lower: jax.Array, right: jax.Ar
     return solution, (lower, inverses, solution)
 
 
+@numpy_ranks()
 def _solve_backward(precision: jax.lax.Precision, residuals, dsolution: jax.Array):
     """dR = (I + L)⁻ᵀ dX and dL = -dR Xᵀ below the diagonal."""
     lower, inverses, solution = residuals

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch, recurrence
 from pallas_kernels.linear_attention import context_parallel
 from pallas_kernels.linear_attention.arguments import FeatureMap, apply_feature_map
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.recurrence import Arguments, NormalizedState, State, check_tensors, check_token, init_state
 
 __all__ = ["OP", "OP_STEP", "explain", "init_state", "linear_attention", "linear_attention_step", "normal_form"]
@@ -53,6 +54,7 @@ dispatch.register(
 )
 
 
+@numpy_ranks()
 def linear_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -133,6 +135,7 @@ def linear_attention(
     return (y, cast(State, state)) if return_state else y
 
 
+@numpy_ranks()
 def linear_attention_step(
     q_t: ArrayLike,
     k_t: ArrayLike,

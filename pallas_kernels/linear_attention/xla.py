@@ -22,6 +22,7 @@ from pallas_kernels import chunks, dispatch, partition
 from pallas_kernels.chunk_decay import Decay, constant_decay, decay_of_chunk, decayed, scalar_decay
 from pallas_kernels.chunks import grouped, merged, product_precision, tokens_per_chunk
 from pallas_kernels.linear_attention.arguments import in_order_of_ids
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.recurrence import (
     Arguments,
     State,
@@ -205,6 +206,7 @@ def _scalar_chunk_forward(precision: jax.lax.Precision, *arrays):
     return _scalar_chunk(precision, *arrays), arrays
 
 
+@numpy_ranks()
 def _scalar_chunk_backward(precision: jax.lax.Precision, residuals, cotangents):
     """With A the undecayed scores, dA = dy vᵀ and S, dS' the state before the chunk and the cotangent of that after it,
 

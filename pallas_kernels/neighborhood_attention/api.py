@@ -24,6 +24,7 @@ from pallas_kernels.grid_masks import Grid
 from pallas_kernels.neighborhood_attention import reference
 from pallas_kernels.neighborhood_attention.arguments import FLOATS, Arguments
 from pallas_kernels.neighborhood_attention.windows import Window
+from pallas_kernels.promotion import numpy_ranks
 
 OP = "neighborhood_attention"
 PerAxis = int | Sequence[int]
@@ -39,6 +40,7 @@ dispatch.register(
 )
 
 
+@numpy_ranks()
 def neighborhood_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -110,6 +112,7 @@ def neighborhood_attention(
     return (y, lse) if return_lse else y
 
 
+@numpy_ranks()
 def neighborhood_attention_weights(q: ArrayLike, k: ArrayLike, kernel_size: PerAxis, **options: Any) -> jax.Array:
     """The weights that `neighborhood_attention` never builds, to look at: O(N²) memory.
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from pallas_kernels.neighborhood_attention.arguments import Arguments
 from pallas_kernels.neighborhood_attention.windows import Window
+from pallas_kernels.promotion import numpy_ranks
 
 # In elements of scores, measured on CPU (README.md): what a step costs beside its scores, and the most in one step.
 STEP_COST = 1 << 13
@@ -259,6 +260,7 @@ def _sweep_forward(plan: _Plan, x: _Tensors):
     return (y, lse), (x, y, lse)
 
 
+@numpy_ranks()
 def _sweep_backward(plan: _Plan, saved, cotangents):
     x, y, lse = saved
     dy, dlse = cotangents

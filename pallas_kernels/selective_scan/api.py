@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch, recurrence
 from pallas_kernels.integers import segments
+from pallas_kernels.promotion import numpy_ranks
 from pallas_kernels.recurrence import FLOATS, run_starts
 from pallas_kernels.selective_scan.arguments import Arguments, finish, per_channel, step_sizes
 from pallas_kernels.selective_scan.reference import token
@@ -36,6 +37,7 @@ dispatch.register(
 )
 
 
+@numpy_ranks()
 def selective_scan(
     x: ArrayLike,
     delta: ArrayLike,
@@ -110,6 +112,7 @@ def selective_scan(
     return (y, state) if return_state else y
 
 
+@numpy_ranks()
 def selective_scan_step(
     x_t: ArrayLike,
     delta_t: ArrayLike,
@@ -292,6 +295,7 @@ def normal_form(
         if each is not None and each.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype.name}, got {each.dtype.name}")
     given = {"a": a, "skip": skip, "delta_bias": delta_bias, "initial_state": initial_state}
+    shapes: dict[str, tuple[tuple[int, ...], str]]
     shapes = {"skip": ((channels,), "(C,)"), "delta_bias": ((channels,), "(C,)")}
     shapes["initial_state"] = (x.shape[0], channels, size), "(B, C, S)"
     wide: dict[str, jax.Array] = {}

@@ -1,7 +1,8 @@
 """How arrays of two ranks or dtypes meet inside the library, whatever a user has set for programs of their own.
 
-Ranks meet as in NumPy: a bias `(C,)` is added to tokens `(B, N, C)` as it is. So models and mixers work under
-`jax_numpy_rank_promotion="raise"`. Dtypes meet nowhere unasked but in Optax.
+Ranks meet as in NumPy: a bias `(C,)` is added to tokens `(B, N, C)` as it is. So ops, mixers and models work under
+`jax_numpy_rank_promotion="raise"`, and so do their derivatives, which run when the call is over. Dtypes meet nowhere
+unasked but in Optax.
 """
 
 import contextlib
