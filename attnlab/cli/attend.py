@@ -11,6 +11,8 @@ import tyro
 
 from attnlab.cli.classifier import ClassifierOptions, classifier, read
 
+PREFIXES = (0, 1, 2, 4, 5)  # class tokens, with that of distillation and registers, that stand in front of a grid
+
 
 @dataclasses.dataclass(frozen=True)
 class AttendOptions(ClassifierOptions):
@@ -120,7 +122,7 @@ def grid_of(tokens: int, size: tuple[int, int]) -> tuple[tuple[int, int], int] |
       tokens: of a layer.
       size: (rows, columns) of the image in pixels.
     """
-    for prefix in range(9):
+    for prefix in PREFIXES:
         for stride in range(1, max(size) + 1):
             grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
             if grid[0] * grid[1] == tokens - prefix:

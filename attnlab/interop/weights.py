@@ -88,10 +88,10 @@ def export(model: nnx.Module, path: str | Path, *, symbol: str | None = None) ->
             rules[tuple(sorted(found.names()))] = official.symbol, found
     if not rules:
         raise problems[0]
-    if len(rules) > 1:
-        symbols = sorted(name for name, _ in rules.values())
+    symbols = sorted({name for name, _ in rules.values()})
+    if len(symbols) > 1:
         raise ValueError(f"symbol must say which class's names to write: {' or '.join(symbols)}")
-    ((_, found),) = rules.values()
+    found = next(found for _, found in rules.values())  # of one class's several names, those of its defaults
     arrays = {name: np.asarray(array, order="C") for name, array in found.dump().items()}
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
 
