@@ -129,7 +129,8 @@ def key_group_lse(
         j = start + jnp.arange(block)
         s, seen = _scores(args, k_some, x, j)
         ids_some = jnp.where(j < keys, ids_some, num_groups)  # a group beyond those that are asked for
-        s = jnp.where(seen, s, -jnp.inf)
+        # A key of no group must not overflow: what is infinite has a gradient of NaN, though no group holds it.
+        s = jnp.where(seen & (ids_some < num_groups)[:, None, None, None], s, -jnp.inf)
         highest = jax.vmap(functools.partial(_per_group, jax.ops.segment_max, num_groups))(
             jax.lax.stop_gradient(s), ids_some
         )

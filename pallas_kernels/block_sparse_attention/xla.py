@@ -28,6 +28,7 @@ from pallas_kernels.block_sparse_attention import scores
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Extras, Rules
 from pallas_kernels.block_sparse_attention.scores import Indices
 from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of, is_static, tiles_of
+from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import Mask
 from pallas_kernels.partition import same_manual_axes
 from pallas_kernels.promotion import numpy_ranks
@@ -416,7 +417,7 @@ def _sweep_backward(plan: _Plan, residuals, cotangents):
         ]
         return dq, dk, dv, dextras
 
-    wide = [jnp.zeros(a.shape, jnp.promote_types(a.dtype, plan.dtype)) for a in (x.q, x.k, x.v)]
+    wide = [jnp.zeros(a.shape, at_least_float32(a.dtype)) for a in (x.q, x.k, x.v)]
     dextras = [jnp.zeros(leaves[place].shape, plan.dtype) for place in places]
     start = same_manual_axes(((*wide, dextras), x.q))[0]
     dq, dk, dv, dextras = lax.fori_loop(0, steps.total, step, start)

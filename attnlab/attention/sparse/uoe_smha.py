@@ -31,6 +31,7 @@ from attnlab.nn.cache import KVCache
 from attnlab.nn.dense_mixer import Core, DenseMixer, Heads, HeadSizes
 from attnlab.nn.heads import ToHeads
 from attnlab.nn.masking import both, existing_keys, full_mask, segment_pair
+from attnlab.nn.places import places_among
 from attnlab.nn.rotary import Rotary
 from attnlab.nn.routing import take_tokens
 from attnlab.nn.softmax import softmax_attention
@@ -39,26 +40,6 @@ from attnlab.nn.union_of_experts import PAPER, FixedRouter, FromExperts, check_c
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Source, register
 from pallas_kernels.integers import integers
-
-
-def places_among(part: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """How many tokens before each one, in its segment, take part.
-
-    Args:
-      part: `(…, N)` boolean.
-      segment_ids: integers that broadcast to it, one for each run; one segment when None.
-
-    Returns:
-      `(…, N)` int32; of tokens that do not take part the place of the one before, -1 if there is none.
-    """
-    count = jnp.cumsum(part, axis=-1, dtype=jnp.int32)
-    if segment_ids is None:
-        return count - 1
-    ids = jnp.broadcast_to(segment_ids, part.shape)
-    starts = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
-    index = jnp.arange(part.shape[-1], dtype=jnp.int32)
-    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=part.ndim - 1)
-    return count - jnp.take_along_axis(count - part, start, axis=-1) - 1
 
 
 def turned(x: jax.Array, places: jax.Array, rotary: Rotary | None) -> jax.Array:
