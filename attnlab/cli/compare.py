@@ -5,7 +5,7 @@ from pathlib import Path
 
 from attnlab.cli import configs, qualify
 from attnlab.compare import noise, runner
-from attnlab.compare.report import columns, numbers
+from attnlab.compare.report import beyond, columns, numbers
 from attnlab.compare.results import Comparison
 from attnlab.compare.size import Measure
 from attnlab.experiment import Experiment
@@ -16,7 +16,8 @@ usage: attnlab compare CONFIG --mixers NAME NAME ... [OPTIONS]
 Trains a configuration (see `attnlab train --help`) once for each mixer, and writes results.json, figures and
 report.html to --out-dir (runs/compare_NAME when not given). The same command again goes on from what is there;
 a mixer that cannot be trained is reported with the reason. --seeds N trains each N times and says which differences
-are within noise; --match parameters (or flops) adjusts widths so that all models are equally large."""
+are within noise; --match parameters (or flops) adjusts widths so that all models are equally large. On a synthetic
+task (`attnlab list --kind task`) accuracy is drawn against length, beyond that in training too: --task-lengths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class CompareOptions(Experiment):
       lengths: numbers of tokens at which mixers are timed alone; usual ones when None.
       prompt: what language models continue in the report.
       sample_tokens: how far they continue it; 0 for no samples.
+      task_lengths: numbers of tokens at which models of a synthetic task are evaluated besides; when None a half, 1, 2,
+        4 and 8 times those in training.
       seeds: how many seeds each mixer is trained with, `train.seed` and those after it; from 2 on, means with their
         95 % intervals, and which differences are within noise.
       match: adjusts the width of each mixer's model so that it has as many parameters, or floating-point operations of
@@ -42,6 +45,7 @@ class CompareOptions(Experiment):
     lengths: tuple[int, ...] | None = None
     prompt: str = runner.Options.prompt
     sample_tokens: int = runner.Options.sample_tokens
+    task_lengths: tuple[int, ...] | None = None
     seeds: int = 1
     match: Measure | None = None
 
@@ -67,7 +71,12 @@ def run(arguments: list[str]) -> int:
         directory,
         title=options.title or f"{Path(name).stem}: {len(options.mixers)} mixers",
         options=runner.Options(
-            options.lengths, options.prompt, options.sample_tokens, seeds=options.seeds, match=options.match
+            options.lengths,
+            options.prompt,
+            options.sample_tokens,
+            seeds=options.seeds,
+            match=options.match,
+            task_lengths=options.task_lengths,
         ),
     )
     print_table(section.comparison)
@@ -93,6 +102,8 @@ def print_table(comparison: Comparison) -> None:
         if entry.status != "failed":
             grid.add_row(entry.mixer, *numbers(comparison, entry))
     console.print(grid)
+    if ends := beyond(comparison):
+        console.print(ends)
     if any(len(entry.seeds) > 1 for entry in comparison.entries):
         console.print(noise.sentences(comparison))
     for entry in comparison.entries:

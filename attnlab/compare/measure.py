@@ -1,6 +1,7 @@
-"""What is measured of a mixer besides its training: time against length, and where it looks."""
+"""What is measured of a mixer besides its training: time and quality against length, and where it looks."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from flax import nnx
 
 from attnlab import registry
 from attnlab.compare.plots import AttentionExample
-from attnlab.compare.results import Timing
+from attnlab.compare.results import QUALITIES, Point, Timing
 from attnlab.compiling import compiled_for_once
 from attnlab.contract import Layout, Site
 from attnlab.data import Dataset
@@ -21,10 +22,13 @@ from attnlab.decode_size import LENGTHS, DecodeSize, decode_size
 from attnlab.experiment import Experiment
 from attnlab.models.block import site_seen_by
 from attnlab.models.language_model import LanguageModel
+from attnlab.training.evaluation import evaluate
 
 MEMORY_LIMIT = 2**30  # bytes of temporaries from which a length is left out
 TIME_LIMIT = 1.0  # seconds of one call beyond which no longer sequence is tried
 SAMPLE_TIME = 0.1  # seconds over which calls are repeated
+LENGTH_EXAMPLES = 256  # of a task at each length
+LENGTH_TOKENS = 2**15  # of a batch there
 
 
 def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tuple[Timing, ...]:
@@ -78,6 +82,47 @@ def time_mixer(experiment: Experiment, mixer: str, lengths: Sequence[int]) -> tu
         if times[1] > TIME_LIMIT:
             break
     return tuple(timings)
+
+
+def quality_at_lengths(
+    model: LanguageModel, experiment: Experiment, lengths: Sequence[int], *, examples: int = LENGTH_EXAMPLES
+) -> tuple[tuple[Point, ...], str]:
+    """How well a trained model solves its synthetic task at other lengths, of as many new examples at each.
+
+    Lengths that the task does not have (too short for what it asks) are left out. The series ends at the first length
+    that the model cannot take: a table of positions without rows for it, memory.
+
+    Args:
+      model: trained on the task of the experiment, whose evaluation split the examples are from.
+      experiment: with `TaskData`.
+      lengths: numbers of tokens, rising.
+      examples: how many at each length, of those that the split has.
+
+    Returns:
+      (tokens, quality) at each length; and why they end before the last one, or "".
+    """
+    source = dataclasses.replace(experiment.data, eval_size=min(examples, experiment.data.eval_size))
+    dataset, task = source.open(), experiment.task_for(model)
+    metric = QUALITIES["task"].metric
+    found: list[Point] = []
+    for length in lengths:
+        try:
+            next(dataset.eval(1, sequence_length=length))
+        except ValueError:
+            continue
+        batch = max(1, min(examples, LENGTH_TOKENS // length))
+        try:
+            values = evaluate(model, dataclasses.replace(task, sequence_length=length), dataset, batch)
+        except Exception as error:  # a mixer may refuse a length in any way, and memory may end
+            return tuple(found), f"not at {length} tokens: {_first_line(error)}"
+        if not math.isfinite(values["loss"]):
+            return tuple(found), f"not at {length} tokens: the loss is {values['loss']}"
+        found.append((length, values[metric]))
+    return tuple(found), ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def decode_state(model: LanguageModel) -> DecodeSize:

@@ -53,6 +53,8 @@ def draw_all(comparison: Comparison, attention: AttentionExample | None, folder:
         figures["quality_speed"] = lambda theme: quality_against_speed(comparison, theme)
     if any(entry.timings for entry in entries):
         figures["time_length"] = lambda theme: time_against_length(comparison, theme)
+    if any(entry.lengths for entry in entries):
+        figures["quality_length"] = lambda theme: quality_against_length(comparison, theme)
     if attention is not None and attention.maps:
         figures["attention"] = lambda theme: attention_maps(attention, theme)
     return save(figures, folder)
@@ -140,6 +142,43 @@ def time_against_length(comparison: Comparison, theme: Theme) -> Figure:
         if field == "gradient_ms":
             label_ends(axes, ends, looks)
     panels[0].set_ylabel("time of one layer's mixer (ms)")
+    return figure
+
+
+def quality_against_length(comparison: Comparison, theme: Theme) -> Figure:
+    """How well a task is solved at other lengths than in training."""
+    looks = _looks(comparison, theme)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    ends = []
+    for entry in comparison.entries:
+        if entry.lengths:
+            look = looks[entry.mixer]
+            tokens, qualities = zip(*entry.lengths, strict=True)
+            values = [comparison.quality_number(quality) for quality in qualities]
+            last = len(tokens) - bool(entry.beyond)  # where a cross stands there is no other marker
+            axes.plot(tokens, values, marker=look["marker"], markersize=5, markevery=range(last), **line(look))
+            if entry.beyond:
+                axes.plot(tokens[-1], values[-1], marker="x", markersize=9, markeredgewidth=2.5, color=look["color"])
+            ends.append((entry.mixer, tokens[-1], values[-1]))
+    ticks = sorted({tokens for entry in comparison.entries for tokens, _ in entry.lengths})
+    axes.set(xscale="log", xlabel="tokens", ylabel=comparison.quality_label, title="Quality against length")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if comparison.measured.unit == " %":
+        axes.set_ylim(-4, 104)
+    if comparison.trained_length is not None:
+        axes.axvline(comparison.trained_length, color=theme.ink, linewidth=1, linestyle=":", zorder=1)
+        axes.annotate(
+            f"trained at {comparison.trained_length}",
+            (comparison.trained_length, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 5),
+            textcoords="offset points",
+            color=theme.ink,
+            fontsize=9,
+        )
+    label_ends(axes, ends, looks)
     return figure
 
 

@@ -39,6 +39,11 @@ CAPTIONS = {
         "Median time of one mixer alone, batch size 1, with the model's number of channels and heads, on this machine. "
         "Both axes are logarithmic: a slope of 1 is linear in the number of tokens, a slope of 2 quadratic.",
     ),
+    "quality_length": (
+        "Quality against length",
+        "The task at other lengths than in training, which the line marks: the same models, new examples at each. "
+        "A cross is where a model takes no longer sequence.",
+    ),
     "attention": (
         "Where the model looks",
         "Attention of the trained models on one example of the evaluation split, mean over heads, every map scaled to "
@@ -90,6 +95,7 @@ def columns(comparison: Comparison) -> list[tuple[str, bool]]:
         (f"{comparison.items}/s", True),
         ("memory of a step", True),
         *([("decode state", True)] if comparison.kind == "text" else []),
+        *([(f"at {longest} tokens", True)] if (longest := longest_length(comparison)) else []),
         ("time, asymptotic", False),
         ("paper", False),
     ]
@@ -111,7 +117,24 @@ def numbers(comparison: Comparison, entry: Entry) -> list[str]:
         "–" if entry.items_per_second is None else f"{entry.items_per_second:,.0f}",
         "–" if entry.step_bytes is None else f"{entry.step_bytes / 2**20:,.1f} MiB",
         *(["–" if entry.decode_state is None else str(entry.decode_state)] if comparison.kind == "text" else []),
+        *([_at(comparison, entry, longest)] if (longest := longest_length(comparison)) else []),
     ]
+
+
+def longest_length(comparison: Comparison) -> int | None:
+    """The longest sequences of a task that any of the models was evaluated on."""
+    return max((tokens for entry in comparison.entries for tokens, _ in entry.lengths), default=None)
+
+
+def _at(comparison: Comparison, entry: Entry, tokens: int) -> str:
+    quality = dict(entry.lengths).get(tokens)
+    return "–" if quality is None else f"{comparison.quality_number(quality):.{comparison.measured.digits}f}"
+
+
+def beyond(comparison: Comparison) -> str:
+    """Which models take no longer sequences, and why; "" where all do."""
+    ends = [f"{entry.mixer} {entry.beyond}" for entry in comparison.entries if entry.beyond]
+    return f"Length ends: {'; '.join(ends)}." if ends else ""
 
 
 def _count(value: int | None) -> str:
@@ -154,7 +177,7 @@ def _section(section: Section) -> dict[str, Any]:
         "rows": rows,
         "note": "Memory of a step is what the compiled training step needs for temporaries, beside parameters, "
         f"optimizer and batch. {DECODE_NOTE * (comparison.kind == 'text')}"
-        f"{noise.sentences(comparison)}",
+        f"{' '.join(filter(None, (beyond(comparison), noise.sentences(comparison))))}",
         "figures": [_figure(name, path, comparison) for name, path in section.figures.items()],
         "samples": [
             {"mixer": entry.mixer, "prompt": entry.sample.prompt, "text": entry.sample.text}

@@ -64,6 +64,8 @@ class Entry:
       train_curve: (step, training loss).
       eval_curve: (step, quality).
       timings: time against length.
+      lengths: (tokens, quality) on a synthetic task at other lengths than in training.
+      beyond: why these end before the longest that was asked for; empty where they do not.
       sample: what the model wrote, for text.
       width: channels of its model, where mixers are compared at equal size.
       flops: operations of a forward pass on one example, where mixers are compared at an equal number of them.
@@ -86,6 +88,8 @@ class Entry:
     train_curve: tuple[Point, ...] = ()
     eval_curve: tuple[Point, ...] = ()
     timings: tuple[Timing, ...] = ()
+    lengths: tuple[Point, ...] = ()
+    beyond: str = ""
     sample: Sample | None = None
     width: str | None = None
     flops: int | None = None
@@ -164,6 +168,11 @@ class Comparison:
         """A quality in the unit of `quality_label`."""
         return self.measured.factor * quality
 
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of an example in training, where examples are sequences of tokens."""
+        return self.config.get("task", {}).get("sequence_length")
+
     def ranked(self) -> tuple[Entry, ...]:
         """Entries from the best quality to the worst; those without one come last."""
         sign = -1 if self.measured.more_is_better else 1
@@ -189,6 +198,7 @@ def entry_from(raw: dict[str, Any]) -> Entry:
         "train_curve": tuple(map(tuple, raw["train_curve"])),
         "eval_curve": tuple(map(tuple, raw["eval_curve"])),
         "timings": tuple(Timing(**timing) for timing in raw["timings"]),
+        "lengths": tuple(map(tuple, raw.get("lengths", ()))),
         "sample": Sample(**raw["sample"]) if raw["sample"] else None,
         "seeds": tuple(_seed_from(result) for result in raw.get("seeds", ())),
     }

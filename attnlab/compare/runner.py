@@ -35,6 +35,8 @@ from attnlab.experiment import Experiment
 from attnlab.training import ConfigMismatch, TrainResult
 
 LENGTHS = {"image": (64, 256, 1024, 4096), "text": (256, 512, 1024, 2048), "vectors": (64, 256, 1024)}
+MULTIPLES = (0.5, 1, 2, 4, 8)
+"""Of the length in training: where a task is measured."""
 Say = Callable[[str], None]
 
 
@@ -46,6 +48,8 @@ class Options:
       lengths: numbers of tokens at which mixers are timed alone; empty for no timing; those of `LENGTHS` when None.
       prompt: beginning of the text that language models continue.
       sample_tokens: tokens of it.
+      task_lengths: numbers of tokens at which models of a synthetic task of token ids are evaluated; empty for none;
+        `MULTIPLES` of the length in training when None.
       progress: whether to show progress on standard error.
       seeds: number of seeds, from the experiment's on; the first one's models are those measured.
       match: what the mixers' models have as much of as that of the first mixer, by their width; None for one width.
@@ -57,6 +61,7 @@ class Options:
     progress: bool = True
     seeds: int = 1
     match: size.Measure | None = None
+    task_lengths: tuple[int, ...] | None = None
 
 
 def compare(
@@ -207,6 +212,9 @@ def _entry(
         "lengths": list(lengths),
         "prompt": [options.prompt, options.sample_tokens],
     }
+    task_lengths = _task_lengths(trial, options) if measured else ()
+    if task_lengths:
+        asked["task_lengths"] = list(task_lengths)
     asked = json.loads(json.dumps(asked))
     file = directory / "entry.json"
     if file.exists():
@@ -225,6 +233,9 @@ def _entry(
                 sample=_sample(trained, options) if _is_bytes(dataset.info) and options.sample_tokens else None,
                 decode_state=measure.decode_state(trained.model) if trial.model.kind == "text" else None,
             )
+            if task_lengths:
+                curve, beyond = measure.quality_at_lengths(trained.model, trial, task_lengths)
+                entry = dataclasses.replace(entry, lengths=curve, beyond=beyond)
             weights = measure.attention_of(trained.model, tokens)
             layers = {f"layer{i:03}": layer for i, layer in enumerate(weights)}
             np.savez_compressed(directory / "attention.npz", **layers)
@@ -271,6 +282,15 @@ def _kind(experiment: Experiment) -> str:
 
 def _is_task(experiment: Experiment) -> bool:
     return isinstance(experiment.data, attnlab.data.TaskData)
+
+
+def _task_lengths(experiment: Experiment, options: Options) -> tuple[int, ...]:
+    """The lengths at which a task is evaluated, rising; none of other data."""
+    if _kind(experiment) != "task":
+        return ()
+    if options.task_lengths is not None:
+        return tuple(sorted(set(options.task_lengths)))
+    return tuple(max(1, round(multiple * experiment.task.sequence_length)) for multiple in MULTIPLES)
 
 
 def _is_bytes(info: attnlab.data.DatasetInfo) -> bool:

@@ -10,9 +10,9 @@ of its own and of earlier times; content, time and channel are scored apart, eac
 
 Keys, values, P, R and u, w, z have G heads, each for H / G query heads. A far token has no content, and competes by its
 time and channel still. Distances are counted from the tables' ends: with another T or C other rows are in use, and what
-a token of an earlier time gets depends on T, so that there is no decoding that equals a call. Cost O((T·C)²·D); time
-and channel add O(T·C·(T + C)·D). A bound on the memory is that of `pallas_kernels.block_sparse_attention`, which adds
-the two by rows.
+a token of an earlier time gets depends on T, so that there is no decoding that equals a call. Cost O((T·C)²·D), and
+O(T·C·(T + C)·D) for time and channel, which are rows (T·C, T) and (T·C, C) that `pallas_kernels.block_sparse_attention`
+adds tile by tile: the scores are never there as a whole.
 """
 
 import functools
