@@ -2,8 +2,8 @@
 
 Tokens of an image are projected into n subspaces of d = ⌊C / n⌋ channels, in each of which a selective state space
 model (`attnlab.nn.selective`) runs along K = 4 routes of one pattern: two orders, each forwards and backwards, and each
-with parameters of its own. Scan route attention fuses what the routes say of a token and channel, y_1 … y_K, all read
-at the same place of the grid:
+with parameters of its own. Scan route attention fuses what the routes say of a token and channel, y_1 … y_K, all of the
+same place of the grid:
 
     s = Σ_k y_k      v = std_k(y) / (mean_k(y - min_k y) + 1e-5)      out = s · ReLU(v - t)
 

@@ -11,7 +11,7 @@ block has is a choice of `places`, and a paper's models are a family with a list
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -381,6 +381,8 @@ def transformer_block(
     mlp: Mapping[str, Any] | None = None,
     layer_scale: float | None = None,
     mlp_scale: float | None = None,
+    scale_bias: bool = False,
+    scaled: Literal["branch", "skip"] = "branch",
     order: Order = "pre",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
@@ -403,6 +405,8 @@ def transformer_block(
       mlp: further options of the feed-forward.
       layer_scale: factors of the channels of both branches at the start; None for no factors.
       mlp_scale: the same for the feed-forward's branch alone.
+      scale_bias: whether these factors have a bias.
+      scaled: what they are factors of, as `Block` has it.
       order: as `Block` has it.
       dtype: of the computation; that of the input when None.
       param_dtype: of the parameters.
@@ -418,7 +422,9 @@ def transformer_block(
     if before2 is not None:
         second = before2(features, drop_path=place.drop_path, **common)
     inits = (layer_scale, layer_scale if mlp_scale is None else mlp_scale)
-    scales = [None if init is None else LayerScale(features, init=init, **stored) for init in inits]
+    scales = [
+        None if init is None else LayerScale(features, init=init, use_bias=scale_bias, **stored) for init in inits
+    ]
     hidden = int(features * mlp_ratio)
     return Block(
         mixer=mixer,
@@ -430,6 +436,7 @@ def transformer_block(
         before=before[0] if convs else None,
         before2=second,
         order=order,
+        scaled=scaled,
         drop_path=place.drop_path,
         rngs=rngs,
     )

@@ -30,6 +30,7 @@ OP = "selective_scan"
 dispatch.register(
     OP,
     [
+        dispatch.Implementation("tpu", "pallas_kernels.selective_scan.tpu.op", platforms=("tpu",)),
         dispatch.Implementation("xla", "pallas_kernels.selective_scan.xla"),
         dispatch.Implementation("reference", "pallas_kernels.selective_scan.reference"),
     ],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention, delta_rule_attention, dispatch, linear_attention
+from pallas_kernels import block_sparse_attention, delta_rule_attention, dispatch, linear_attention, selective_scan
 from pallas_kernels.neighborhood_attention import neighborhood_attention
 from tests.accuracy import relative_rms
 
@@ -18,6 +18,7 @@ OPS = {
     "delta_rule": lambda q: delta_rule_attention(q, K, V, BETA),
     "neighborhood": lambda q: neighborhood_attention(q, K, V, 3),
     "block_sparse": lambda q: block_sparse_attention(q, K, V),
+    "selective_scan": lambda q: selective_scan(q[:, :, 0], K[:, :, 0], -jnp.ones((3, 3)), V[:, :, 0], K[:, :, 1]),
 }
 
 
@@ -32,7 +33,7 @@ def test_forward_mode(name):
     np.testing.assert_allclose(jnp.vdot(change, cotangent), jnp.vdot(gradient, DIRECTION), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["linear", "delta_rule", "neighborhood"])
+@pytest.mark.parametrize("name", ["linear", "delta_rule", "neighborhood", "selective_scan"])
 def test_elsewhere_it_is_refused(name):
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(OPS[name], (Q,), (DIRECTION,))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.nn.softmax import softmax_attention
-from pallas_kernels import block_sparse_attention, delta_rule_attention, linear_attention
+from pallas_kernels import block_sparse_attention, delta_rule_attention, linear_attention, selective_scan
 from pallas_kernels.masks import Causal
 from pallas_kernels.neighborhood_attention import neighborhood_attention
 from tests.accuracy import relative_rms
@@ -44,6 +44,13 @@ def softmax(_):
     return shapes, lambda name: {"block_size": 8 if name == "xla" else None, "causal": True}
 
 
+def scan(_):
+    shapes = dict.fromkeys(("x", "delta", "gate"), (1, 21, 4)) | dict.fromkeys(("b", "c"), (1, 21, 2, 3))
+    return shapes | {"a": (4, 3), "skip": (4,), "delta_bias": (4,)}, lambda name: {
+        "implementation": name, "softplus": True, "chunk_size": 8 if name == "xla" else None
+    }  # fmt: skip
+
+
 CASES = {
     "linear-head": (linear_attention, linear),
     "linear-token": (linear_attention, linear),
@@ -53,6 +60,7 @@ CASES = {
     "neighborhood": (neighborhood_attention, neighborhood),
     "block_sparse": (block_sparse_attention, block_sparse),
     "softmax_in_blocks": (softmax_attention, softmax),
+    "selective_scan": (selective_scan, scan),
 }
 
 
@@ -68,6 +76,8 @@ def test_second_derivatives(name):
         arguments, direction = ({n: jnp.asarray(0.3 * rng.normal(size=s)) for n, s in shapes.items()} for _ in range(2))
         if "log_decay" in arguments:
             arguments["log_decay"] = -jnp.abs(arguments["log_decay"])
+        if "a" in arguments:
+            arguments["a"] = -jnp.abs(arguments["a"])
 
         def second(implementation):
             def loss(a):

@@ -1,0 +1,1 @@
+"""The TPU kernels of the selective scan."""
