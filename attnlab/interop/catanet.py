@@ -51,9 +51,9 @@ def _net_names(model: CATANet) -> dict[str, Any]:
     upward = {"finer.0": "upconv"} if len(model.finer) == 1 else {"finer.*": lambda i: f"upconv{i + 1}"}
     return upward | {
         "enter": "first_conv",
-        "groups.*": Part("blocks.*.0", _GROUPS),
-        "patches.*": Part("blocks.*.1", _PATCHES),
-        "convs.*": "mid_convs.*",
+        "blocks.*.groups": Part("blocks.*.0", _GROUPS),
+        "blocks.*.patches": Part("blocks.*.1", _PATCHES),
+        "blocks.*.conv": "mid_convs.*",
         "leave": "last_conv",
     }
 

@@ -39,6 +39,7 @@ from attnlab.nn.norms import LayerNorm
 from attnlab.nn.resampling import resize_bilinear
 from attnlab.nn.token_selection import group_by
 from attnlab.nn.upsampling import pixel_shuffle
+from attnlab.points import Editable, Edits, Layer, Pass, visit
 from attnlab.registry import Cost, Example, Kind, Source, register
 from pallas_kernels.dtypes import at_least_float32
 
@@ -223,6 +224,28 @@ class OverlappingPatchBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class GroupsAndPatches(Layer):
+    """x + conv(patches(groups(x))), a layer of the network.
+
+    Args:
+      groups: block of groups.
+      patches: block of patches.
+      conv: behind both.
+    """
+
+    def __init__(self, groups: TokenAggregationBlock, patches: OverlappingPatchBlock, conv: Conv):
+        self.groups, self.patches, self.conv = groups, patches, conv
+
+    @property
+    def points(self) -> frozenset[str]:
+        return frozenset({"stream", "mixed"})
+
+    def __call__(self, x: jax.Array, *, edits: Edits | None = None, deterministic: bool = True) -> jax.Array:
+        x = visit(self, edits, "stream", x)
+        y = visit(self, edits, "mixed", self.groups(x, deterministic=deterministic))
+        return x + self.conv(self.patches(y))
+
+
 @register(
     "catanet.net",
     kind=Kind.BACKBONE,
@@ -234,8 +257,8 @@ class OverlappingPatchBlock(nnx.Module):
     small={"features": 8, "qk_features": 8, "mlp_features": 8, "num_heads": 2, "patch_size": (8,), "iterations": (2,)}
     | {"num_centres": (3,), "group_size": (64,), "first": "random"},
 )
-class CATANet(nnx.Module):
-    """Images `(B, H, W, channels)` to finer ones `(B, f·H, f·W, channels)`, in float32.
+class CATANet(Editable):
+    """Images `(B, H, W, channels)` to finer ones `(B, f·H, f·W, channels)`, in float32: the point `logits`.
 
     Args:
       features: channels C.
@@ -258,6 +281,7 @@ class CATANet(nnx.Module):
     """
 
     inputs: ClassVar[ImagePairs] = ImagePairs()
+    model_points = frozenset({"logits"})
 
     def __init__(
         self,
@@ -287,12 +311,16 @@ class CATANet(nnx.Module):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         sizes: dict[str, Any] = {"qk_features": qk_features, "mlp_features": mlp_features, "num_heads": num_heads}
         self.enter = Conv(channels, features, (3, 3), axes=(None, "embed"), **common)
-        self.groups = nnx.List(
-            TokenAggregationBlock(features, **sizes, iterations=i, num_centres=m, group_size=g, first=first, **common)
-            for i, m, g in zip(*lists.values(), strict=True)
+        self.blocks = nnx.List(
+            GroupsAndPatches(
+                TokenAggregationBlock(
+                    features, **sizes, iterations=i, num_centres=m, group_size=g, first=first, **common
+                ),
+                OverlappingPatchBlock(features, **sizes, patch_size=p, **common),
+                Conv(features, features, (3, 3), **common),
+            )
+            for i, m, g, p in zip(*lists.values(), patch_size, strict=True)
         )
-        self.patches = nnx.List(OverlappingPatchBlock(features, **sizes, patch_size=p, **common) for p in patch_size)
-        self.convs = nnx.List(Conv(features, features, (3, 3), **common) for _ in patch_size)
         self.steps = {1: (), 2: (2,), 3: (3,), 4: (2, 2)}[upscale]
         self.finer = nnx.List(Conv(features, features * step**2, (3, 3), **common) for step in self.steps)
         self.leave = Conv(features, channels, (3, 3), axes=("embed", None), **common)
@@ -303,21 +331,29 @@ class CATANet(nnx.Module):
         Raises:
           ValueError: for images of another shape.
         """
-        images = jnp.asarray(images, self.dtype)
-        if images.ndim != 4 or images.shape[-1] != self.channels:
-            raise ValueError(f"images must be (B, H, W, {self.channels}), got {images.shape}")
-        first = x = self.enter(images)
-        for groups, patches, conv in zip(self.groups, self.patches, self.convs, strict=True):
-            x = x + conv(patches(groups(x, deterministic=deterministic)))
-        return x + first
+        return self._through(self._checked(images), self.edits(), deterministic)
 
     def __call__(self, images: ArrayLike, *, deterministic: bool = True) -> jax.Array:
-        x = self.features(images, deterministic=deterministic)
+        edits = self.edits()
+        x = self._through(self._checked(images), edits, deterministic)
         for conv, step in zip(self.finer, self.steps, strict=True):
             x = leaky_relu(pixel_shuffle(conv(x), step), 0.1)
         base = jnp.asarray(images, at_least_float32(x.dtype))
         base = resize_bilinear(base, tuple(self.upscale * side for side in base.shape[1:3]))
-        return base + self.leave(x).astype(base.dtype)
+        return visit(self, edits.model, "logits", base + self.leave(x).astype(base.dtype))
+
+    def _checked(self, images: ArrayLike) -> jax.Array:
+        images = jnp.asarray(images, self.dtype)
+        if images.ndim != 4 or images.shape[-1] != self.channels:
+            raise ValueError(f"images must be (B, H, W, {self.channels}), got {images.shape}")
+        return images
+
+    def _through(self, images: jax.Array, edits: Pass, deterministic: bool) -> jax.Array:
+        first = x = self.enter(images)
+        own = [None] * len(self.blocks) if edits.blocks is None else edits.blocks
+        for block, here in zip(self.blocks, own, strict=True):
+            x = block(x, edits=here, deterministic=deterministic)
+        return x + first
 
 
 CATANETS: Mapping[str, tuple[type[CATANet], Mapping[str, Any]]] = {
