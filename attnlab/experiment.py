@@ -39,6 +39,7 @@ from attnlab.training import (
     ClassificationTask,
     LanguageTask,
     RegressionTask,
+    RestorationTask,
     TrainConfig,
     TrainResult,
     load_model,
@@ -150,7 +151,13 @@ def _model_configs() -> dict[str, type[ModelConfig]]:
     return {made.__name__: made for made in map(config_class, (*_HOSTS, *registered))}
 
 
-TASKS = {"image": ClassificationTask, "text": LanguageTask, "vectors": RegressionTask}
+AnyTask = ClassificationTask | LanguageTask | RegressionTask | RestorationTask
+TASKS = {
+    "image": ClassificationTask,
+    "text": LanguageTask,
+    "vectors": RegressionTask,
+    "image pairs": RestorationTask,
+}
 """What a model is trained for, by the kind of data that it takes."""
 
 
@@ -167,7 +174,7 @@ class Experiment:
 
     model: ModelConfig
     data: attnlab.data.Source
-    task: ClassificationTask | LanguageTask | RegressionTask
+    task: AnyTask
     train: TrainConfig
 
     @property
@@ -221,7 +228,7 @@ class Experiment:
             )
         return dataset
 
-    def task_for(self, model: nnx.Module) -> ClassificationTask | LanguageTask | RegressionTask:
+    def task_for(self, model: nnx.Module) -> AnyTask:
         """The task; without positions for a model whose mixers do not depend on them."""
         if self.model.kind != "text" or getattr(model, "position", None) is not None:
             return self.task

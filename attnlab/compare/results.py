@@ -124,6 +124,7 @@ QUALITIES = {
     "text": Quality("bits_per_byte", "bits per byte", "", 1, 3, False, "tokens"),
     "task": Quality("accuracy", "test accuracy", " %", 100, 1, True, "tokens"),
     "vectors": Quality("loss", "squared error", "", 1, 4, False, "examples"),
+    "image pairs": Quality("psnr", "PSNR", " dB", 1, 2, True, "images"),
 }
 """By the kind of data; "task" is text of a synthetic task, which is solved or not."""
 

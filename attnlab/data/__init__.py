@@ -12,7 +12,8 @@ A source is a small frozen dataclass of settings, so that a configuration can ho
 Batches of images hold `image` float32 (B, H, W, C), `label` int32 (B,) and `weight` float32 (B,). Batches of text hold
 `inputs` and `targets` int32 (B, N) and `weight` float32 (B, N), packed text also `segment_ids` and `positions` int32
 (B, N); `sequence_length=N` is then an argument of `train` and `eval`. See `attnlab.data.text`. Batches of vectors hold
-`inputs` float32 (B, N, F), `targets` float32 (B, R) and `weight` float32 (B,).
+`inputs` float32 (B, N, F), `targets` float32 (B, R) and `weight` float32 (B,). Batches of image pairs hold `image`
+float32 (B, H, W, C), `target` float32 (B, f·H, f·W, C), `weight` float32 (B,), and maybe `labels` int32 (B, H, W).
 
 Grain, scikit-learn and pillow are imported when they are first needed.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 from attnlab.data.cifar10 import Cifar10
 from attnlab.data.dataset import Batch, Batches, Dataset, DatasetInfo, Loading
+from attnlab.data.degraded import DegradedImages
 from attnlab.data.digits import Digits
 from attnlab.data.errors import DataError
 from attnlab.data.folder import ImageFolder
@@ -32,10 +34,11 @@ from attnlab.data.tasks import TaskData
 from attnlab.data.text import TextFiles
 from attnlab.suggest import suggestion
 
-Source = Digits | Cifar10 | NpzImages | ImageFolder | StdlibText | TextFiles | TaskData
+Source = Digits | Cifar10 | NpzImages | ImageFolder | StdlibText | TextFiles | TaskData | DegradedImages
 
 SOURCES: dict[str, type[Source]] = {
-    source.name: source for source in (Digits, Cifar10, NpzImages, ImageFolder, StdlibText, TextFiles, TaskData)
+    source.name: source
+    for source in (Digits, Cifar10, NpzImages, ImageFolder, StdlibText, TextFiles, TaskData, DegradedImages)
 }
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "DatasetInfo",
+    "DegradedImages",
     "Digits",
     "ImageFolder",
     "Loading",

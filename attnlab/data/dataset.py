@@ -60,7 +60,8 @@ class DatasetInfo:
 
     Attributes:
       name: of the source.
-      kind: "image" for classification of images, "text" for language modelling, "vectors" for regression.
+      kind: "image" for classification of images, "text" for language modelling, "vectors" for regression, "image pairs"
+        for restoration of images.
       train_size: images or tokens of the training split.
       eval_size: images or tokens of the evaluation split.
       digest: SHA-256 (hex) of the data; the source's docstring says of what exactly.
@@ -70,11 +71,12 @@ class DatasetInfo:
       vocab_size: of text; None for others.
       token_features: numbers of a vector; None for others.
       responses: numbers to be predicted from vectors; None for others.
+      upscale: how many times as many rows and columns the targets of image pairs have; None for others.
       details: further facts in words, such as the version of a text.
     """
 
     name: str
-    kind: Literal["image", "text", "vectors"]
+    kind: Literal["image", "text", "vectors", "image pairs"]
     train_size: int
     eval_size: int
     digest: str
@@ -84,6 +86,7 @@ class DatasetInfo:
     vocab_size: int | None = None
     token_features: int | None = None
     responses: int | None = None
+    upscale: int | None = None
     details: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -236,7 +239,7 @@ class Dataset:
     def _examples(self, split: Split, sequence_length: int | None) -> Sequence[Example]:
         if split not in SPLITS:
             raise ValueError(f"no split is called {split!r}: {suggestion(split, SPLITS)}")
-        if self.info.kind == "image" and sequence_length is not None:
+        if self.info.kind in ("image", "image pairs") and sequence_length is not None:
             raise ValueError(f"sequence_length is for text; {self.info.name} holds images of {self.info.image_shape}")
         if self.info.kind == "vectors" and sequence_length is not None:
             raise ValueError(f"sequence_length is for text; {self.info.name} holds sequences of vectors")

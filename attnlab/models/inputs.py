@@ -48,3 +48,27 @@ class Vectors:
     def sizes_of(self, info: "DatasetInfo") -> Mapping[str, Any]:
         """The arguments `sizes` for the sequences of a dataset."""
         return {"token_features": info.token_features, "responses": info.responses}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePairs:
+    """Images `(B, h, w, channels)`, to images `(B, f·h, f·w, channels)`: restoration, and with f > 1 super-resolution.
+
+    Attributes:
+      kind: of the data, as `DatasetInfo` has it.
+      sizes: constructor arguments that follow from the data; without `upscale` for models that keep the size.
+    """
+
+    sizes: tuple[str, ...] = ("channels", "upscale")
+    kind: ClassVar[str] = "image pairs"
+
+    def sizes_of(self, info: "DatasetInfo") -> Mapping[str, Any]:
+        """The arguments `sizes` for pairs of a dataset.
+
+        Raises:
+          ValueError: for data that is finer than its input, where the model keeps the size.
+        """
+        found = {"channels": info.image_shape[-1], "upscale": info.upscale}
+        if "upscale" not in self.sizes and info.upscale != 1:
+            raise ValueError(f"the model keeps the size of images; those of {info.name} are to be {info.upscale} finer")
+        return {name: found[name] for name in self.sizes}

@@ -31,9 +31,9 @@ def relu(x: ArrayLike) -> jax.Array:
     return jax.nn.relu(x)
 
 
-def leaky_relu(x: ArrayLike) -> jax.Array:
-    """x, or 0.01 x where it is negative."""
-    return jax.nn.leaky_relu(x)
+def leaky_relu(x: ArrayLike, slope: float = 0.01) -> jax.Array:
+    """x, or `slope` x where it is negative."""
+    return jax.nn.leaky_relu(x, slope)
 
 
 def silu(x: ArrayLike) -> jax.Array:
@@ -44,6 +44,11 @@ def silu(x: ArrayLike) -> jax.Array:
 def sigmoid(x: ArrayLike) -> jax.Array:
     """σ(x) = 1 / (1 + exp(-x))."""
     return jax.nn.sigmoid(x)
+
+
+def hard_sigmoid(x: ArrayLike) -> jax.Array:
+    """min(max(x + 3, 0), 6) / 6."""
+    return jax.nn.hard_sigmoid(x)
 
 
 def tanh(x: ArrayLike) -> jax.Array:

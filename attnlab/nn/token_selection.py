@@ -72,10 +72,14 @@ class Order(NamedTuple):
         return take_tokens(y, self.inverse)
 
 
+def order_of(places: ArrayLike) -> Order:
+    """The order whose tokens stood at `places` `(B, N)`, each of 0..N-1 once."""
+    places = jnp.asarray(places).astype(jnp.int32)
+    rows = jnp.arange(places.shape[0])[:, None]
+    index = jnp.broadcast_to(jnp.arange(places.shape[1], dtype=jnp.int32), places.shape)
+    return Order(places, jnp.zeros_like(places).at[rows, places].set(index))
+
+
 def group_by(labels: ArrayLike) -> Order:
     """The order that puts tokens of equal labels `(B, N)` side by side, by ascending label, else as they stood."""
-    labels = jnp.asarray(labels)
-    places = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
-    rows = jnp.arange(labels.shape[0])[:, None]
-    index = jnp.broadcast_to(jnp.arange(labels.shape[1], dtype=jnp.int32), labels.shape)
-    return Order(places, jnp.zeros_like(places).at[rows, places].set(index))
+    return order_of(jnp.argsort(jnp.asarray(labels), axis=1, stable=True))

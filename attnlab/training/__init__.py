@@ -10,7 +10,7 @@ from attnlab.training.loop import NonFiniteError, TrainResult, load_model, train
 from attnlab.training.metrics import read_metrics
 from attnlab.training.optimizer import OPTIMIZERS, OptimizerConfig
 from attnlab.training.sharding import MeshConfig, mesh_from
-from attnlab.training.task import ClassificationTask, LanguageTask, RegressionTask, Task
+from attnlab.training.task import ClassificationTask, LanguageTask, RegressionTask, RestorationTask, Task
 
 __all__ = [
     "OPTIMIZERS",
@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerConfig",
     "RegressionTask",
+    "RestorationTask",
     "Task",
     "TrainConfig",
     "TrainResult",

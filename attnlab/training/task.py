@@ -5,6 +5,7 @@ turns the sums of any number of batches into what is reported. Whatever has `wei
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from attnlab.objectives.focal_region import focal_region_loss
 
 Sums = dict[str, jax.Array]
 
@@ -123,6 +126,66 @@ class RegressionTask:
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / (sums["weight"] or 1.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RestorationTask:
+    """Images from degraded ones: `model(image, deterministic=)` gives `(B, H, W, C)`, values from 0 to 1.
+
+    A model whose call takes `labels` is given those of the batch, where it holds any. Reports `loss` (the error that is
+    minimised, averaged over the entries of an image) and `psnr`, 10 log10(1 / mean squared error) in dB, at most 100,
+    averaged over images.
+
+    Attributes:
+      loss: "l1" for the absolute error, "l2" for the squared one.
+      focal: β of `attnlab.objectives.focal_region`, which stresses the regions of large error; 0 for none, else with
+        "l1" and with labels in the batch.
+      border: pixels on each side that do not count in the PSNR.
+
+    Raises:
+      ValueError: for another loss, a negative number, or `focal` with "l2".
+    """
+
+    loss: Literal["l1", "l2"] = "l1"
+    focal: float = 0.0
+    border: int = 0
+
+    arrays: ClassVar = ("image", "target", "weight")
+    unit: ClassVar = "examples"
+    best: ClassVar = "psnr"
+    best_mode: ClassVar = "max"
+
+    def __post_init__(self):
+        if self.loss not in ("l1", "l2"):
+            raise ValueError(f"loss must be 'l1' or 'l2', not {self.loss!r}")
+        if self.focal < 0 or self.border < 0 or (self.focal and self.loss != "l1"):
+            raise ValueError(f"focal and border must be at least 0, and focal is for 'l1': {self.focal}, {self.border}")
+
+    def data_options(self) -> dict[str, Any]:
+        return {}
+
+    def units_per_example(self) -> int:
+        return 1
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        takes = "labels" in inspect.signature(type(model).__call__).parameters
+        labels = {"labels": batch["labels"]} if takes and "labels" in batch else {}
+        made = model(batch["image"], **labels, deterministic=deterministic).astype(jnp.float32)
+        weight, target = batch["weight"].astype(jnp.float32), batch["target"].astype(jnp.float32)
+        error = made - target
+        if self.focal:
+            counts = (weight > 0).astype(jnp.float32)[:, None, None, None]
+            loss = focal_region_loss(made, target, batch["labels"], beta=self.focal, weight=counts)
+        else:
+            loss = (jnp.abs(error) if self.loss == "l1" else jnp.square(error)).mean((1, 2, 3))
+        inner = slice(self.border, -self.border or None)
+        squared = jnp.square(error[:, inner, inner]).mean((1, 2, 3))
+        psnr = -10 * jnp.log10(jnp.maximum(squared, 1e-10))
+        return {"loss": jnp.vdot(weight, loss), "psnr": jnp.vdot(weight, psnr), "weight": weight.sum()}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        weight = sums["weight"] or 1.0
+        return {"loss": sums["loss"] / weight, "psnr": sums["psnr"] / weight}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ INFO = {
     "image": {"image_shape": (32, 32, 3), "num_classes": 10},
     "text": {"vocab_size": 258},
     "vectors": {"token_features": 6, "responses": 1},
+    "image pairs": {"image_shape": (16, 16, 3), "upscale": 1},
 }
 
 
@@ -30,6 +31,8 @@ def info_for(config):
         sizes["image_shape"] = (8, 8, 1)
     if config.data.name == "image_folder":
         sizes["image_shape"] = (config.data.size, config.data.size, 3)
+    if config.data.name == "degraded" and config.data.degradation == "downscale":
+        sizes["upscale"] = config.data.factor
     return attnlab.data.DatasetInfo(config.data.name, config.model.kind, 10, 10, "digest", **sizes)
 
 
@@ -43,10 +46,12 @@ def test_configuration_builds_and_survives_json(name, tmp_path):
     assert experiment.as_dict(again) == experiment.as_dict(config) and same == info
     model = nnx.eval_shape(lambda: again.model.build(info, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     kind = config.model.kind
-    shape = {"image": info.image_shape, "text": (16,), "vectors": (16, 6)}[kind]
+    shape = {"text": (16,), "vectors": (16, 6)}.get(kind, info.image_shape)
     dtype = jnp.int32 if kind == "text" else jnp.float32
     out = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((2, *shape), dtype))
-    assert out.shape == {"image": (2, 10), "text": (2, 16, 258), "vectors": (2, 1)}[kind]
+    finer = 16 * (info.upscale or 1)
+    shapes = {"image": (2, 10), "text": (2, 16, 258), "vectors": (2, 1), "image pairs": (2, finer, finer, 3)}
+    assert out.shape == shapes[kind]
 
 
 @pytest.mark.parametrize("name", configs.names())

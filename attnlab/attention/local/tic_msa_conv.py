@@ -91,7 +91,7 @@ def msa_conv(
       key: random key, needed for dropout.
 
     Raises:
-      ValueError: for an even kernel, or shapes that do not fit.
+      ValueError: for an even kernel, shapes that do not fit, or dropout without a key.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     if q.shape != k.shape or k.shape[:-1] != v.shape[:-1] or q.ndim < 4:
@@ -102,6 +102,8 @@ def msa_conv(
     scores = jnp.stack([(q * tap).sum(-1) for tap in _taps(k.astype(wide), size, steps)], -1)
     weights = jax.nn.softmax(scores)
     if dropout:
+        if key is None:
+            raise ValueError(f"key is missing: dropout {dropout} draws")
         kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout), 0)
     weights, y = weights.astype(wide_v.dtype), jnp.zeros(v.shape, wide_v.dtype)
