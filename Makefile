@@ -26,7 +26,7 @@ demo: $(READY) ## train and compare attention variants on real data (about 10 mi
 	$(BIN)/python -m experiments.demo
 
 test: $(READY) lint ## lint, and run the tests that need no accelerator; a mechanism alone: .venv/bin/python -m pytest -k SLUG
-	$(PYTEST) -m 'not slow and not goldens'
+	$(PYTEST) -m 'not slow and not goldens and not parity'
 
 test-slow: $(READY) ## the tests that take minutes, and mixers in patterns and layouts that are not the paper's own
 	$(PYTEST) -m slow

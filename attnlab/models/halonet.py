@@ -306,7 +306,7 @@ _26T = {
     "depths": (2, 2, 2, 2),
     "kinds": ("convolution", "convolution", ("convolution", "attention"), "attention"),
     "ratio": 0.25,
-    "attention": {"block": 8, "halo": 2, "head_dim": 16},
+    "attention": {"block": 8, "halo": 2},
     "stem": "tiered",
 }
 HALONETS: Models = {"halonet_h1": (HaloNet, {}), "halonet26t": (HaloNet, _26T)}

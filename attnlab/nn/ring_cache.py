@@ -224,4 +224,4 @@ class BlockMeans:
 
     def means(self) -> jax.Array:
         """`(B, T, G, D)` float32; zeros for a block without tokens."""
-        return self.sums / jnp.maximum(self.counts(), 1)[..., None, None]
+        return self.sums / jnp.maximum(self.counts(), 1).astype(self.sums.dtype)[..., None, None]

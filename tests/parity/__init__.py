@@ -1,0 +1,1 @@
+"""Parity with other libraries' models, where these are installed."""
