@@ -196,7 +196,9 @@ def landmark_attention(
     visible = visible[:, None]
     closed = visible & (group_lse > -jnp.inf)
     shift = jnp.where(closed, gate - jnp.where(closed, group_lse, 0), 0)
-    mod = ScoreMod(_shifted, (Indexed(shift, "b h i id[j]", jnp.minimum(ids, count - 1)),))
+    # The last column is that of the section behind all landmarks, whose keys are not shifted.
+    shift = jnp.pad(shift, [(0, 0), (0, 0), (0, 0), (0, 1)])
+    mod = ScoreMod(_shifted, (Indexed(shift, "b h i id[j]", jnp.minimum(ids, count)),))
     y, lse = block_sparse_attention(q, k, v, mask=seen & unlike, score_mod=mod, **attend)
     if step is None:
         y, lse = _with_empty(y, lse, jnp.where(visible & ~closed, gate, -jnp.inf))
