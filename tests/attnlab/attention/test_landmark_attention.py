@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from attnlab.attention.sparse.landmark_attention import LandmarkAttention, Landmarks
-from attnlab.contract import UnsupportedArgument, View
+from attnlab.contract import Given, UnsupportedArgument, View
 from attnlab.models.landmark_gpt import LandmarkGPT, with_landmarks
 from attnlab.nn.landmarks import landmark_attention, landmark_grouped_softmax
-from attnlab.nn.softmax import attention_scores, weighted_values
+from attnlab.nn.softmax import attention_scores, softmax_attention, weighted_values
 from pallas_kernels.masks import Causal, SlidingWindow
 from tests.attnlab.attention.sparse_cost import check_growth, temporaries, visited_pairs
 
@@ -148,6 +148,27 @@ def test_visited_pairs_grow_as_declared():
         memory = dataclasses.replace(mixer.init_memory(1, blocks), blocks=jnp.asarray(blocks, jnp.int32))
         behind.append(visited_pairs(mixer.prefill, run, memory))
     assert behind[0] == behind[1] <= 16 * (2 * 15 + 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softmax", ["plain", "tokens"])
+def test_other_softmaxes(heads, softmax):
+    """What they see, and that regular landmarks and those of an array are the same."""
+    q, k, v = heads
+    flags = np.arange(TOKENS)[None] % 7 == 6
+    unseen = flags[:, None] & (np.eye(TOKENS, dtype=bool) if softmax == "plain" else True)
+    want = softmax_attention(q, k, v, mask=(np.tri(TOKENS, dtype=bool) & ~unseen)[:, None])
+    for landmarks in (7, np.repeat(flags, 2, axis=0)):
+        y = landmark_attention(q, k, v, landmarks, softmax=softmax)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+    y = landmark_attention(q[:, 10:], k, v, 7, index=10, softmax=softmax)
+    np.testing.assert_allclose(y, want[:, 10:], rtol=1e-4, atol=1e-5)
+    mixer = LandmarkAttention(8, num_heads=2, block_length=7, softmax=softmax, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(4).standard_normal((1, 16, 8)).astype(np.float32)
+    view = mixer._view((16,), None, Given())
+    weights = mixer.core.attention(mixer.project(x, x, Given()), view)
+    dense = mixer.merge(weighted_values(weights, mixer.value(x)), x)
+    np.testing.assert_allclose(mixer(x), dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
