@@ -38,8 +38,9 @@ def _decode(core: CoreContextCore, inputs: Inputs, given: Given) -> dict[str, ja
     core.num_heads = heads
     sizes = HeadSizes(parts[1].shape[2], size, parts[2].shape[3])
     cache, found = core.init_cache(sizes, batch, tokens, parts[0].dtype), []
+    run = jax.jit(lambda parts, cache: core(Heads(*parts), View(), cache))
     for first, last in ((0, start), *((t, t + 1) for t in range(start, start + steps))):
-        y, cache = core(Heads(*(part[:, first:last] for part in parts)), View(), cache)
+        y, cache = run([part[:, first:last] for part in parts], cache)
         found.append(y)
     front = max((start + steps - core.window) // core.group_size, 0)
     keys, values = (jnp.repeat(x[:, :front], heads // x.shape[2], axis=2) for x in (cache.keys, cache.values))

@@ -33,9 +33,10 @@ def _model(model: LandmarkGPT, inputs: Inputs, given: Given) -> dict[str, jax.Ar
     """Logits, and the loss if there are targets; with a cache read in runs of `mid_length` tokens."""
     ids = inputs["idx"].astype(jnp.int32)
     if given["use_cache"]:
-        length, memory, found = given["mid_length"] or ids.shape[1], None, []
+        length, memory, found = given["mid_length"] or ids.shape[1], model.init_memory(ids.shape[0]), []
+        extend = jax.jit(lambda run, memory: model.extend(run, memory))
         for first in range(0, ids.shape[1], length):
-            logits, memory = model.extend(ids[:, first : first + length], memory)
+            logits, memory = extend(ids[:, first : first + length], memory)
             found.append(logits)
         logits = jnp.concatenate(found, 1)
     else:

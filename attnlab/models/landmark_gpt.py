@@ -81,7 +81,8 @@ class LandmarkGPT(LanguageModel):
       memory_blocks: blocks Z that a layer keeps in `extend`.
       topk: blocks K that each query retrieves; none with 0.
       selection: who chooses them: "per_token_and_head", "max_over_heads" or "max_over_tokens".
-      softmax: "grouped"; "plain", landmarks being tokens like others; "tokens", without landmarks.
+      softmax: "grouped"; "plain", landmarks being tokens like others, though unseen by themselves; "tokens", without
+        landmarks.
       max_landmarks: most landmarks of a sequence in a call; as many as tokens when None. The fewer, the less memory;
         with more of them logits are NaN.
       mlp_features: hidden channels of the feed-forward; 4 C when None.

@@ -14,7 +14,7 @@ from pallas_kernels.array_masks import ArrayMask
 from pallas_kernels.block_sparse_attention import Indexed, ScoreMod, block_sparse_attention, key_group_lse
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import runs, segments
-from pallas_kernels.masks import Causal, Columns, Mask
+from pallas_kernels.masks import Causal, Columns, Mask, SlidingWindow
 
 SoftmaxName = Literal["grouped", "plain", "tokens"]
 ORDINARY, LANDMARK, MISSING = 0, 1, 2
@@ -92,6 +92,10 @@ def _ordinary(i: Any, j: Any, kind: Any) -> Any:
     return kind == ORDINARY
 
 
+def _own_landmark(i: Any, j: Any, index: Any, kind: Any) -> Any:
+    return (j == index) & (kind == LANDMARK)
+
+
 def _real(i: Any, j: Any, kind: Any) -> Any:
     return kind < MISSING
 
@@ -125,7 +129,8 @@ def landmark_attention(
       index: query i is key i + index; or the key that each query is, integers `(B, N)`, -1 for one before the first.
       mask: `(B, M)` boolean, which keys exist; those that do not are no landmarks either.
       segment_ids: integers `(B, M)`, one for each run, where queries are the keys.
-      softmax: "grouped"; or "plain", landmarks being tokens like others; or "tokens", without landmarks.
+      softmax: "grouped"; or "plain", landmarks being tokens like others, though unseen by themselves; or "tokens",
+        without landmarks.
       max_landmarks: most landmarks of a row of the batch, where an array says which they are; as many as keys when
         None. With more of them results are NaN. The table of shifts takes O(N · max_landmarks) memory.
       scale: of the scores; D^-1/2 when None.
@@ -155,18 +160,20 @@ def landmark_attention(
         places = jnp.arange(keys, dtype=jnp.int32)[None]
         flags, section, count = places % step == step - 1, places // step, keys // step
         closing = jnp.arange(count)[None] * step + step - 1
-        unlike: Mask = ~Columns(step, step - 1)
+        every, unlike = Columns(step, step - 1), ~Columns(step, step - 1)
+        kind = None
     else:
         flags = jnp.asarray(landmarks) if real is None else jnp.asarray(landmarks) & real
         section, count = _sections(flags), keys if max_landmarks is None else min(max_landmarks, keys)
         closing = front(flags, count)
         kind = jnp.where(flags, LANDMARK, ORDINARY).astype(jnp.int32)
         kind = kind if real is None else jnp.where(real, kind, MISSING)
-        unlike = ArrayMask(_ordinary, keys=(kind[:, None],))
+        unlike: Mask = ArrayMask(_ordinary, keys=(kind[:, None],))
         exist = None if real is None else ArrayMask(_real, keys=(kind[:, None],))
-    if isinstance(index, int | np.integer):
-        seen: Mask = Causal(int(index))
-        here = jnp.arange(queries)[None] + int(index)
+    index = int(index) if isinstance(index, np.integer) else index
+    if isinstance(index, int):
+        seen: Mask = Causal(index)
+        here = jnp.arange(queries)[None] + index
     else:
         here = jnp.asarray(index)
         seen = ArrayMask(_until, (here[:, None],))
@@ -174,6 +181,12 @@ def landmark_attention(
     attend: dict[str, Any] = given | {"return_lse": True, "implementation": implementation}
     if softmax != "grouped" or count == 0:
         rule = exist if softmax == "plain" else unlike
+        if softmax == "plain" and kind is None and isinstance(index, int):
+            rule = ~(SlidingWindow(-index, index) & every)
+        elif softmax == "plain":
+            kind = jnp.where(flags, LANDMARK, ORDINARY).astype(jnp.int32) if kind is None else kind
+            own = ~ArrayMask(_own_landmark, (here[:, None],), (kind[:, None],))
+            rule = own if rule is None else rule & own
         y, lse = block_sparse_attention(q, k, v, mask=seen if rule is None else seen & rule, **attend)
         return (y, lse) if return_lse else y
 
@@ -196,7 +209,9 @@ def landmark_attention(
     visible = visible[:, None]
     closed = visible & (group_lse > -jnp.inf)
     shift = jnp.where(closed, gate - jnp.where(closed, group_lse, 0), 0)
-    mod = ScoreMod(_shifted, (Indexed(shift, "b h i id[j]", jnp.minimum(ids, count - 1)),))
+    # The last column is that of the section behind all landmarks, whose keys are not shifted.
+    shift = jnp.pad(shift, [(0, 0), (0, 0), (0, 0), (0, 1)])
+    mod = ScoreMod(_shifted, (Indexed(shift, "b h i id[j]", jnp.minimum(ids, count)),))
     y, lse = block_sparse_attention(q, k, v, mask=seen & unlike, score_mod=mod, **attend)
     if step is None:
         y, lse = _with_empty(y, lse, jnp.where(visible & ~closed, gate, -jnp.inf))

@@ -91,7 +91,8 @@ class LandmarkCore(ProductCore):
 
     Args:
       block_length: tokens of a block, its landmark included, where no view says which tokens are landmarks.
-      softmax: "grouped"; "plain", landmarks being tokens like others; "tokens", without landmarks.
+      softmax: "grouped"; "plain", landmarks being tokens like others, though unseen by themselves; "tokens", without
+        landmarks.
       max_landmarks: most landmarks of a sequence where a view says which they are; as many as tokens when None.
       scale: of the scores; D^-1/2 when None.
       kernel: name of an implementation of `block_sparse_attention`; the best one when None.
@@ -154,7 +155,11 @@ class LandmarkCore(ProductCore):
             if view.mask is not None:
                 flags = flags & view.mask
             return landmark_grouped_softmax(scores, flags, mask=allowed)
-        return masked_softmax(scores, allowed if self.softmax == "plain" else both(allowed, ~flags[:, None, None]))
+        unseen = flags[:, None, None]
+        if self.softmax == "plain":
+            rows, columns = jnp.atleast_2d(view.q_idx)[:, None, :, None], jnp.atleast_2d(view.k_idx)[:, None, None, :]
+            unseen = unseen & (rows == columns)
+        return masked_softmax(scores, both(allowed, ~unseen))
 
     def attend(
         self,
@@ -208,7 +213,8 @@ class LandmarkAttention(ProjectedMixer):
       features: channels C.
       num_heads: query heads H.
       block_length: tokens of a block, its landmark included, F + 1; the paper's is 51.
-      softmax: "grouped"; "plain", landmarks being tokens like others; "tokens", without landmarks.
+      softmax: "grouped"; "plain", landmarks being tokens like others, though unseen by themselves; "tokens", without
+        landmarks.
       max_landmarks: most landmarks of a sequence where a view says which they are; as many as tokens when None. With
         more of them the result is NaN.
       topk: blocks K that each query retrieves from a memory.
