@@ -62,10 +62,12 @@ def context_parallel_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`block_sparse_attention` of a sequence of N tokens, of which each of n devices has N / n.
 
+    Keys may be another sequence, of M tokens, of which each has M / n (cross-attention).
+
     Args:
       q: this device's queries, (B, N / n, H, D).
-      k: its keys, (B, N / n, G, D).
-      v: its values, (B, N / n, G, E).
+      k: its keys, (B, M / n, G, D).
+      v: its values, (B, M / n, G, E).
       axis_name: mesh axis over which the tokens are cut.
       method: "ring" or "all_to_all", see above.
       order: of the tokens over the devices: "contiguous", or "zigzag" with a ring.
@@ -85,8 +87,8 @@ def context_parallel_attention(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"q and k must have the same tokens, got {q.shape[1]} and {k.shape[1]}")
+    if segment_ids is not None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"segment_ids are those of q and k, which have {q.shape[1]} and {k.shape[1]} tokens")
     ids = None if segment_ids is None else jnp.asarray(segment_ids)
     options = {"scale": scale, "softcap": softcap, "implementation": implementation}
     if method == "all_to_all":
@@ -138,7 +140,8 @@ def _attend(axis_name: str, order: str, rule: Mask | None, options: Any, step: i
     mask = None
     if rule is not None:
         there = (own - step) % devices
-        at = (_positions(axis_name, order, q.shape[1], device) for device in (own, there))
+        pairs = (q.shape[1], own), (k.shape[1], there)
+        at = (_positions(axis_name, order, tokens, device) for tokens, device in pairs)
         mask = at_positions(rule, next(at), next(at))
     segments = None if ids is None else (ids, k_ids)
     return block_sparse_attention(q, k, v, mask=mask, segment_ids=segments, return_lse=True, **dict(options))
