@@ -13,6 +13,7 @@ from attnlab.bench.problem import OPS, Problem, Shape
 from attnlab.suggest import suggestion
 
 SPARSE = ("block_sparse_attention", "neighborhood_attention")
+SCANS = ("selective_scan",)
 
 EXPLANATION = f"""\
 usage: attnlab bench OP [OPTIONS]
@@ -27,7 +28,7 @@ Ops of sparse attention are held against dense attention, and JAX's own under a 
 `mixer` times registered mixers instead, of any names, forward and with the gradient, in one run.
 `cpu` times attention and whole models on the CPU against PyTorch and timm, in turns.
 
-Ops: {", ".join((*OPS, *SPARSE))}
+Ops: {", ".join((*OPS, *SPARSE, *SCANS))}
 `attnlab bench OP --help` (or mixer, or cpu) prints every option."""
 
 # The shapes of flash-linear-attention's own benchmark, and one layer for a CPU.
@@ -95,8 +96,12 @@ def run(arguments: list[str]) -> int:
         from attnlab.cli import bench_sparse
 
         return bench_sparse.run(op, rest)
+    if op in SCANS:
+        from attnlab.cli import bench_scan
+
+        return bench_scan.run(op, rest)
     if op not in OPS:
-        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, *SPARSE, 'mixer', 'cpu'])}")
+        raise ValueError(f"no benchmark is called {op!r}: {suggestion(op, [*OPS, *SPARSE, *SCANS, 'mixer', 'cpu'])}")
     options = tyro.cli(BenchOptions, args=rest, prog=f"attnlab bench {op}")
     # Peers in another process need memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
