@@ -29,6 +29,12 @@ _DENSE = dataclasses.replace(
 _OWN, _OPTIONS, _NAMES, _PLACE, _GIVEN = vision.FAMILIES["cswin"]
 
 
+def _splits(given: Given) -> dict[str, Any]:
+    """A number for each stage, of which the last may be left out: that of the stage before is it then."""
+    widths, stages = list(given["split_size"]), len(given["depth"])
+    return {"splits": widths + widths[-1:] * (stages - len(widths))}
+
+
 def _net(model: CSwinTransformer) -> dict[Any, Any]:
     cores = {type(branch.core) for block in model.blocks for branch in getattr(block.mixer, "branches", ())}
     if cores != {SoftmaxCore}:
@@ -45,10 +51,10 @@ OFFICIAL = [
     Official(
         "CSWinTransformer",
         CSwinTransformer,
-        _OPTIONS,
+        _OPTIONS | {"split_size": _splits},
         _net,
         plain,
-        {name: value for name, value in _GIVEN.items() if name != "attn_type"},
+        {"embed_dim": _GIVEN["embed_dim"], "depth": _GIVEN["depth"], "split_size": [3, 5, 7]},
         ignore=vision.TABLES,
     ),
 ]

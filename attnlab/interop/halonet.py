@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from attnlab.attention.local.halonet import HaloAttention, HaloDownsampling
-from attnlab.interop.names import Name, Part, Squeezed
+from attnlab.interop.names import Name, Part, Squeezed, StateDictError
 from attnlab.interop.official import ConfigError, Given, Official, Only, options
 from attnlab.models.halonet import Bottleneck, HaloNet
 from attnlab.nn.activations import relu, silu
@@ -21,6 +21,7 @@ _KINDS = {"self_attn": "attention", "bottle": "convolution"}
 _ATTENTION = options("num_heads", "qk_ratio", "qkv_bias", dim="features", dim_head="head_dim", feat_size=None)
 _ATTENTION |= options(block_size="block", halo_size="halo", scale_pos_embed="scale_positions")
 _INSIDE = {name: ours for name, ours in _ATTENTION.items() if name not in ("dim", "feat_size")}
+_INSIDE |= {"avg_down": "averaged"}
 _MIXER: Table = {
     "query": Squeezed("q", 2, 3),
     ("key", "value"): Name("kv", interleaved=True, there=lambda kernel: jnp.expand_dims(kernel, (2, 3))),
@@ -39,6 +40,8 @@ def _branch(branch: Bottleneck) -> Table:
         names |= {f"{ours}.conv": f"{theirs}.conv", f"{ours}.norm": f"{theirs}.bn"}
     if branch.after is None:
         return names | {"inner.conv": "conv2_kxk.conv", "inner.norm": "conv2_kxk.bn"}
+    if not isinstance(branch.inner, HaloAttention | HaloDownsampling):
+        raise StateDictError(f"ByobNet has halo attention here, got a {type(branch.inner).__name__}")
     return names | {"inner": Part("self_attn", _MIXER)}
 
 
@@ -63,10 +66,8 @@ _UNIT = (("conv", "conv"), ("norm", "bn"))
 
 def _inside(given: Mapping[str, Any] | None) -> dict[str, Any]:
     given = dict(given or {})
-    if unknown := set(given) - set(_INSIDE) - {"avg_down"}:
+    if unknown := set(given) - set(_INSIDE):
         raise ConfigError(f"self_attn_kwargs must be some of {', '.join(_INSIDE)}, got {sorted(unknown)}")
-    if given.pop("avg_down", False):
-        raise ConfigError("self_attn_kwargs: avg_down must be False in a network here, got True")
     return {_INSIDE[name]: value for name, value in given.items()}
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from attnlab.attention.local.maxvit import PartitionAttention
 from attnlab.contract import Layout, Site
-from attnlab.interop.names import Interleaved, Mapped, Name, Part, Squeezed
+from attnlab.interop.names import Interleaved, Mapped, Name, Part, Squeezed, StateDictError
 from attnlab.interop.official import ConfigError, Given, Official
 from attnlab.models.block import Block
 from attnlab.models.maxvit import Bottleneck, Entry, MaxViT, MaxViTRW, attention_of, blocks_of, bottleneck_block
@@ -117,6 +117,7 @@ def _attention(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _parts(dim: int, config: Mapping[str, Any], rngs: nnx.Rngs) -> tuple[list[Place], dict[str, Any]]:
     """Places of the attentions of a block that stands alone, and the options of the parts around."""
     mixer, around = _attention(config)
+    mixer["window"] = mixer["grid_window"] if mixer["window"] is None else mixer["window"]
     if mixer["window"] is None:
         raise ConfigError("window_size must be given for blocks that stand alone")
     heads = dim // config.get("dim_head", TRANSFORMER["dim_head"])
@@ -221,6 +222,8 @@ def _stage(stage: Stage, block: Callable[[Block], Table], base: str, numbered: b
             outer, kind = outer if first else outer + 1, "conv"
             first = False
         else:
+            if not isinstance(each.mixer, PartitionAttention):
+                raise StateDictError(f"MaxxVit has block and grid attention, here there is {type(each.mixer).__name__}")
             kind = kinds[1 + isinstance(each.mixer.windows, DilatedWindows)]
         names[f"blocks.{index}"] = Part(f"{base}{outer}.{kind}" if numbered else kind, block(each))
     return names

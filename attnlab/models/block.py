@@ -120,8 +120,7 @@ class Block(Layer):
         x = x + before(x)
         x = x + scale1(mixer(norm1(x)));  x = x + scale2(mlp(norm2(x)))          order "pre"
         x = norm1(x + scale1(mixer(x)));  x = norm2(x + scale2(mlp(x)))          order "post"
-
-    and, behind both,   x = after(x)
+        x = after(x)
 
     With `scaled="skip"` the scales stand before the sum's other term: `x = scale1(x) + mixer(norm1(x))`.
     Each branch is under stochastic depth. `before` may also stand in front of the second branch (`before2`). Parts

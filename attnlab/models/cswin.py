@@ -35,7 +35,7 @@ from attnlab.registry import Cost, Kind, Source, register
         "num_heads": (2, 2),
         "depths": (1, 1),
         "splits": (2, 4),
-        "mlp_ratio": 2.0,
+        "mlp_ratio": 1.0,
         "image_size": 32,
         "num_classes": 5,
     },

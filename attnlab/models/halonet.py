@@ -162,10 +162,10 @@ class Entry(nnx.Module):
     cost=Cost(time="O(N·(b+2h)²·C + N·C²)", memory="O(N·(b+2h)²·H)"),
     summary="a residual network whose blocks have blocked local attention in place of convolutions",
     small={
-        "features": (16, 24),
-        "depths": (1, 2),
-        "strides": (1, 2),
-        "kinds": ("attention", ("convolution", "attention")),
+        "features": (16,),
+        "depths": (2,),
+        "strides": (2,),
+        "kinds": ("attention",),
         "ratio": 0.5,
         "stem_features": 16,
         "num_heads": 2,
@@ -184,7 +184,7 @@ class HaloNet(StagedBackbone):
       kinds: what stands inside the blocks of each stage, `attention` or `convolution`, or of each of its blocks.
       ratio: channels inside a block over C, in all stages or in each.
       num_heads: heads.
-      attention: options of `HaloAttention`: in all stages, or in each.
+      attention: options of `HaloAttention`, and `averaged` of `HaloDownsampling`: in all stages, or in each.
       group_size: channels that the convolutions inside blocks see together; all for 0.
       stem: `7x7`, one convolution, or `tiered`, three of side 3.
       stem_features: channels that it makes.
@@ -251,7 +251,7 @@ class HaloNet(StagedBackbone):
             grids,
             num_heads=heads,
             depths=depths,
-            own=[Choice(HaloAttention, each) for each in options],
+            own=[Choice(HaloAttention, {n: v for n, v in each.items() if n != "averaged"}) for each in options],
             mixers=mixers,
             drop_path=drop_path,
         )

@@ -208,8 +208,8 @@ def _in_turn(builders: Sequence[Builder]) -> Builder:
     cost=Cost(time="O(N·n·C + N·C²)", memory="O(N·n·H)"),
     summary="stages of inverted bottlenecks, attention in windows and attention in a grid of distant tokens",
     small={
-        "features": (8, 16),
-        "depths": (1, 1),
+        "features": (8,),
+        "depths": (1,),
         "head_dim": 8,
         "stem_features": 8,
         "head_features": 16,

@@ -28,7 +28,6 @@ from pallas_kernels.block_sparse_attention import scores
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Extras, Rules
 from pallas_kernels.block_sparse_attention.scores import Indices
 from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of, is_static, tiles_of
-from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.masks import Mask
 from pallas_kernels.partition import same_manual_axes
 from pallas_kernels.promotion import numpy_ranks

@@ -1,6 +1,6 @@
 """timm's models and ours, with the same random weights: logits, and the features of every stage.
 
-    python -m pytest -m parity tests/parity          # where torch and timm are installed
+python -m pytest -m parity tests/parity          # where torch and timm are installed
 """
 
 import jax

@@ -202,8 +202,8 @@ class HaloAttention(_Halo, TokenMixer):
     layouts = frozenset({Layout.IMAGE})
     layout = Layout.IMAGE
     points = frozenset({"qkv", "heads"})
-    # Heads are not put together by a map: what follows gathers them.
-    collectives = frozenset({"all-gather"})
+    # Heads are not summed by a map: they are gathered, and the gradients of the tokens summed.
+    collectives = frozenset({"all-gather", "all-reduce"})
 
     def __init__(
         self,

@@ -120,8 +120,8 @@ class PartitionAttention(GridMixer):
 
     @classmethod
     def site_defaults(cls, site: Site) -> dict[str, Any]:
-        """Groups that tile the grid: per axis the most of at most 7 tokens, the whole axis if no number but 1 does."""
+        """Groups that tile the grid: per axis the most of at most 7 tokens that are not all, or all."""
         if site.grid is None or len(site.grid) != 2:
             return {}
-        fitting = (max(w for w in range(1, 8) if length % w == 0) for length in site.grid)
-        return {"window": tuple(length if w == 1 else w for w, length in zip(fitting, site.grid, strict=True))}
+        fitting = ([w for w in range(2, min(8, n)) if n % w == 0] for n in site.grid)
+        return {"window": tuple(max(some, default=n) for some, n in zip(fitting, site.grid, strict=True))}
