@@ -184,11 +184,18 @@ class Block(Layer):
         return getattr(self.mixer, "points", frozenset()) | own
 
     def __call__(
-        self, x: jax.Array, *, edits: Edits | None = None, deterministic: bool = True, **arguments: Any
+        self,
+        x: jax.Array,
+        *,
+        edits: Edits | None = None,
+        paths: list[jax.Array] | None = None,
+        deterministic: bool = True,
+        **arguments: Any,
     ) -> jax.Array:
         """Tokens `(B, *S, C)` to the same shape; `arguments` go to the mixer.
 
-        `positions` is passed on only to a mixer whose result depends on them.
+        `positions` is passed on only to a mixer whose result depends on them. What each branch adds to the stream is
+        appended to `paths`.
         """
         if "positions" in arguments and not self.looks_at_positions:
             del arguments["positions"]
@@ -200,7 +207,7 @@ class Block(Layer):
                 tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
             return call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
 
-        return self._through(x, None if self.mixer is None else mix, edits, deterministic)[0]
+        return self._through(x, None if self.mixer is None else mix, edits, deterministic, paths)[0]
 
     def prefill(
         self,
@@ -252,10 +259,11 @@ class Block(Layer):
         mix: Callable[[jax.Array], tuple[jax.Array, Any]] | None,
         edits: Edits | None,
         deterministic: bool,
+        paths: list[jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         x = visit(self, edits, "stream", x)
         if self.before is not None:
-            x = x + call(self.before, x, deterministic)
+            x = _added(x, call(self.before, x, deterministic), paths)
         pre, new = self.order == "pre", None
 
         def mixed(tokens: jax.Array) -> jax.Array:
@@ -267,12 +275,12 @@ class Block(Layer):
             return visit(self, edits, "mlp", call(self.mlp, tokens, deterministic))
 
         if mix is not None:
-            x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic)
+            x = self._branch(x, mixed, self.norm1, self.scale1, pre, deterministic, paths)
         x = visit(self, edits, "middle", x)
         if self.before2 is not None:
-            x = x + call(self.before2, x, deterministic)
+            x = _added(x, call(self.before2, x, deterministic), paths)
         if self.mlp is not None:
-            x = self._branch(x, fed, self.norm2, self.scale2, pre, deterministic)
+            x = self._branch(x, fed, self.norm2, self.scale2, pre, deterministic, paths)
         return (x if self.after is None else call(self.after, x, deterministic)), new
 
     def _branch(
@@ -283,6 +291,7 @@ class Block(Layer):
         scale: nnx.Module | None,
         pre: bool,
         deterministic: bool,
+        paths: list[jax.Array] | None = None,
     ) -> jax.Array:
         def normed(tokens: jax.Array) -> jax.Array:
             return tokens if norm is None else call(norm, tokens, deterministic)
@@ -292,7 +301,7 @@ class Block(Layer):
         if scale is not None:
             x, y = (x, scale(y)) if self.scaled == "branch" else (scale(x), y)
         y = y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
-        return x + y if pre else normed(x + y)
+        return _added(x, y, paths) if pre else normed(_added(x, y, paths))
 
     def init_state(self, batch_size: int, max_length: int | None = None, *, dtype: Any = None) -> Any:
         """Decode state of the mixer, or a `Count` without one."""
@@ -307,6 +316,12 @@ class Block(Layer):
 
     def _positions(self, positions: jax.Array | None) -> jax.Array | None:
         return positions if self.looks_at_positions else None
+
+
+def _added(x: jax.Array, y: jax.Array, paths: list[jax.Array] | None) -> jax.Array:
+    if paths is not None:
+        paths.append(y)
+    return x + y
 
 
 def block_for(

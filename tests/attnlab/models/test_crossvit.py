@@ -29,8 +29,8 @@ def test_sizes_are_those_of_timm(name):
     (depths,) = set(CROSSVITS[name][1]["depths"])  # alike in all blocks, of which two need not be built
 
     def parameters(blocks):
-        options = {"depths": (depths,) * blocks, "rngs": nnx.Rngs(0)}
-        model = nnx.eval_shape(lambda: build_named(CROSSVITS, name, **options))
+        form = {"depths": (depths,) * blocks}
+        model = nnx.eval_shape(lambda: build_named(CROSSVITS, name, **form, rngs=nnx.Rngs(0)))
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
     none, one = parameters(0), parameters(1)

@@ -1,0 +1,6 @@
+"""Golden adapter of `sparsifiner`."""
+
+from attnlab.interop.official import runner
+from attnlab.interop.sparsifiner import OFFICIAL
+
+run = runner(OFFICIAL)
