@@ -150,21 +150,6 @@ class TokenAggregationBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def _patches_example() -> Example:
-    sizes = {"qk_features": 6, "mlp_features": 8, "num_heads": 2, "patch_size": 4}
-    return _example(OverlappingPatchBlock(8, **sizes, rngs=nnx.Rngs(0)))
-
-
-@register(
-    "catanet.patch",
-    kind=Kind.MODULE,
-    paper=PAPER,
-    source=Source.AUTHORS_CODE,
-    repository=_REPOSITORY,
-    cost=Cost(time="O(N·p²·C)", memory="O(N·p²·H)"),
-    summary="a block of attention inside square patches that overlap by two tokens",
-    small=_patches_example,
-)
 class OverlappingPatchBlock(nnx.Module):
     """Images of tokens `(B, H, W, C)` to the same shape.
 
