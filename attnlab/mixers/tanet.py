@@ -97,13 +97,19 @@ class _ImageMixer(TokenMixer):
     layout = Layout.IMAGE
 
 
+def _example(module: TokenMixer) -> Example:
+    return Example(module, (np.random.default_rng(0).standard_normal((2, 4, 5, 8)).astype(np.float32),))
+
+
 @register(
     "tanet.strips",
+    kind=Kind.MODULE,
     paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository=REPOSITORY,
     cost=COST,
     summary="channels gated by the means of the rows and of the columns that a token stands in",
+    small=lambda: _example(StripGate(8, rngs=nnx.Rngs(0))),
 )
 class StripGate(_ImageMixer):
     """Images gated by their strips, to the same shape; see the module docstring.
@@ -139,11 +145,13 @@ class StripGate(_ImageMixer):
 
 @register(
     "tanet.distribution",
+    kind=Kind.MODULE,
     paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository=REPOSITORY,
     cost=COST,
     summary="two convolutions with half of the channels normed over the image between them, and a residual",
+    small=lambda: _example(HalfInstanceNormBlock(8, rngs=nnx.Rngs(0))),
 )
 class HalfInstanceNormBlock(_ImageMixer):
     """Images to the same shape, their input added; see the module docstring.

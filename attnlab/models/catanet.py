@@ -51,13 +51,10 @@ def _feed_forward(features: int, hidden: int, **common: Any) -> MLP:
     return MLP(features, hidden, depthwise=5, residual=True, activation_at=("map", "conv"), **common)
 
 
-def _example(module: Any) -> Example:
-    return Example(module, (np.random.default_rng(0).standard_normal((2, 5, 6, 8)).astype(np.float32),))
-
-
-def _groups_example() -> Example:
+def _example() -> Example:
     sizes = {"qk_features": 6, "mlp_features": 8, "num_heads": 2, "num_centres": 3, "group_size": 8}
-    return _example(TokenAggregationBlock(8, **sizes, first="random", rngs=nnx.Rngs(0)))
+    block = TokenAggregationBlock(8, **sizes, first="random", rngs=nnx.Rngs(0))
+    return Example(block, (np.random.default_rng(0).standard_normal((2, 4, 4, 8)).astype(np.float32),))
 
 
 @register(
@@ -68,7 +65,7 @@ def _groups_example() -> Example:
     repository=_REPOSITORY,
     cost=Cost(time="O(N·(2g+M)·C)", memory="O(N·(2g+M)·H)"),
     summary="a block of attention in groups of alike tokens, by centres that are running means",
-    small=_groups_example,
+    small=_example,
 )
 class TokenAggregationBlock(nnx.Module):
     """Images of tokens `(B, H, W, C)` to the same shape. The centres are state, changed in training alone.
@@ -150,21 +147,6 @@ class TokenAggregationBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def _patches_example() -> Example:
-    sizes = {"qk_features": 6, "mlp_features": 8, "num_heads": 2, "patch_size": 4}
-    return _example(OverlappingPatchBlock(8, **sizes, rngs=nnx.Rngs(0)))
-
-
-@register(
-    "catanet.patch",
-    kind=Kind.MODULE,
-    paper=PAPER,
-    source=Source.AUTHORS_CODE,
-    repository=_REPOSITORY,
-    cost=Cost(time="O(N·p²·C)", memory="O(N·p²·H)"),
-    summary="a block of attention inside square patches that overlap by two tokens",
-    small=_patches_example,
-)
 class OverlappingPatchBlock(nnx.Module):
     """Images of tokens `(B, H, W, C)` to the same shape.
 

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -33,30 +32,11 @@ from attnlab.nn.norms import LayerNorm
 from attnlab.nn.resampling import resize_bilinear, resize_nearest
 from attnlab.nn.upsampling import pixel_shuffle
 from attnlab.points import Editable, Edits, Layer, visit
-from attnlab.registry import Example, Kind, Source, register
+from attnlab.registry import Kind, Source, register
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import integers
 
 
-def _layer_example() -> Example:
-    rng = np.random.default_rng(0)
-    x, labels = rng.standard_normal((2, 4, 8, 8)).astype(np.float32), rng.integers(0, 3, (2, 4, 8), np.int32)
-    layer = RegionLayer(8, num_heads=2, rngs=nnx.Rngs(0))
-    for scale in (layer.scale1, layer.scale2):  # away from 0, where the attention is switched off
-        scale.scale[...] = jnp.full((8,), 0.5)
-    return Example(layer, (x, labels), batched=(0, 1))
-
-
-@register(
-    "rat_region_attention.layer",
-    kind=Kind.MODULE,
-    paper=PAPER,
-    source=Source.AUTHORS_CODE,
-    repository=REPOSITORY,
-    cost=COST,
-    summary="attention inside regions, then inside windows, each with a feed-forward",
-    small=_layer_example,
-)
 class RegionLayer(Layer):
     """Images of tokens `(B, H, W, C)` with labels `(B, H, W)` to the same shape; see the module docstring.
 

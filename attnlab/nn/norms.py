@@ -159,6 +159,37 @@ class GroupNorm(nnx.Module):
         return group_norm(x, scale, bias, groups=self.groups, eps=self.eps)
 
 
+def response_norm(x: ArrayLike, scale: ArrayLike, bias: ArrayLike | None = None, *, eps: float = 1e-6) -> jax.Array:
+    """x (1 + scale · |x| / (mean of |x| over channels + eps)) + bias (ConvNeXt V2, arXiv:2301.00808).
+
+    Args:
+      x: `(B, *S, C)`; |x| is the length of each channel over S.
+      scale: `(C,)`.
+      bias: `(C,)`, or None.
+      eps: added to the mean.
+    """
+    wide = _wide(x)
+    # max inside the root: at zero the length itself has no gradient.
+    squares = jnp.square(wide).sum(tuple(range(1, wide.ndim - 1)), keepdims=True)
+    length = jnp.sqrt(jnp.maximum(squares, 1e-24))
+    y = wide * (1 + _wide(scale) * length / (length.mean(-1, keepdims=True) + eps))
+    y = y if bias is None else y + _wide(bias)
+    return y.astype(jnp.result_type(x))
+
+
+class ResponseNorm(nnx.Module):
+    """`response_norm` with learned `scale` and `bias`, both 0 at the start, where it changes nothing."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale, self.bias = (
+            nnx.Param(jnp.zeros((features,), param_dtype), logical_axes=("embed",)) for _ in range(2)
+        )
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        return response_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation over all axes but the last, statistics in float32, result in the dtype of the input.
 

@@ -24,6 +24,35 @@ def grid_positions(grid: Sequence[int]) -> np.ndarray:
     return np.stack(axes, -1).reshape(1, -1, len(grid))
 
 
+def euclidean_buckets(grid: Sequence[int], ratio: float) -> np.ndarray:
+    """Buckets of the distances between tokens of an image, finer near than far (iRPE, arXiv:2107.14222).
+
+        r = round √(dy² + dx²);     α = ratio,  β = 2 ratio,  γ = 8 ratio
+        b = r  up to α,     ⌊min(round(α + (β - α) ln(r/α) / ln(γ/α)), β)⌋  beyond
+
+    Halves are rounded to even. The bucket of a distance is b + ⌊β⌋, so that of 2 ⌊β⌋ + 1 the lower half is not used.
+
+    Args:
+      grid: rows and columns.
+      ratio: α, above 0.
+
+    Returns:
+      `(N, N)` int32, tokens in row-major order.
+
+    Raises:
+      ValueError: for a ratio that is not positive, or a grid of another number of axes.
+    """
+    if len(grid) != 2 or ratio <= 0:
+        raise ValueError(f"grid must be (rows, columns) and ratio positive, got {tuple(grid)} and {ratio}")
+    places = grid_positions(grid)[0]
+    apart = np.square(places[:, None] - places[None]).sum(-1)
+    distance = np.round(np.sqrt(apart.astype(np.float32)))
+    alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
+    far = np.log(np.maximum(distance, alpha).astype(np.float32) / np.float32(alpha)) / math.log(gamma / alpha)
+    far = np.minimum(np.round(alpha + far * (beta - alpha)), beta)
+    return (np.where(distance <= alpha, distance, far).astype(np.int32) + int(beta)).astype(np.int32)
+
+
 def even_split(total: int, parts: int) -> tuple[int, ...]:
     """`total` things among `parts`, as evenly as can be; the first take the remainder."""
     return tuple(total // parts + (part < total % parts) for part in range(parts))

@@ -13,7 +13,8 @@ Centres are running means. In training they are refined by the batch: each becom
 tokens that are assigned to it, and one without tokens stays. Gradients pass the last refinement, not the assignments.
 
 Local attention is over square patches that overlap by two tokens, the last one of an axis moved back to the border; the
-results are put together by halving each overlap. Code: EquationWalker/CATANet. Cost O(N·(2g + M)·C).
+results are put together by halving each overlap of neighbours, which is their mean but where three patches meet. Code:
+EquationWalker/CATANet. Cost O(N·(2g + M)·C).
 """
 
 from collections.abc import Sequence
