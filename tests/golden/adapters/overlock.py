@@ -1,7 +1,6 @@
 """Golden adapter of `overlock`."""
 
-from attnlab.interop.overlock import OFFICIAL
-
 from attnlab.interop.official import runner
+from attnlab.interop.overlock import OFFICIAL
 
 run = runner(OFFICIAL)

@@ -1,7 +1,6 @@
 """Golden adapter of `patnet`."""
 
-from attnlab.interop.patnet import OFFICIAL
-
 from attnlab.interop.official import runner
+from attnlab.interop.patnet import OFFICIAL
 
 run = runner(OFFICIAL)
