@@ -102,8 +102,7 @@ def _likeliest(probabilities: jax.Array, share: float, least: int) -> jax.Array:
     order = jnp.argsort(-probabilities, axis=-1, stable=True)
     sums = jnp.cumsum(jnp.take_along_axis(probabilities, order, axis=-1), axis=-1)
     count = jnp.maximum((sums <= share).sum(-1, keepdims=True) + 1, least)
-    first = jnp.broadcast_to(jnp.arange(sums.shape[-1]) < count, sums.shape)
-    return jnp.put_along_axis(jnp.zeros(sums.shape, bool), order, first, axis=-1, inplace=False)
+    return jnp.argsort(order, axis=-1) < count
 
 
 def rectified_sparse_attention(

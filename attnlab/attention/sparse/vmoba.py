@@ -147,8 +147,8 @@ def _above_threshold(
     total, missing = (x.transpose(*ahead, *axes).reshape(*flat.shape[:-1], 1) for x in (total, missing))
     reached = jnp.cumsum(jnp.take_along_axis(flat, order, axis=-1), axis=-1) / total >= missing
     last = jnp.where(reached.any(-1, keepdims=True), jnp.argmax(reached, axis=-1, keepdims=True), flat.shape[-1] - 1)
-    kept = jnp.broadcast_to(jnp.arange(flat.shape[-1]) <= last, flat.shape)
-    kept = jnp.put_along_axis(jnp.zeros(flat.shape, bool), order, kept, axis=-1, inplace=False)
+    # By ranks, not by writing where the order says: XLA would gather all heads for that.
+    kept = jnp.argsort(order, axis=-1) <= last
     return kept.reshape(turned.shape).transpose(*np.argsort((*ahead, *axes)))
 
 
