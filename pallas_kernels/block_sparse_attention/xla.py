@@ -414,7 +414,7 @@ def _sweep_backward(plan: _Plan, residuals, cotangents):
         ]
         return dq, dk, dv, dextras
 
-    wide = [jnp.zeros(a.shape, jnp.promote_types(a.dtype, plan.dtype)) for a in (x.q, x.k, x.v)]
+    wide = [jnp.zeros(a.shape, plan.dtype) for a in (x.q, x.k, x.v)]
     dextras = [jnp.zeros(leaves[place].shape, plan.dtype) for place in places]
     start = same_manual_axes(((*wide, dextras), x.q))[0]
     dq, dk, dv, dextras = lax.fori_loop(0, steps.total, step, start)
