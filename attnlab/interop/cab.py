@@ -22,7 +22,7 @@ from attnlab.attention.linear.performer import Performer, key_features, query_fe
 from attnlab.attention.local.cab_local import LocalAttention
 from attnlab.attention.sparse.long_short import LongShortAttention
 from attnlab.attention.sparse.prob_sparse import ProbSparseAttention
-from attnlab.interop.names import Name
+from attnlab.interop.names import Mapped
 from attnlab.interop.official import ConfigError, Given, Inputs, Official, Only, options
 from attnlab.nn.clamped_mixer import clamped_linear_attention
 from attnlab.nn.dense_mixer import Heads
@@ -129,7 +129,9 @@ _ABC = _PROJECTED | {"key_control": "compress_k", "value_control": "compress_v"}
 _LOCAL = _BIASES | options(wsize="window", cross=Only(False))
 _COSFORMER = _CALL | {"embed_dim": "features", "kdim": _same_width, "vdim": _same_width, "has_outproj": Only(True)}
 _COSFORMER |= {"act_fun": Only("relu"), "causal": Only(False)}
-_CONV = {"conv.kernel": Name("conv.weight", there=lambda kernel: kernel.T[:, None, :, None])}
+_CONV = {
+    "conv.kernel": Mapped("conv.weight", lambda weight: weight[:, 0, :, 0].T, lambda kernel: kernel.T[:, None, :, None])
+}
 _LS = _CALL | options(embed_dim="features", window_size="window", conv_kernel_size=_conv, head_dim=_head_dim, fp32=None)
 _LS |= options(causal=Only(False), cross=Only(False))
 _LS_NAMES = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o", "summary": "dconv_fc"}

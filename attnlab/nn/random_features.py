@@ -27,7 +27,9 @@ def gaussian_rows(key: jax.Array, num_heads: int, count: int, size: int, *, orth
     if not orthogonal:
         return jax.random.normal(of_rows, (num_heads, count, size))
     blocks = -(-count // size)
-    rotations = jnp.linalg.qr(jax.random.normal(of_rows, (num_heads, blocks, size, size)))[0]
+    rotations, triangle = jnp.linalg.qr(jax.random.normal(of_rows, (num_heads, blocks, size, size)))
+    # The factorisation fixes signs, which would leave half of all directions out.
+    rotations = rotations * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
     rows = rotations.mT.reshape(num_heads, blocks * size, size)[:, :count]
     return rows * jnp.linalg.norm(jax.random.normal(of_lengths, rows.shape), axis=-1, keepdims=True)
 

@@ -70,8 +70,7 @@ def test_weights_of_lara_sum_to_one():
     assert (weights > 0).all()
 
 
-def test_bounded_memory_reads_a_token_for_each_slot_where_control_is_sharp():
-    """A slot whose control vector is large holds the one token that is most like it, so memory is that of tokens."""
+def test_bounded_memory_of_the_last_token_is_that_of_all():
     mixer = BoundedMemoryAttention(8, num_heads=1, num_slots=2, causal=True, rngs=nnx.Rngs(0))
     whole = BoundedMemoryAttention(8, num_heads=1, num_slots=2, rngs=nnx.Rngs(0))
     # The last row of the causal form has seen all that the other form has.
@@ -96,6 +95,7 @@ def test_cosformer_weighs_by_the_cosine_of_the_distance():
         CosformerAttention(8, num_heads=2, causal=True, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_the_causal_performer_is_the_other_one_of_the_tokens_so_far():
     # Without ε and the bound the maximum, which alone differs, cancels.
     options = {"num_heads": 2, "eps": 0.0, "least": 1e-30, "num_features": 8}
@@ -103,6 +103,7 @@ def test_the_causal_performer_is_the_other_one_of_the_tokens_so_far():
     np.testing.assert_allclose(causal(X)[:, -1], whole(X)[:, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_draws_anew():
     for mixer in (
         Performer(8, num_heads=2, rngs=nnx.Rngs(0)),
