@@ -66,6 +66,7 @@ class Places(NamedTuple):
       real: `(B, M)` boolean, which keys are no padding; None when all are.
       segment_ids: `(B, N)`, or a pair; None without packed segments.
       real_queries: `(B, N)` boolean, which queries are known to be no padding: `real` in self-attention.
+      deterministic: False in training.
     """
 
     queries: jax.Array
@@ -73,6 +74,7 @@ class Places(NamedTuple):
     real: jax.Array | None = None
     segment_ids: Any = None
     real_queries: jax.Array | None = None
+    deterministic: bool = True
 
 
 class Recurrence(NamedTuple):
@@ -333,7 +335,8 @@ class LinearMixer(TokenMixer):
         if given.positions is not None:
             queries = given.positions
             keys = queries if given.context is None else keys
-        return Places(queries, keys, real, given.segment_ids, real if given.context is None else None)
+        real_queries = real if given.context is None else None
+        return Places(queries, keys, real, given.segment_ids, real_queries, given.deterministic)
 
     @property
     def _source_features(self) -> int:

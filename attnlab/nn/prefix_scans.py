@@ -52,6 +52,13 @@ def segment_sum(x: ArrayLike, *, segment_ids: ArrayLike | None = None) -> jax.Ar
     return _at_ends(prefix_sum(x, segment_ids=segment_ids), segment_ids)
 
 
+def segment_max(x: ArrayLike, *, segment_ids: ArrayLike | None = None) -> jax.Array:
+    """The maximum of each token's whole segment, `(B, N, ...)`; without segments of all tokens, `(B, 1, ...)`."""
+    if segment_ids is None:
+        return _wide(x).max(1, keepdims=True)
+    return _at_ends(prefix_max(x, segment_ids=segment_ids), segment_ids)
+
+
 def segment_logsumexp(
     x: ArrayLike, *, real: ArrayLike | None = None, segment_ids: ArrayLike | None = None
 ) -> jax.Array:

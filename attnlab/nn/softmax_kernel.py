@@ -25,8 +25,8 @@ def on_kernel(
 ) -> jax.Array | None:
     """The op on a complete view; None where the op does not take it.
 
-    It takes no masks of queries by keys, no labels, and, of indices that are known at run time alone, those rules that
-    `at_positions` takes.
+    It takes no masks of queries by keys, no labels, no keys of another dtype than the queries' (from a cache), and, of
+    indices that are known at run time alone, those rules that `at_positions` takes.
 
     Args:
       q: queries `(B, N, H, D)`.
@@ -38,7 +38,7 @@ def on_kernel(
       scale: as in `softmax_attention`.
       softcap: as in `softmax_attention`.
     """
-    if view.mask is not None and view.mask.ndim != 2:
+    if (view.mask is not None and view.mask.ndim != 2) or not q.dtype == k.dtype == v.dtype:
         return None
     mask: Mask | None = None
     if view.rule is not None and view.rule != Full():

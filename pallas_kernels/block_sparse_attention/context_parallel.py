@@ -178,7 +178,7 @@ def _ring_backward(axis_name: str, attend: Any, saved, cotangents):
     dy, dlse = cotangents
     wide = lse.dtype
     shared = dlse - (dy.astype(wide) * y.astype(wide)).sum(-1)
-    sums = tuple(jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, wide)) for x in (q, k, v))
+    sums = tuple(jnp.zeros_like(x, dtype=wide) for x in (q, k, v))
     dq, moving = sums[0], (k, v, ids, *sums[1:])
     devices = jax.lax.axis_size(axis_name)
     for step in range(devices):
