@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import ArrayLike
 
-from attnlab.interop.names import StateDictError
+from attnlab.interop.names import StateDictError, made_class
 from attnlab.interop.official import Official, closest
 from attnlab.interop.resized import resized_to
 from attnlab.interop.torch_files import read_state_dict
@@ -105,6 +105,9 @@ def find(model: Any, symbol: str | None = None) -> list[Official]:
     found = [official for official in described() if official.describes(model)]
     if not found:
         raise TypeError(f"no official weights are described for a {type(model).__name__}")
+    # What is described for a class is meant for those above it no more.
+    depth = max(len(made_class(official.cls).__mro__) for official in found)
+    found = [official for official in found if len(made_class(official.cls).__mro__) == depth]
     named = [official for official in found if symbol in (None, official.symbol)]
     if not named:
         symbols = ", ".join(dict.fromkeys(official.symbol for official in found))

@@ -35,28 +35,33 @@ from pallas_kernels.promotion import numpy_ranks
 
 
 class Prefix(nnx.Module):
-    """Class tokens and registers: `count` learned tokens that are put in front of those of a grid.
+    """Class tokens and registers: learned tokens that are put in front of those of a grid.
 
     Args:
       count: number of tokens.
       features: channels C.
+      registers: further tokens behind those, an array of their own.
       param_dtype: of the tokens.
       rngs: stream `params`.
     """
 
-    def __init__(self, count: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        tokens = trunc_normal(rngs.params(), (count, features), param_dtype)
-        self.tokens = nnx.Param(tokens, logical_axes=(None, "embed"), weight_decay=False)
+    def __init__(
+        self, count: int, features: int, *, registers: int = 0, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        def drawn(number: int) -> nnx.Param:
+            tokens = trunc_normal(rngs.params(), (number, features), param_dtype)
+            return nnx.Param(tokens, logical_axes=(None, "embed"), weight_decay=False)
 
-    @property
-    def count(self) -> int:
-        """Number of tokens."""
-        return self.tokens.shape[0]
+        self.count = count + registers
+        self.tokens = drawn(count) if count else nnx.data(None)
+        self.registers = drawn(registers) if registers else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(B, *S, C)` to the sequence `(B, count + N, C)`."""
-        tokens = jnp.broadcast_to(self.tokens[...].astype(x.dtype), (x.shape[0], *self.tokens.shape))
-        return jnp.concatenate([tokens, x.reshape(x.shape[0], -1, x.shape[-1])], 1)
+        batch, features = x.shape[0], x.shape[-1]
+        rows = [each[...].astype(x.dtype) for each in (self.tokens, self.registers) if each is not None]
+        front = [jnp.broadcast_to(each, (batch, *each.shape)) for each in rows]
+        return jnp.concatenate([*front, x.reshape(batch, -1, features)], 1)
 
 
 class BehindPrefix(nnx.Module):

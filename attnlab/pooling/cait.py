@@ -96,6 +96,7 @@ class CaiTPooling(Pooling):
       use_bias: whether the maps to queries, keys and values have a bias.
       scale: of the scores; D^-1/2 when None.
       init_scale: γ at the start.
+      norm_eps: of the norm behind the blocks.
       dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
@@ -116,6 +117,7 @@ class CaiTPooling(Pooling):
         use_bias: bool = True,
         scale: float | None = None,
         init_scale: float = 1e-5,
+        norm_eps: float = 1e-5,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -137,7 +139,7 @@ class CaiTPooling(Pooling):
             )
             for _ in range(iterations)
         )
-        self.norm = LayerNorm(features, eps=1e-5, **options)
+        self.norm = LayerNorm(features, eps=norm_eps, **options)
         self.cls = nnx.Param(trunc_normal(rngs.params(), (features,), param_dtype), logical_axes=("embed",))
 
     def pool(self, x: jax.Array, queries: jax.Array | None, mask: jax.Array | None, deterministic: bool) -> jax.Array:

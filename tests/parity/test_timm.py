@@ -20,6 +20,11 @@ MODELS = [
     ("maxvit_tiny_rw_224", "maxvit_tiny_rw_224", True),
     ("halonet26t", "halonet26t", True),
     ("shvit_s1", "shvit_s1", True),
+    ("deit_tiny_patch16_224", "deit_tiny", False),
+    ("deit3_small_patch16_224", "deit3_small", False),
+    ("vit_medium_patch16_reg4_gap_256", "vit_medium_patch16_reg4_gap_256", False),
+    ("vit_small_patch14_reg4_dinov2", "vit_small_patch14_reg4_dinov2", False),
+    ("cait_xxs24_224", "cait_xxs24_224", False),
     ("crossvit_9_240", "crossvit_9", False),
     ("crossvit_9_dagger_240", "crossvit_9_dagger", False),
 ]
