@@ -61,7 +61,7 @@ def with_landmarks(tokens: ArrayLike, frequency: int, landmark_id: int, *, befor
     repository="epfml/landmark-attention",
     cost=Cost(
         time="O(N²·C), with a memory O(N·(Z + K·F)·C)",
-        memory="O(N²/F·H), with a memory O(N·K·F·C)",
+        memory="O(N·max_landmarks·H), with a memory O(N·K·F·C)",
         state="2·L·N·C, with a memory 2·L·Z·(F+1)·C",
     ),
     kernel="block_sparse_attention",

@@ -100,8 +100,8 @@ class LandmarkMemory:
     def extended(self, k: jax.Array, v: jax.Array, rotary: Rotary | None) -> Self:
         """With the keys and values of a run `(B, N, G, ·)`, keys as projected."""
         k, v = (jax.lax.stop_gradient(a) for a in (k, v))
-        k, v = (jnp.concatenate([old.astype(new.dtype), new], 1) for old, new in
-                ((self.open_keys, k), (self.open_values, v)))  # fmt: skip
+        k = jnp.concatenate([self.open_keys.astype(k.dtype), k], 1)
+        v = jnp.concatenate([self.open_values.astype(v.dtype), v], 1)
         length, slots = self.block_length, self.keys.shape[1]
         whole = k.shape[1] // length
         open_parts = (a[:, whole * length :] for a in (k, v))
@@ -199,8 +199,8 @@ def attend_memory(
       v: values `(B, N, G, E)`.
       memory: of the tokens before.
       topk: blocks K that each query retrieves; none with 0.
-      selection: each query and head its own; or all heads, or all tokens of the run, those of the largest weight of any
-        of them.
+      selection: each query and head for itself, or all heads together, or all tokens of the run, by the largest weight
+        of any of them.
       rotary: rotary positions, or None.
       softmax: must be "grouped" where blocks are retrieved.
       scale: of the scores; D^-1/2 when None.
@@ -238,7 +238,7 @@ def attend_memory(
         each = jnp.arange(batch)[:, None, None]
         for rank in range(topk):
             number = chosen[..., rank]
-            shift = rank + ((old.blocks - 1 - number < topk) & ~own)
+            shift = rank + ((old.blocks - 1 - number < topk) & ~own).astype(jnp.int32)
             back = _turned_by_head(q, at[:, None] - shift * length, rotary)
             slot = jnp.maximum(number, 0) % slots
             keys, values = (  # (B, H, N, F, ·)
@@ -250,10 +250,8 @@ def attend_memory(
             inside = block_sparse_attention(
                 back.reshape(batch * count, 1, heads, size), flat_k, flat_v, scale=scale, implementation=implementation
             )
-            gate = jnp.einsum(
-                "bnhd,bhnd->bnh", back, old.landmarks[each, slot, group].astype(q.dtype),
-                preferred_element_type=at_least_float32(q.dtype),
-            )  # fmt: skip
+            closing = old.landmarks[each, slot, group].astype(q.dtype)
+            gate = jnp.einsum("bnhd,bhnd->bnh", back, closing, preferred_element_type=at_least_float32(q.dtype))
             gate = gate * (size**-0.5 if scale is None else scale)
             gate = jnp.where(jnp.swapaxes(number, 1, 2) >= 0, gate, -jnp.inf)
             parts.append((jnp.asarray(inside).reshape(batch, count, heads, -1).astype(lse.dtype), gate))

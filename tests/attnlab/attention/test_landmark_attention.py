@@ -85,6 +85,8 @@ def test_a_memory_of_all_blocks_is_the_whole_text():
         _, state = model.prefill(text[:, :9], model.init_state(2, 12))
         return model(text), jnp.concatenate(found, 1), memory, model.step(text[:, 9], state)[0]
 
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(read, weights)
     want, found, (memory,), step = read(weights)
     np.testing.assert_allclose(found, want[:, ordinary], rtol=1e-4, atol=1e-5)
     assert int(memory.blocks) == 4 and memory.open_keys.shape[1] == 2 and int(memory.length[0]) == 18
