@@ -1,13 +1,13 @@
 """Chunked selective scan in plain JAX: every platform, linear time and memory, forward and backward.
 
 A sweep over chunks of tokens (`pallas_kernels.chunks`) carries the state, and keeps it at borders of chunks alone. In a
-chunk all states are there at once, (c, B, S, G, R) with the R = C / G channels of a group last, as what they are made
-of: exp(δ a) and δ x b. They follow from one first-order linear recurrence,
+chunk the states (B, S, G, R), with the R = C / G channels of a group last, follow from one first-order recurrence,
 
-    h_t = α_t h_{t-1} + w_t,
+    h_t = α_t h_{t-1} + w_t        α = exp(δ a), w = δ x b
 
-one token after another on a CPU, whose caches hold a state, and by an associative scan elsewhere: (α, w) of two
-stretches of tokens are (α' α, α' w + w') of both. Products of decays are at most 1, nothing is divided by them.
+On a CPU it goes from token to token, and all that is as large as a state is made and used there, in the caches;
+elsewhere it is an associative scan of a chunk's tokens: (α, w) of two stretches are (α' α, α' w + w') of both. Products
+of decays are at most 1, nothing is divided by them.
 
 The derivative of a chunk is written out. With λ_t = dL/dh_t, α' the decay of the token after and dp the cotangent of
 Σ_s c h (+ skip x), it is the same recurrence backwards, λ_t = dp_t c_t + α'_t λ_{t+1}, and
@@ -17,6 +17,7 @@ The derivative of a chunk is written out. With λ_t = dL/dh_t, α' the decay of 
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,71 +105,74 @@ def _by_group(x: jax.Array, groups: int) -> jax.Array:
 # ---- one chunk
 
 
-@dataclasses.dataclass(frozen=True)
-class _Values:
-    """A chunk's tokens in front, in the accumulator; those of the axis S are 1 where nothing depends on it.
+class _Token(NamedTuple):
+    """What is known of a token, in the accumulator; of the tokens of a chunk with an axis c in front.
 
     Attributes:
-      x: (c, B, 1, G, R).
-      raw: delta + bias, (c, B, 1, G, R).
-      delta: the step size, (c, B, 1, G, R).
-      a: (S, G, R).
-      b: (c, B, S, G, 1).
-      c: (c, B, S, G, 1).
-      skip: (G, R), or None.
-      gate: (c, B, 1, G, R), or None.
-      exponent: δ a, (c, B, S, G, R).
-      decay: (c, B, S, G, R), 0 where a segment starts.
-      states: after each token, (c, B, S, G, R).
+      x: (B, G, R).
+      delta: the step size, (B, G, R).
+      b: (B, S, G).
+      c: (B, S, G).
+      start: where a segment starts, (B,), or None.
     """
 
     x: jax.Array
-    raw: jax.Array
     delta: jax.Array
-    a: jax.Array
     b: jax.Array
     c: jax.Array
-    skip: jax.Array | None
-    gate: jax.Array | None
-    exponent: jax.Array
-    decay: jax.Array
-    states: jax.Array
+    start: jax.Array | None
 
-    @property
-    def mixed(self) -> jax.Array:
-        """Σ_s c h + skip x, (c, B, 1, G, R)."""
-        y = jnp.sum(self.c * self.states, axis=2, keepdims=True)
-        return y if self.skip is None else y + self.skip * self.x
+    def decay(self, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """δ a (B, S, G, R), and the decay, 0 where a segment starts."""
+        exponent = self.delta[:, None] * a
+        decay = decays(exponent)
+        return exponent, decay if self.start is None else jnp.where(self.start[:, None, None, None], 0, decay)
+
+    def write(self) -> jax.Array:
+        """δ x b, (B, S, G, R)."""
+        return (self.delta * self.x)[:, None] * self.b[..., None]
+
+    def advance(self, a: jax.Array, state: jax.Array) -> jax.Array:
+        """The state after the token."""
+        return self.decay(a)[1] * state + self.write()
 
 
-def _values(chunk: _Chunk, starts: jax.Array | None, shared: Shared, tokens: Tokens, state: jax.Array) -> _Values:
-    dtype, groups = state.dtype, state.shape[2]
+_EXACT = jax.lax.Precision.HIGHEST
 
-    def channels(x: jax.Array) -> jax.Array:
-        return _by_group(jnp.swapaxes(x, 0, 1).astype(dtype), groups)[:, :, None]
 
-    x, raw = channels(tokens["x"]), channels(tokens["delta"])
-    b, c = (jnp.transpose(tokens[name].astype(dtype), (1, 0, 3, 2))[..., None] for name in "bc")
+def _read(state: jax.Array, along: jax.Array) -> jax.Array:
+    """Σ_s of (B, S, G, R) and (B, S, G): (B, G, R)."""
+    return jnp.einsum("bsgr,bsg->bgr", state, along, precision=_EXACT)
+
+
+def _gathered(state: jax.Array, channels: jax.Array) -> jax.Array:
+    """Σ_r of (B, S, G, R) and (B, G, R): (B, S, G)."""
+    return jnp.einsum("bsgr,bgr->bsg", state, channels, precision=_EXACT)
+
+
+def _tokens(
+    chunk: _Chunk, starts: jax.Array | None, shared: Shared, tokens: Tokens, dtype: jnp.dtype, groups: int
+) -> tuple[_Token, jax.Array]:
+    """The tokens of a chunk, and delta + bias (c, B, G, R)."""
+    x, raw = (_in_front(tokens[name], dtype, groups) for name in ("x", "delta"))
+    b, c = (jnp.transpose(tokens[name].astype(dtype), (1, 0, 3, 2)) for name in "bc")
     raw = raw + shared["bias"] if "bias" in shared else raw
     delta = softplus(raw) if chunk.softplus else raw
-    exponent = delta * shared["a"]
-    decay = decays(exponent)
-    if starts is not None:
-        decay = jnp.where(starts.T[:, :, None, None, None], 0, decay)
-    states = _recurrence(chunk, decay, delta * x * b, state)
-    gate = channels(tokens["gate"]) if "gate" in tokens else None
-    return _Values(x, raw, delta, shared["a"], b, c, shared.get("skip"), gate, exponent, decay, states)
+    return _Token(x, delta, b, c, None if starts is None else starts.T), raw
 
 
-def _recurrence(chunk: _Chunk, decay: jax.Array, writes: jax.Array, state: jax.Array, reverse: bool = False):
+def _in_front(x: jax.Array, dtype: jnp.dtype, groups: int) -> jax.Array:
+    """(B, c, C) as (c, B, G, R), in the accumulator."""
+    return _by_group(jnp.swapaxes(x, 0, 1).astype(dtype), groups)
+
+
+def _merged(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """(c, B, G, R) as (B, c, C)."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1), 0, 1).astype(dtype)
+
+
+def _associative(decay: jax.Array, writes: jax.Array, state: jax.Array, reverse: bool = False) -> jax.Array:
     """All h_t = decay_t h_{t-1} + writes_t along the first axis, from `state`; from the end if `reverse`."""
-    if chunk.sequential:
-
-        def step(h, inputs):
-            h = inputs[0] * h + inputs[1]
-            return h, h
-
-        return jax.lax.scan(step, state, (decay, writes), reverse=reverse)[1]
     at = -1 if reverse else 0
     writes = writes.at[at].add(decay[at] * state)
 
@@ -180,50 +184,110 @@ def _recurrence(chunk: _Chunk, decay: jax.Array, writes: jax.Array, state: jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(chunk: _Chunk, starts, shared: Shared, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values = _values(chunk, starts, shared, tokens, state)
-    y = values.mixed
-    y = y if values.gate is None else y * jax.nn.silu(values.gate)
-    return _merged(y, tokens["x"].dtype), values.states[-1]
+    a, (dtype, groups) = shared["a"], (state.dtype, state.shape[2])
+    token, _ = _tokens(chunk, starts, shared, tokens, dtype, groups)
+    if chunk.sequential:
+
+        def step(h, one):
+            h = one.advance(a, h)
+            return h, _read(h, one.c)
+
+        state, mixed = jax.lax.scan(step, state, token)
+    else:
+        decay = jax.vmap(lambda one: one.decay(a)[1])(token)
+        states = _associative(decay, jax.vmap(_Token.write)(token), state)
+        state, mixed = states[-1], jax.vmap(_read)(states, token.c)
+    mixed = mixed + shared["skip"] * token.x if "skip" in shared else mixed
+    if "gate" in tokens:
+        mixed = mixed * jax.nn.silu(_in_front(tokens["gate"], dtype, groups))
+    return _merged(mixed, tokens["x"].dtype), state
 
 
 def _scan_forward(chunk: _Chunk, starts, shared: Shared, tokens: Tokens, state: jax.Array):
     return _scan(chunk, starts, shared, tokens, state), (starts, shared, tokens, state)
 
 
+class _Gradients(NamedTuple):
+    """Of one token, or of the tokens of a chunk.
+
+    Attributes:
+      write: d(δ x), (B, G, R).
+      step: Σ_s a d(δ a), (B, G, R).
+      b: (B, S, G).
+      c: (B, S, G).
+      mixed: Σ_s c h, which the gate's gradient needs, (B, G, R).
+    """
+
+    write: jax.Array
+    step: jax.Array
+    b: jax.Array
+    c: jax.Array
+    mixed: jax.Array
+
+
+def _of_token(
+    a: jax.Array, token: _Token, dmixed: jax.Array, before: jax.Array, adjoint: jax.Array
+) -> tuple[jax.Array, jax.Array, _Gradients]:
+    """α λ, da and the others, of a token with the state before it and λ (B, S, G, R)."""
+    exponent, decay = token.decay(a)
+    after, passing = decay * before + token.write(), decay * adjoint
+    # Where an exponent is positive its decay does not depend on it; where a segment starts the decay is 0.
+    dexponent = jnp.where(exponent > 0, 0, passing * before)
+    gradients = _Gradients(
+        write=_read(adjoint, token.b),
+        step=jnp.sum(dexponent * a, axis=1),
+        b=_gathered(adjoint, token.delta * token.x),
+        c=_gathered(after, dmixed),
+        mixed=_read(after, token.c),
+    )
+    return passing, jnp.sum(dexponent * token.delta[:, None], axis=0), gradients
+
+
 def _scan_backward(chunk: _Chunk, residuals, cotangents):
     starts, shared, tokens, state = residuals
     dy, dlast = cotangents
-    v = _values(chunk, starts, shared, tokens, state)
-    dmixed = _by_group(jnp.swapaxes(dy, 0, 1).astype(state.dtype), state.shape[2])[:, :, None]
-    dtokens, dshared = {}, {}
-    if v.gate is not None:
-        open_ = sigmoid(v.gate)
-        dgate = dmixed * v.mixed * open_ * (1 + v.gate * (1 - open_))
-        dtokens["gate"] = _merged(dgate, tokens["gate"].dtype)
-        dmixed = dmixed * v.gate * open_
-    later = jnp.concatenate([v.decay[1:], jnp.ones_like(v.decay[:1])])
-    adjoint = _recurrence(chunk, later, dmixed * v.c, dlast, reverse=True)
-    before = jnp.concatenate([state[None], v.states[:-1]])
-    # Where an exponent is positive its decay does not depend on it; where a segment starts the decay is 0.
-    dexponent = jnp.where(v.exponent > 0, 0, adjoint * v.decay * before)
-    dwrite = jnp.sum(adjoint * v.b, axis=2, keepdims=True)
-    dx, ddelta = dwrite * v.delta, dwrite * v.x + jnp.sum(dexponent * v.a, axis=2, keepdims=True)
-    if v.skip is not None:
-        dx = dx + dmixed * v.skip
-        dshared["skip"] = jnp.sum(dmixed * v.x, axis=(0, 1, 2))
-    ddelta = ddelta * sigmoid(v.raw) if chunk.softplus else ddelta
+    a, (dtype, groups) = shared["a"], (state.dtype, state.shape[2])
+    token, raw = _tokens(chunk, starts, shared, tokens, dtype, groups)
+    dmixed = _in_front(dy, dtype, groups)
+    if "gate" in tokens:
+        gate = _in_front(tokens["gate"], dtype, groups)
+        open_ = sigmoid(gate)
+        slope = dmixed * open_ * (1 + gate * (1 - open_))
+        dmixed = dmixed * gate * open_
+    if chunk.sequential:
+        _, before = jax.lax.scan(lambda h, one: (one.advance(a, h), h), state, token)
+
+        def step(carry, inputs):
+            passing, da = carry
+            one, dmixed, before = inputs
+            adjoint = passing + one.c[..., None] * dmixed[:, None]
+            passing, da_t, gradients = _of_token(a, one, dmixed, before, adjoint)
+            return (passing, da + da_t), gradients
+
+        start = dlast, jnp.sum(jnp.zeros_like(dlast), axis=0)
+        (dstate, da), found = jax.lax.scan(step, start, (token, dmixed, before), reverse=True)
+    else:
+        decay = jax.vmap(lambda one: one.decay(a)[1])(token)
+        states = _associative(decay, jax.vmap(_Token.write)(token), state)
+        before = jnp.concatenate([state[None], states[:-1]])
+        later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])
+        adjoint = _associative(later, token.c[..., None] * dmixed[:, :, None], dlast, reverse=True)
+        passing, da, found = jax.vmap(functools.partial(_of_token, a))(token, dmixed, before, adjoint)
+        dstate, da = passing[0], jnp.sum(da, axis=0)
+    dtokens, dshared = {}, {"a": da}
+    dx, ddelta, mixed = found.write * token.delta, found.write * token.x + found.step, found.mixed
+    if "skip" in shared:
+        dx, mixed = dx + dmixed * shared["skip"], mixed + shared["skip"] * token.x
+        dshared["skip"] = jnp.sum(dmixed * token.x, axis=(0, 1))
+    if "gate" in tokens:
+        dtokens["gate"] = _merged(slope * mixed, tokens["gate"].dtype)
+    ddelta = ddelta * sigmoid(raw) if chunk.softplus else ddelta
     if "bias" in shared:
-        dshared["bias"] = jnp.sum(ddelta, axis=(0, 1, 2))
-    dshared["a"] = jnp.sum(dexponent * v.delta, axis=(0, 1))
+        dshared["bias"] = jnp.sum(ddelta, axis=(0, 1))
     dtokens["x"], dtokens["delta"] = _merged(dx, tokens["x"].dtype), _merged(ddelta, tokens["delta"].dtype)
-    for name, each in (("b", adjoint * (v.delta * v.x)), ("c", dmixed * v.states)):
-        dtokens[name] = jnp.transpose(jnp.sum(each, axis=-1), (1, 0, 3, 2)).astype(tokens[name].dtype)
-    return None, dshared, dtokens, v.decay[0] * adjoint[0]
+    for name, each in (("b", found.b), ("c", found.c)):
+        dtokens[name] = jnp.transpose(each, (1, 0, 3, 2)).astype(tokens[name].dtype)
+    return None, dshared, dtokens, dstate
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _merged(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """(c, B, 1, G, R) as (B, c, C)."""
-    return jnp.swapaxes(x.reshape(*x.shape[:2], -1), 0, 1).astype(dtype)
