@@ -27,8 +27,6 @@ def seen(mixer, x):
 def test_groups_of_long_distance_are_local_to_a_tile():
     x = jax.random.normal(jax.random.key(0), (1, 12, 6, 8))
     rows, columns = np.divmod(np.arange(72), 6)
-    near = seen(build(long=False), x)
-    assert (near == ((rows // 2 == (rows // 2)[:, None]) & (columns // 2 == (columns // 2)[:, None]))).all()
     far = seen(build(long=True), x)
     same = [(at // 6 == (at // 6)[:, None]) & (at % 3 == (at % 3)[:, None]) for at in (rows, columns)]
     assert (far == (same[0] & same[1])).all()
@@ -40,14 +38,11 @@ def test_short_images_are_attended_in_windows_of_their_side():
     assert groups((8, 8), 4, None, long=True) == DilatedWindows((4, 4), (2, 2))
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_padding_is_hidden_or_attended_to(centred):
-    x = jax.random.normal(jax.random.key(1), (2, 5, 7, 8))
-    for long in (False, True):
-        hidden, shown = (build(long=long, centred=centred, hide_padding=hide) for hide in (True, False))
-        assert hidden(x).shape == x.shape
-        np.testing.assert_allclose(np.asarray(attention_map(hidden, x)).sum(-1), 1, atol=1e-5)
-        assert np.asarray(attention_map(shown, x)).sum(-1).min() < 0.99
+@pytest.mark.parametrize("hidden", [True, False])
+def test_padding_is_hidden_or_attended_to(hidden):
+    x = jax.random.normal(jax.random.key(1), (1, 5, 7, 8))
+    rows = np.asarray(attention_map(build(long=True, centred=hidden, hide_padding=hidden), x)).sum(-1)
+    assert rows.shape == (1, 2, 35) and (abs(rows - 1) < 1e-5).all() == hidden and (rows.min() < 0.99) != hidden
 
 
 def test_one_network_makes_the_biases_of_groups_of_any_size():

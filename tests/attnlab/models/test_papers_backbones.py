@@ -14,11 +14,16 @@ from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.contract import Given, UnsupportedArgument
 from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, AgentPVT, AgentSwin, agent_transformer
 from attnlab.models.biformer import BIFORMERS
-from attnlab.models.cswin import CSwinTransformer
+from attnlab.models.crossformer import CROSSFORMERS
+from attnlab.models.cswin import CSWINS, CSwinTransformer
 from attnlab.models.davit import DAVITS
 from attnlab.models.deit import DeiT
+from attnlab.models.fan import FANS
+from attnlab.models.halonet import HALONETS
 from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, NormedInlineAttention
 from attnlab.models.l2vit import L2VITS
+from attnlab.models.maxvit import MAXVITS
+from attnlab.models.ppma import PPMAS
 from attnlab.models.pvt import PyramidVisionTransformer
 from attnlab.models.ravlt import RAVLTS
 from attnlab.models.soft import SOFTS
@@ -42,6 +47,32 @@ SIZES = {
     "davit_tiny": 28_360_168,
     "davit_small": 49_745_896,
     "davit_base": 87_954_408,
+    "cswin_tiny": 22_320_552,
+    "cswin_small": 34_643_304,
+    "cswin_base": 77_382_184,
+    "cswin_large": 173_262_664,
+    "crossformer_tiny": 27_776_794,
+    "crossformer_small": 30_657_394,
+    "crossformer_base": 51_971_554,
+    "crossformer_large": 91_971_184,
+    "crossformerpp_small": 23_325_340,
+    "crossformerpp_huge": 95_962_944,
+    "maxvit_tiny_tf_224": 30_916_528,
+    "maxvit_small_tf_224": 68_927_956,
+    "maxvit_base_tf_224": 119_467_708,
+    "maxvit_large_tf_224": 211_785_560,
+    "maxvit_xlarge_tf_384": 475_323_472,
+    "maxvit_nano_rw_256": 15_451_148,
+    "maxvit_tiny_rw_224": 29_057_312,
+    "halonet_h1": 8_100_056,
+    "halonet26t": 12_480_288,
+    "ppma_tiny": 14_335_272,
+    "ppma_small": 26_969_472,
+    "ppma_base": 54_158_524,
+    "tap_fan_tiny_12_p16_224": 7_404_688,
+    "tap_fan_small_12_p16_224": 28_513_048,
+    "tap_fan_base_18_p16_224": 54_643_360,
+    "tap_fan_large_24_p16_224": 80_992_468,
 }
 PYRAMID = {"num_heads": (2, 2), "depths": (2, 1), "image_size": 32, "num_classes": 3}
 FAMILIES = {
@@ -56,12 +87,14 @@ def number_of_parameters(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-QUICK = ("agent_pvt_tiny", "biformer_tiny", "davit_tiny")
+QUICK = ("agent_pvt_tiny", "biformer_tiny", "davit_tiny", "cswin_tiny", "crossformer_tiny", "maxvit_nano_rw_256")
+QUICK += ("halonet26t", "ppma_tiny", "tap_fan_tiny_12_p16_224")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES])
 def test_named_models_have_the_papers_size(name):
     table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS | L2VITS | RAVLTS | SOFTS
+    table |= CSWINS | CROSSFORMERS | MAXVITS | HALONETS | PPMAS | FANS
     assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
 
 
