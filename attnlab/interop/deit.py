@@ -19,9 +19,7 @@ def _vit(model: DeiT) -> Table:
     names: Table = {
         "stage.0.prefix.tokens": Squeezed("cls_token", 0),
         "stage.0.prefix.registers": Squeezed("reg_token", 0),
-        "stage.0.position.table": Squeezed("pos_embed", 0)
-        if model.stage[0].prefix is not None
-        else Flattened("pos_embed"),
+        "stage.0.position.table": placed,
         "stage.0.blocks.*.mixer": Part("blocks.*.attn", FUSED),
         "stage.0.blocks.*.scale1": "blocks.*.ls1.gamma",
         "stage.0.blocks.*.scale2": "blocks.*.ls2.gamma",
