@@ -28,7 +28,13 @@ def _example() -> Example:
     small=_example,
 )
 def fourier_mixing(x: ArrayLike) -> jax.Array:
-    """Tokens `(…, N, C)` to the same shape and dtype; the transforms are float32 or wider.
+    """Mixes tokens; the transforms are float32 or wider.
+
+    Args:
+      x: tokens `(…, N, C)`.
+
+    Returns:
+      The same shape and dtype.
 
     Raises:
       ValueError: for fewer than two axes.
