@@ -134,7 +134,8 @@ def cache_sizes(
       page_size: sizes are rounded up to its multiples.
     """
     length = prompt_length + max_new_tokens
-    span = np.trunc(np.asarray(alpha, np.float64) + length * np.asarray(beta, np.float64))
+    # In their own precision: 600 · 0.7 is 420 in float32 and in float64, but not if one is made the other.
+    span = np.trunc(np.asarray(alpha) + np.asarray(beta) * length)
     size = np.maximum(np.minimum(span, length), minimum_size).astype(np.int32)
     size = -(-size // page_size) * page_size
     return CacheSizes(size, np.minimum(size, sink_size))
