@@ -14,6 +14,7 @@ from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.contract import Given, UnsupportedArgument
 from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, AgentPVT, AgentSwin, agent_transformer
 from attnlab.models.biformer import BIFORMERS
+from attnlab.models.biformer_stl import BIFORMER_STLS
 from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.davit import DAVITS
 from attnlab.models.deit import DeiT
@@ -33,6 +34,10 @@ SIZES = {
     "inline_cswin_tiny": 20_604_520,
     "inline_deit_small": 16_734_760,
     "biformer_tiny": 13_142_760,
+    "biformer_small": 25_536_232,
+    "biformer_base": 56_804_968,
+    "biformer_stl": 28_372_552,
+    "biformer_stl_nchw": 28_372_552,
     "l2vit_tiny": 28_596_781,
     "l2vit_small": 50_199_157,
     "l2vit_base": 88_577_188,
@@ -61,7 +66,7 @@ QUICK = ("agent_pvt_tiny", "biformer_tiny", "davit_tiny")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES])
 def test_named_models_have_the_papers_size(name):
-    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS | L2VITS | RAVLTS | SOFTS
+    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | BIFORMER_STLS | DAVITS | L2VITS | RAVLTS | SOFTS
     assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
 
 
