@@ -29,7 +29,7 @@ from attnlab.nn.activations import gelu
 from attnlab.nn.chain import Chain
 from attnlab.nn.conv import ConvNorm
 from attnlab.nn.depthwise import DepthwiseConv
-from attnlab.nn.heads import redraw_kernels, split_heads
+from attnlab.nn.heads import merge_heads, redraw_kernels, split_heads
 from attnlab.nn.linear import Conv, compute_in_input_dtype, trunc_normal
 from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import BatchNorm, LayerNorm
@@ -43,6 +43,7 @@ class LocallyEnhancedAttention(SoftmaxAttention):
       features: channels C.
       num_heads: heads H.
       side: of the convolution's kernel, odd.
+      of_values: whether the convolution is of the values instead, as in the authors' later code.
       dtype: of the computation and the result; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: stream `params`.
@@ -57,6 +58,7 @@ class LocallyEnhancedAttention(SoftmaxAttention):
         *,
         num_heads: int,
         side: int = 5,
+        of_values: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -64,11 +66,12 @@ class LocallyEnhancedAttention(SoftmaxAttention):
     ):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         super().__init__(features, num_heads=num_heads, layout=Layout.IMAGE, **options, **common)
-        self.local = DepthwiseConv(features, (side, side), **common)
+        self.local, self.of_values = DepthwiseConv(features, (side, side), **common), of_values
 
     def mix(self, x: jax.Array, given: Given) -> jax.Array:
+        source = merge_heads(self.value(x)) if self.of_values else x
         # The last map is linear, so what is added in front of it may pass it alone.
-        local, kernel = compute_in_input_dtype((self.local(x), self.out.kernel[...]), dtype=self.dtype)
+        local, kernel = compute_in_input_dtype((self.local(source), self.out.kernel[...]), dtype=self.dtype)
         return super().mix(x, given) + jnp.einsum("...hd,hdc->...c", split_heads(local, self.num_heads), kernel)
 
 

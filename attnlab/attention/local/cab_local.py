@@ -33,7 +33,7 @@ from pallas_kernels.masks import SlidingWindow
     cost=Cost(time="O(N·w·H·(D+E))", memory="O(N·H·(D+E))", state="N·H·(D+E)"),
     kernel="block_sparse_attention",
     summary="softmax attention to the tokens near by, in a sliding window",
-    small={"window": 3},
+    small={"window": 3, "kernel": None},
 )
 class LocalAttention(SoftmaxAttention):
     """Tokens (B, N, C) to (B, N, C). See the module docstring for the equations.

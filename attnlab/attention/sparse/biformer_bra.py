@@ -44,7 +44,7 @@ from pallas_kernels.dtypes import at_least_float32
 
 KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 _KV_POOLINGS = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
-_PAPER = Paper(
+PAPER = Paper(
     "BiFormer: Vision Transformer with Bi-Level Routing Attention", "Zhu et al.", 2023, arxiv="2303.08810", number=16
 )
 _COST = Cost(time="O(N·k·(N/S²)·C + S⁴·C)", memory="O(k·N·C)")
@@ -215,7 +215,7 @@ def _image(regions: jax.Array, region: tuple[int, int], grid: tuple[int, ...]) -
 
 @register(
     "biformer_bra",
-    paper=_PAPER,
+    paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository="rayleizhu/BiFormer",
     cost=_COST,
@@ -385,7 +385,7 @@ def _means(regions: jax.Array) -> jax.Array:
 
 @register(
     "biformer_bra.nchw",
-    paper=_PAPER,
+    paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository="rayleizhu/BiFormer",
     cost=_COST,

@@ -48,6 +48,7 @@ def test_segments_are_equal_but_for_the_last_and_hold_real_tokens_alone():
     np.testing.assert_array_equal(found.few, [True, False])
 
 
+@pytest.mark.slow
 def test_nystrom_is_exact_for_few_tokens_and_near_with_many_landmarks():
     def error(num_landmarks, real=None):
         q, k = nystrom_features(Q, K, num_landmarks=num_landmarks, real=real)
@@ -70,6 +71,7 @@ def test_weights_of_lara_sum_to_one():
     assert (weights > 0).all()
 
 
+@pytest.mark.slow
 def test_bounded_memory_of_the_last_token_is_that_of_all():
     mixer = BoundedMemoryAttention(8, num_heads=1, num_slots=2, causal=True, rngs=nnx.Rngs(0))
     whole = BoundedMemoryAttention(8, num_heads=1, num_slots=2, rngs=nnx.Rngs(0))
@@ -125,6 +127,7 @@ def test_prob_sparse_attends_for_queries_that_are_far_from_uniform():
     np.testing.assert_allclose(y, np.where(row, full, V.mean(1, keepdims=True)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_and_summaries_share_a_softmax():
     rule = BlockHalo(4, 2)
     q, k = np.arange(12)[:, None], np.arange(12)

@@ -9,7 +9,9 @@ from flax import nnx
 import attnlab.interop
 from attnlab.attention.linear.agent_attention import AgentAttention
 from attnlab.interop.names import StateDictError
-from attnlab.models.biformer import BiFormer, ConvMixer, LocallyEnhancedAttention
+from attnlab.models.biformer import BIFORMERS, BiFormer, ConvMixer, LocallyEnhancedAttention
+from attnlab.models.biformer_stl import BIFORMER_STLS, BiFormerSTL
+from attnlab.models.staged import build_named
 
 SMALL = {
     "depths": (1, 1, 1, 1),
@@ -34,12 +36,15 @@ def test_stages_have_their_mixers_and_training_drops_branches():
     assert logits.dtype == jnp.float32
 
 
-def test_a_local_part_is_added_in_front_of_the_last_map():
-    mixer = LocallyEnhancedAttention(8, num_heads=2, side=3, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("of_values", [False, True])
+def test_a_local_part_is_added_in_front_of_the_last_map(of_values):
+    mixer = LocallyEnhancedAttention(8, num_heads=2, side=3, of_values=of_values, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 3, 4, 8))
     tokens = x.reshape(2, 12, 8)
     weights = mixer.core.attention(mixer.project(tokens, tokens, None), attnlab.contract.View())
-    heads = jnp.einsum("bhnm,bmhe->bnhe", weights, mixer.value(tokens)) + mixer.local(x).reshape(2, 12, 2, 4)
+    heads = jnp.einsum("bhnm,bmhe->bnhe", weights, mixer.value(tokens))
+    source = mixer.value(x).reshape(x.shape) if of_values else x
+    heads = heads + mixer.local(source).reshape(2, 12, 2, 4)
     np.testing.assert_allclose(mixer(x), mixer.out(heads).reshape(x.shape), atol=1e-6)
 
 
@@ -56,3 +61,24 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(StateDictError, match=r"has no .*'downsample_layers\.0\.0\.weight'"):
         own = SMALL | {"mixers": ("routed", "plain", "convolution", "local")}
         attnlab.interop.load(BiFormer(5, **own, rngs=nnx.Rngs(0)), {"head.weight": np.zeros((5, 16))})
+
+
+@pytest.mark.parametrize("name", ["biformer_base", "biformer_stl", "biformer_stl_nchw"])
+def test_features_at_every_stage(name):
+    table = BIFORMERS | BIFORMER_STLS
+    model = nnx.eval_shape(lambda: build_named(table, name, image_size=(224, 224), rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.bfloat16)
+    maps, tokens, pooled, logits = nnx.eval_shape(
+        lambda m, x: (m.stages(x), m.tokens(x), m.pooled(x), m(x)), model, images
+    )
+    assert [part.shape for part in maps] == [(2, 56 >> i, 56 >> i, 96 << i) for i in range(4)]
+    assert tokens.shape[-1] == 768 and pooled.shape == (2, 768)
+    assert logits.shape == (2, 1000) and logits.dtype == jnp.float32
+
+
+def test_in_the_layout_of_swin_stages_say_what_does_not_fit():
+    sizes = {"depths": (1, 1), "features": (8, 8), "n_wins": (2, 2), "mlp_ratios": (1, 1), "head_dim": 4}
+    with pytest.raises(ValueError, match="topks go with the routed stages"):
+        BiFormerSTL(5, **sizes, mixers=("regional", "local_values"), topks=(1, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="norm must be one of batch, layer, got 'group'"):
+        BiFormerSTL(5, **sizes, mixers=("plain", "plain"), topks=(None, None), norm="group", rngs=nnx.Rngs(0))

@@ -12,21 +12,12 @@ from attnlab.attention.dense.softmax_attention import SoftmaxAttention
 from attnlab.attention.linear.agent_attention import AgentAttention
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.contract import Given, UnsupportedArgument
+from attnlab.models import named_models
 from attnlab.models.agent_transformers import AGENT_TRANSFORMERS, AgentDeiT, AgentPVT, AgentSwin, agent_transformer
-from attnlab.models.biformer import BIFORMERS
-from attnlab.models.crossformer import CROSSFORMERS
-from attnlab.models.cswin import CSWINS, CSwinTransformer
-from attnlab.models.davit import DAVITS
+from attnlab.models.cswin import CSwinTransformer
 from attnlab.models.deit import DeiT
-from attnlab.models.fan import FANS
-from attnlab.models.halonet import HALONETS
 from attnlab.models.inline_transformers import INLINE_TRANSFORMERS, InlinePVT, NormedInlineAttention
-from attnlab.models.l2vit import L2VITS
-from attnlab.models.maxvit import MAXVITS
-from attnlab.models.ppma import PPMAS
 from attnlab.models.pvt import PyramidVisionTransformer
-from attnlab.models.ravlt import RAVLTS
-from attnlab.models.soft import SOFTS
 from attnlab.models.staged import build_named
 from attnlab.models.swin import SwinTransformer
 
@@ -38,6 +29,10 @@ SIZES = {
     "inline_cswin_tiny": 20_604_520,
     "inline_deit_small": 16_734_760,
     "biformer_tiny": 13_142_760,
+    "biformer_small": 25_536_232,
+    "biformer_base": 56_804_968,
+    "biformer_stl": 28_372_552,
+    "biformer_stl_nchw": 28_372_552,
     "l2vit_tiny": 28_596_781,
     "l2vit_small": 50_199_157,
     "l2vit_base": 88_577_188,
@@ -93,9 +88,9 @@ QUICK += ("halonet26t", "ppma_tiny", "tap_fan_tiny_12_p16_224")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SIZES])
 def test_named_models_have_the_papers_size(name):
-    table = AGENT_TRANSFORMERS | INLINE_TRANSFORMERS | BIFORMERS | DAVITS | L2VITS | RAVLTS | SOFTS
-    table |= CSWINS | CROSSFORMERS | MAXVITS | HALONETS | PPMAS | FANS
-    assert number_of_parameters(nnx.eval_shape(lambda: build_named(table, name, rngs=nnx.Rngs(0)))) == SIZES[name]
+    assert (
+        number_of_parameters(nnx.eval_shape(lambda: build_named(named_models(), name, rngs=nnx.Rngs(0)))) == SIZES[name]
+    )
 
 
 def test_names_are_suggested():
