@@ -31,6 +31,9 @@ dispatch.register(
     OP,
     [
         dispatch.Implementation("tpu", "pallas_kernels.selective_scan.tpu.op", platforms=("tpu",)),
+        dispatch.Implementation(
+            "triton", "pallas_kernels.selective_scan.triton.op", platforms=("gpu",), packages=("triton", "jax_triton")
+        ),
         dispatch.Implementation("xla", "pallas_kernels.selective_scan.xla"),
         dispatch.Implementation("reference", "pallas_kernels.selective_scan.reference"),
     ],

@@ -226,13 +226,12 @@ class _Gradients(NamedTuple):
 
 
 def _of_token(
-    a: jax.Array, token: _Token, dmixed: jax.Array, before: jax.Array, adjoint: jax.Array
+    a: jax.Array, token: _Token, dmixed: jax.Array, decay: jax.Array, before: jax.Array, adjoint: jax.Array
 ) -> tuple[jax.Array, jax.Array, _Gradients]:
-    """α λ, da and the others, of a token with the state before it and λ (B, S, G, R)."""
-    exponent, decay = token.decay(a)
+    """α λ, da and the others, of a token with α, the state before it and λ (B, S, G, R)."""
     after, passing = decay * before + token.write(), decay * adjoint
     # Where an exponent is positive its decay does not depend on it; where a segment starts the decay is 0.
-    dexponent = jnp.where(exponent > 0, 0, passing * before)
+    dexponent = jnp.where(token.delta[:, None] * a > 0, 0, passing * before)
     gradients = _Gradients(
         write=_read(adjoint, token.b),
         step=jnp.sum(dexponent * a, axis=1),
@@ -255,24 +254,30 @@ def _scan_backward(chunk: _Chunk, residuals, cotangents):
         slope = dmixed * open_ * (1 + gate * (1 - open_))
         dmixed = dmixed * gate * open_
     if chunk.sequential:
-        _, before = jax.lax.scan(lambda h, one: (one.advance(a, h), h), state, token)
+
+        def rebuild(h, one):
+            decay = one.decay(a)[1]
+            return decay * h + one.write(), (decay, h)
+
+        # Decays are kept for a chunk: XLA would take each exponential again in every sum below.
+        _, (decay, before) = jax.lax.scan(rebuild, state, token)
 
         def step(carry, inputs):
             passing, da = carry
-            one, dmixed, before = inputs
+            one, dmixed, decay, before = inputs
             adjoint = passing + one.c[..., None] * dmixed[:, None]
-            passing, da_t, gradients = _of_token(a, one, dmixed, before, adjoint)
+            passing, da_t, gradients = _of_token(a, one, dmixed, decay, before, adjoint)
             return (passing, da + da_t), gradients
 
         start = dlast, jnp.sum(jnp.zeros_like(dlast), axis=0)
-        (dstate, da), found = jax.lax.scan(step, start, (token, dmixed, before), reverse=True)
+        (dstate, da), found = jax.lax.scan(step, start, (token, dmixed, decay, before), reverse=True)
     else:
         decay = jax.vmap(lambda one: one.decay(a)[1])(token)
         states = _associative(decay, jax.vmap(_Token.write)(token), state)
         before = jnp.concatenate([state[None], states[:-1]])
         later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])
         adjoint = _associative(later, token.c[..., None] * dmixed[:, :, None], dlast, reverse=True)
-        passing, da, found = jax.vmap(functools.partial(_of_token, a))(token, dmixed, before, adjoint)
+        passing, da, found = jax.vmap(functools.partial(_of_token, a))(token, dmixed, decay, before, adjoint)
         dstate, da = passing[0], jnp.sum(da, axis=0)
     dtokens, dshared = {}, {"a": da}
     dx, ddelta, mixed = found.write * token.delta, found.write * token.x + found.step, found.mixed

@@ -1,25 +1,22 @@
 """Pallas for TPU: one sweep over the tokens forward and one backward, the state held on chip.
 
-The derivation stands in `kernels`, the sizes in `plan`. Here: what is refused, the layouts, and the derivative.
+The derivation stands in `kernels`, the sizes in `plan`. Here: what is refused, and the
+layouts. `derivative` has the rest.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition
+from pallas_kernels.selective_scan import derivative
 from pallas_kernels.selective_scan.arguments import Arguments
 from pallas_kernels.selective_scan.tpu.kernels import call
 from pallas_kernels.selective_scan.tpu.plan import LARGEST, Config, Plan, plan_for
 from pallas_kernels.tpu.chips import LANES, MIB, chip_of
 
 DTYPES = ("bfloat16", "float32")
-
-# Axes of arrays as `partition` names them: B and H, the channels, and G, groups of them, are cut over devices.
-# x, delta, gate, a, b, c, skip, bias, where a state is kept (0 at starts), initial state
-INPUTS = ("BNH", "BNH", "BNH", "HS", "BNGS", "BNGS", "H", "H", "BN", "BHS")
 
 
 def supports(args: Arguments) -> str | None:
@@ -38,9 +35,7 @@ def supports(args: Arguments) -> str | None:
 
 def run(args: Arguments) -> tuple[jax.Array, jax.Array | None]:
     """y (B, N, C) and, if asked for, the state."""
-    keep = None if args.starts is None else 1 - args.starts.astype(jnp.float32)
-    arrays = (args.x, args.delta, args.gate, args.a, args.b, args.c, args.skip, args.delta_bias, keep)
-    return _scan(_config(args), *partition.same_manual_axes((*arrays, args.initial_state)))
+    return derivative.run(derivative.Kernels(_run_forward, _run_backward, _config(args)), args)
 
 
 def _config(args: Arguments) -> Config:
@@ -56,50 +51,13 @@ def _config(args: Arguments) -> Config:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(config: Config, *arrays):
-    y, final, _ = _partitioned(config, "forward")(*arrays)
-    return y, final
-
-
-def _scan_forward(config: Config, *arrays):
-    y, final, kept = _partitioned(config, "keep")(*arrays)
-    return (y, final), (*arrays[:-1], kept)
-
-
-def _scan_backward(config: Config, residuals, cotangents):
-    dx, ddelta, dgate, da, db, dc, dskip, dbias, dinitial = _partitioned(config, "backward")(*residuals, *cotangents)
-    dskip, dbias = (None if each is None else jnp.sum(each, axis=0) for each in (dskip, dbias))
-    return dx, ddelta, dgate, jnp.sum(da, axis=0), db, dc, dskip, dbias, None, dinitial
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _partitioned(config: Config, kind: str):
-    """`_run_forward` or `_run_backward`, cut over devices and vmapped by batch and channels."""
-    initial, final = ("BHS" if there else None for there in (config.initial, config.final))
-    if kind == "backward":
-        outputs = (
-            *("BNH", "BNH", "BNH" if config.gated else None, "BHS", "BNGS", "BNGS"),
-            *("BH" if there else None for there in (config.skipped, config.biased)),
-            initial,
-        )
-        inputs = (*INPUTS[:-1], "BKSH", "BNH", "BHS")
-        return partition.batched_and_partitioned(functools.partial(_run_backward, config), inputs, outputs)
-    kept = "BKSH" if kind == "keep" else None
-    return partition.batched_and_partitioned(
-        functools.partial(_run_forward, config, kind), INPUTS, ("BNH", final, kept)
-    )
-
-
-def _run_forward(config: Config, kind: str, *arrays):
+def _run_forward(config: Config, keep: bool, *arrays):
     """y (B, N, C); the last state (B, C, S); the states before the blocks (B, blocks, S, C)."""
     *rest, initial = arrays
     lanes, operands = _operands(config, *rest)
     if initial is not None:
         operands["initial"] = lanes.states(initial)
-    results = call(lanes.plan, kind, operands)
+    results = call(lanes.plan, "keep" if keep else "forward", operands)
     final, kept = results.get("final"), results.get("kept")
     return (
         lanes.undo(results["y"]),
