@@ -299,8 +299,7 @@ def normal_form(
         if each is not None and each.dtype != x.dtype:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype.name}, got {each.dtype.name}")
     given = {"a": a, "skip": skip, "delta_bias": delta_bias, "initial_state": initial_state}
-    shapes: dict[str, tuple[tuple[int, ...], str]]
-    shapes = {"skip": ((channels,), "(C,)"), "delta_bias": ((channels,), "(C,)")}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = dict.fromkeys(("skip", "delta_bias"), ((channels,), "(C,)"))
     shapes["initial_state"] = (x.shape[0], channels, size), "(B, C, S)"
     wide: dict[str, jax.Array] = {}
     for name, each in given.items():
