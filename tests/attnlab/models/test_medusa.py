@@ -23,7 +23,7 @@ def test_the_body_keeps_the_grid_and_reaches_far():
     body = GlobalAttentionBody(3, 2, widths=(4, 4, 4), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 19, 16, 3)), jnp.float32)
     assert body(x).shape == (1, 19, 16, 2)
-    seen = np.asarray(jax.grad(lambda x: jnp.square(body(x)[0, 9, 8]).sum())(x))[0].any(-1)
+    seen = np.asarray(jax.jit(jax.grad(lambda x: jnp.square(body(x)[0, 9, 8]).sum()))(x))[0].any(-1)
     assert seen[0].any() and seen[-1].any()
 
 
