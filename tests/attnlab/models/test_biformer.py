@@ -8,7 +8,9 @@ from flax import nnx
 
 import attnlab.interop
 from attnlab.attention.linear.agent_attention import AgentAttention
+from attnlab.interop.biformer_bra import OFFICIAL
 from attnlab.interop.names import StateDictError
+from attnlab.interop.official import ConfigError
 from attnlab.models.biformer import BIFORMERS, BiFormer, ConvMixer, LocallyEnhancedAttention
 from attnlab.models.biformer_stl import BIFORMER_STLS, BiFormerSTL
 from attnlab.models.staged import build_named
@@ -63,10 +65,12 @@ def test_what_does_not_fit_is_refused():
         attnlab.interop.load(BiFormer(5, **own, rngs=nnx.Rngs(0)), {"head.weight": np.zeros((5, 16))})
 
 
-@pytest.mark.parametrize("name", ["biformer_base", "biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize(
+    "name", ["biformer_stl_nchw", *(pytest.param(n, marks=pytest.mark.slow) for n in ("biformer_base", "biformer_stl"))]
+)
 def test_features_at_every_stage(name):
-    table = BIFORMERS | BIFORMER_STLS
-    model = nnx.eval_shape(lambda: build_named(table, name, image_size=(224, 224), rngs=nnx.Rngs(0)))
+    table, fewer = BIFORMERS | BIFORMER_STLS, {"image_size": (224, 224), "depths": (1, 1, 1, 1)}
+    model = nnx.eval_shape(lambda: build_named(table, name, **fewer, rngs=nnx.Rngs(0)))
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.bfloat16)
     maps, tokens, pooled, logits = nnx.eval_shape(
         lambda m, x: (m.stages(x), m.tokens(x), m.pooled(x), m(x)), model, images
@@ -82,3 +86,19 @@ def test_in_the_layout_of_swin_stages_say_what_does_not_fit():
         BiFormerSTL(5, **sizes, mixers=("regional", "local_values"), topks=(1, 1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="norm must be one of batch, layer, got 'group'"):
         BiFormerSTL(5, **sizes, mixers=("plain", "plain"), topks=(None, None), norm="group", rngs=nnx.Rngs(0))
+
+
+def test_official_names_in_the_layout_of_swin():
+    config = {"depth": [1, 1], "embed_dim": [8, 8], "mlp_ratios": [1, 1], "n_wins": [2, 2], "head_dim": 4}
+    later = {"stages.0.blocks.0.attn.qkv_linear.weight", "stages.1.blocks.0.attn.lepe.bias", "norm.bias"}
+    first = {"stages.0.blocks.0.attn.qkv.qkv.weight", "stages.1.blocks.0.mlp.2.bias", "downsample_layers.1.0.bias"}
+    for symbol, topks, some in (("nchwBiFormerSTL", [1, -1], later), ("BiFormerSTL", [2, 0], first)):
+        (official,) = (each for each in OFFICIAL if each.symbol == symbol)
+        model = nnx.eval_shape(lambda official=official, topks=topks: official.build(config | {"topks": topks}))
+        names = official.rules(model).names()
+        assert some < set(names) and len(set(names)) == len(names)
+        assert not any(name.endswith("running_mean") for name in names), "norms are layer norms there by default"
+        with pytest.raises(ConfigError, match="norm_layer must be BatchNorm2d or LayerNorm2d"):
+            official.options(config | {"norm_layer": "GroupNorm"})
+    with pytest.raises(ConfigError, match="topks must be positive or -1"):
+        next(each for each in OFFICIAL if each.symbol == "nchwBiFormerSTL").options({"topks": [1, -2]})
