@@ -23,9 +23,9 @@ def bounded_memory():
         jax.clear_caches()
 
 
-# Cases whose input gradient is not that of their own outputs, which are met: it does not sum to zero over the channels
-# in front of a LayerNorm, and differs from finite differences.
-CONTRADICTED = {("l2vit", "l2vit_tiny")}
+# Cases whose input gradient is not that of their own outputs, which are met: in one it does not sum to zero over the
+# channels in front of a LayerNorm, in both it differs from finite differences.
+CONTRADICTED = {("l2vit", "l2vit_tiny"), ("tap_adl", "net_tiny")}
 
 
 def every_case(test):
