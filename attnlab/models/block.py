@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,8 @@ class Block(Layer):
       ValueError: for an unknown order, or a scale of anything else.
     """
 
+    sums_branches: ClassVar[bool] = True
+
     def __init__(
         self,
         mixer: nnx.Module | None,
@@ -196,6 +198,9 @@ class Block(Layer):
 
         `positions` is passed on only to a mixer whose result depends on them. What each branch adds to the stream is
         appended to `paths`.
+
+        Raises:
+          ValueError: for `paths` of a block that is no sum of its branches.
         """
         if "positions" in arguments and not self.looks_at_positions:
             del arguments["positions"]
@@ -207,7 +212,14 @@ class Block(Layer):
                 tokens = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
             return call(self.mixer, tokens, deterministic, **arguments).reshape(x.shape), None
 
-        return self._through(x, None if self.mixer is None else mix, edits, deterministic, paths)[0]
+        told = () if paths is None else (self._added_up(paths),)
+        return self._through(x, None if self.mixer is None else mix, edits, deterministic, *told)[0]
+
+    def _added_up(self, paths: list[jax.Array]) -> list[jax.Array]:
+        """The list that branches append to; raises `ValueError` where the stream is no sum of what it was and them."""
+        if not self.sums_branches or self.after is not None or self.order != "pre" or self.scaled != "branch":
+            raise ValueError(f"paths: what this {type(self).__name__} returns is no sum of its branches and its tokens")
+        return paths
 
     def prefill(
         self,

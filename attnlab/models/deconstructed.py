@@ -113,6 +113,8 @@ class ForeignAttention(SoftmaxAttention):
 class HeldBlock(Block):
     """A block that leaves the first half of its batch as it is."""
 
+    sums_branches = False
+
     def _through(self, x: jax.Array, mix: Any, edits: Edits | None, deterministic: bool) -> tuple[jax.Array, Any]:
         y, new = super()._through(x, mix, edits, deterministic)
         half = x.shape[0] // 2

@@ -102,6 +102,7 @@ class PartialBlock(Block):
     mixer: Any
     mlp: Any
     scale2: Any
+    sums_branches = False
 
     @property
     def points(self) -> frozenset[str]:

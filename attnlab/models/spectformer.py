@@ -45,6 +45,8 @@ _COST = Cost(time="O(N·log(N)·C + N²·C)", memory="O(N²·H)")
 class SpectralBlock(Block):
     """A block with one residual: x = x + mlp(norm2(mixer(norm1(x)))). Its parts are those of `Block`."""
 
+    sums_branches = False
+
     @property
     def points(self) -> frozenset[str]:
         return super().points - {"middle"}

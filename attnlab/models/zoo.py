@@ -76,8 +76,8 @@ def create(
 
     Args:
       name: as `attnlab list --kind backbone` prints it.
-      num_classes: logits; None for the pooled features. With `weights` it is that of the file, which holds the
-        classifier too.
+      num_classes: logits; None for the pooled features, and for models that make images. With `weights` it is that of
+        the file, which holds the classifier too.
       weights: a file in the layout of the authors' code or of timm, safetensors or of `torch.save`, or arrays by their
         names there; drawn when None.
       features_only: the result is a `Features`, which gives the map of every stage, and has no classifier.
@@ -97,10 +97,10 @@ def create(
     if name not in table:
         raise KeyError(f"no model is called {name!r}: {suggestion(name, table)}")
     cls, own = table[name]
-    given = {"num_classes": num_classes, **options}
+    known = constructor_parameters(cls)
+    given = options if num_classes is None and "num_classes" not in known else {"num_classes": num_classes, **options}
     if image_size is not None:
         given["image_size"] = pair(image_size)
-    known = constructor_parameters(cls)
     for option in given:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: {suggestion(option, sorted(known))}")
