@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## install everything into .venv
 
-demo: $(READY) ## train and compare attention variants on real data (about 10 minutes on 2 cores)
+demo: $(READY) ## train and compare attention variants on real data (about 7 minutes on 2 cores)
 	$(BIN)/python -m experiments.demo
 
 test: $(READY) lint ## lint, and run the tests that need no accelerator; a mechanism alone: .venv/bin/python -m pytest -k SLUG
