@@ -80,12 +80,15 @@ def _sparse(case: dict[str, Any], arrays: dict[str, Any]) -> tuple[Callable[[], 
 
     dy = arrays["dy"]
     leaves = [arrays[name].requires_grad_(case["mode"] == "gradient") for name in "qkv"]
+    n = leaves[0].shape[1]
     bounds = [(arrays[f"first{a}"], arrays[f"last{a}"]) for a in range(len(case["lengths"]))]
 
     def rule(b: Any, h: Any, i: Any, j: Any) -> Any:
         seen, stride = None, 1
         for (first, last), length, period in reversed(list(zip(bounds, case["lengths"], case["periods"], strict=True))):
-            own_i, own_j = i // stride % length, j // stride % length
+            own_i, own_j = (x if stride == 1 else x // stride for x in (i, j))
+            if stride * length < n:
+                own_i, own_j = own_i % length, own_j % length
             inside = (own_j >= first[own_i]) & (own_j <= last[own_i])
             if period > 1:
                 inside = inside & (own_i % period == own_j % period)
@@ -93,7 +96,6 @@ def _sparse(case: dict[str, Any], arrays: dict[str, Any]) -> tuple[Callable[[], 
             stride *= length
         return seen | (j < case["prefix"]) if case["prefix"] else seen
 
-    n = leaves[0].shape[1]
     if case["contender"] == "flex":
         mask = create_block_mask(rule, None, None, n, n, device="cpu")
         compiled = torch.compile(flex_attention)
