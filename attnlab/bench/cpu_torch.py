@@ -41,6 +41,8 @@ def build(case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any], i
         arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     if case["kind"] in ("model", "language"):
         return _model(case, arrays["x"])
+    if case["kind"] == "sparse":
+        return _sparse(case, arrays)
     dy = arrays.pop("dy")
     function = {"op": _op, "mixer": _mixer, "depthwise": _depthwise}[case["kind"]](case)
     leaves = {name: array.requires_grad_() for name, array in arrays.items()}
@@ -67,6 +69,62 @@ def _op(case: dict[str, Any]) -> Callable[[Any], Any]:
         return scaled_dot_product_attention(q, k, v, is_causal=case["causal"]).transpose(1, 2)
 
     return function
+
+
+def _sparse(case: dict[str, Any], arrays: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """Attention under the rule of `attnlab.bench.sparse_torch`, by a mask of all pairs or by FlexAttention."""
+    import numpy as np
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    dy = arrays["dy"]
+    leaves = [arrays[name].requires_grad_(case["mode"] == "gradient") for name in "qkv"]
+    n = leaves[0].shape[1]
+    bounds = [(arrays[f"first{a}"], arrays[f"last{a}"]) for a in range(len(case["lengths"]))]
+
+    def rule(b: Any, h: Any, i: Any, j: Any) -> Any:
+        seen, stride = None, 1
+        for (first, last), length, period in reversed(list(zip(bounds, case["lengths"], case["periods"], strict=True))):
+            own_i, own_j = (x if stride == 1 else x // stride for x in (i, j))
+            if stride * length < n:
+                own_i, own_j = own_i % length, own_j % length
+            inside = (own_j >= first[own_i]) & (own_j <= last[own_i])
+            if period > 1:
+                inside = inside & (own_i % period == own_j % period)
+            seen = inside if seen is None else seen & inside
+            stride *= length
+        return seen | (j < case["prefix"]) if case["prefix"] else seen
+
+    if case["contender"] == "flex":
+        mask = create_block_mask(rule, None, None, n, n, device="cpu")
+        compiled = torch.compile(flex_attention)
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return compiled(q, k, v, block_mask=mask)
+
+    else:
+        tokens = torch.arange(n)
+        mask = rule(None, None, tokens[:, None], tokens)
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def function() -> Any:
+        return attend(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function()
+
+    def step() -> Any:
+        y = function()
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    results = step() if case["mode"] == "gradient" else (forward(),)
+    named = zip(("y", "q", "k", "v"), results, strict=False)
+    np.savez(case["outputs"], **{name: x.detach().numpy() for name, x in named})
+    return forward, step, 0
 
 
 def _mixer(case: dict[str, Any]) -> Callable[[Any], Any]:

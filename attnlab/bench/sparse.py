@@ -13,6 +13,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import figures
+from attnlab.bench import sparse_torch
+from attnlab.bench.cpu import Peer
 from attnlab.bench.gate import PEER_TOLERANCE
 from attnlab.bench.timing import measure_machine, median_seconds
 from pallas_kernels import block_sparse_attention, dispatch
@@ -35,6 +38,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 4e-3}
 CHECKED = 32  # queries of a head that are compared
 DENSE_BYTES = 2**30  # of the N×N weights, beyond which they are not built
 BLOCK = 16  # of the count of pairs
+ROUNDS = 5  # in which attnlab and PyTorch take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,22 @@ class Problem:
         tokens = case.queries if self.op == OPS[0] else math.prod(case.shape)
         return case.batch, tokens, case.heads, case.key_size
 
+    def axes(self) -> tuple[list[sparse_torch.Axis], int] | None:
+        """The mask as PyTorch is told it, with the keys that all see; None where it is of another form."""
+        case = self.case
+        if self.op == OPS[0]:
+            prefix = 64 if self.name.startswith("global") else 0
+            axis = sparse_torch.axis_of(self.mask, case.queries, prefix=prefix)
+            return None if axis is None else ([axis], prefix)
+        axes: list[sparse_torch.Axis | None] = []
+        for number, length in enumerate(case.shape):
+            options = {name: getattr(case, name) for name in ("kernel_size", "stride", "dilation", "is_causal")}
+            own = {name: x[number] if isinstance(x, tuple) else x for name, x in options.items()}
+            mask = neighborhood_mask((length,), own.pop("kernel_size"), **own)
+            axes.append(sparse_torch.axis_of(mask, length, period=own["dilation"]))
+        formed = [axis for axis in axes if axis is not None]
+        return (formed, 0) if len(formed) == len(axes) else None
+
     @functools.cached_property
     def share(self) -> float:
         """Share of the pairs that are in blocks of 16 with an allowed one."""
@@ -120,6 +140,7 @@ class Result:
       error: relative RMS error, None where it was not reached.
       rate: share of the machine's matrix rate that the products on allowed pairs take.
       efficiency: see the module; None without dense attention.
+      ours: of PyTorch, seconds of attnlab's in turns with it.
       reason: why it was not timed; empty if it was.
       failed: whether it is attnlab's own, was tried, and gave no result or a wrong one.
     """
@@ -130,6 +151,7 @@ class Result:
     error: float | None = None
     rate: float | None = None
     efficiency: float | None = None
+    ours: float | None = None
     reason: str = ""
     failed: bool = False
 
@@ -139,13 +161,14 @@ def names(op: str) -> tuple[str, ...]:
     return tuple(case.name for case in (BLOCK_SPARSE if op == OPS[0] else NEIGHBORHOOD))
 
 
-def solve(problem: Problem, budget: float = 0.5, peers: bool = True) -> Iterator[Result]:
+def solve(problem: Problem, budget: float = 0.5, peers: bool = True, torch: Peer | None = None) -> Iterator[Result]:
     """Gates and times every contender, dense attention first.
 
     Args:
       problem: what to solve.
       budget: seconds of timing for each.
       peers: whether what is not attnlab's is timed too.
+      torch: a process with PyTorch, which is then timed too, in turns with `xla`.
     """
     b, n, h, d = problem.sizes
     rng = np.random.default_rng(0)
@@ -171,6 +194,37 @@ def solve(problem: Problem, budget: float = 0.5, peers: bool = True) -> Iterator
             continue
         efficiency = None if dense is None else dense / seconds * problem.share
         yield Result(problem, name, seconds, error, problem.operations() / seconds / rate, efficiency)
+    if torch is None or not peers:
+        return
+    for contender, name in sparse_torch.CONTENDERS.items():
+        try:
+            seconds, own_seconds, error = _against_torch(problem, contender, torch, arrays, gate, budget)
+        except Exception as failure:  # as above
+            yield Result(problem, name, reason=str(failure)[:200])
+            continue
+        efficiency = None if dense is None else dense / seconds * problem.share
+        yield Result(problem, name, seconds, error, problem.operations() / seconds / rate, efficiency, own_seconds)
+
+
+def _against_torch(
+    problem: Problem, contender: str, torch: Peer, arrays: Sequence[jax.Array], gate: "_Gate", budget: float
+) -> tuple[float, float, float]:
+    """Seconds of PyTorch, those of attnlab's `xla` in turns with it, and the error of PyTorch."""
+    n = problem.sizes[1]
+    if problem.dtype != "float32" or dispatch.current_platform() != "cpu":
+        raise RuntimeError("PyTorch is compared with in float32 on a CPU")
+    if contender == "sdpa" and 5 * n * n > DENSE_BYTES:
+        raise RuntimeError(f"its mask would take {5 * n * n / 2**30:.1f} GiB")
+    if (form := problem.axes()) is None:
+        raise RuntimeError("the mask has no form that PyTorch is told here")
+    given = {name: np.asarray(x) for name, x in zip("qkv", arrays, strict=False)}
+    given["dy"] = gate.dy.astype(np.float32)
+    error, theirs = sparse_torch.times(torch, contender, *form, given, problem.mode, gate.error)
+    if not error <= PEER_TOLERANCE:
+        raise RuntimeError(f"its relative error is {error:.1e}")
+    *_, own = _calls(problem, problem.function("xla"), arrays)
+    rounds = [(theirs(budget / ROUNDS), median_seconds(own, budget / ROUNDS)) for _ in range(ROUNDS)]
+    return median(one for one, _ in rounds), median(one for _, one in rounds), error
 
 
 def _contenders(problem: Problem, peers: bool) -> Iterator[tuple[str, Any, bool, bool]]:
@@ -224,20 +278,21 @@ class _Gate:
             for name, x in (("y", y), ("q", ds @ k), ("k", ds.T @ q), ("v", p.T @ dy)):
                 self.expected[name].append(x)
 
-    def error(self, name: str, got: jax.Array) -> float:
+    def error(self, name: str, got: jax.Array | np.ndarray) -> float:
         """Relative RMS error of an output or a gradient."""
         worst = 0.0
         for at, want in zip(self.heads, self.expected[name], strict=True):
-            x = np.asarray(got[at[0], :, at[1]].astype(jnp.float32), np.float64)
+            x = np.asarray(got[at[0], :, at[1]].astype(np.float32), np.float64)
             x = x[self.queries] if name in ("y", "q") else x
             off = np.sqrt(np.mean((x - want) ** 2)) / (np.sqrt(np.mean(want**2)) or 1.0)
             worst = max(worst, float(off) if np.isfinite(off) else math.inf)
         return worst
 
 
-def _measure(
-    problem: Problem, function: Any, arrays: Sequence[jax.Array], gate: _Gate | None, own: bool, budget: float
-) -> tuple[float | None, float | None]:
+def _calls(
+    problem: Problem, function: Any, arrays: Sequence[jax.Array]
+) -> tuple[tuple[str, ...], Callable[[Any], Any], Callable[[], Any]]:
+    """Names of the results, a compiled call with a cotangent, and the one that is timed."""
     q, k, v, dy = arrays
     if problem.mode == "gradient":
 
@@ -246,14 +301,20 @@ def _measure(
             return y, *pull(dy)
 
         call = jax.jit(run).lower(q, k, v, dy).compile()
-        names_, checked = ("y", "q", "k", "v"), lambda: call(q, k, v, jnp.asarray(gate.dy, q.dtype))
-        timed = functools.partial(call, q, k, v, dy)
-    else:
-        call = jax.jit(lambda q, k, v: (function(q, k, v),)).lower(q, k, v).compile()
-        names_, checked, timed = ("y",), lambda: call(q, k, v), functools.partial(call, q, k, v)
+        return ("y", "q", "k", "v"), functools.partial(call, q, k, v), functools.partial(call, q, k, v, dy)
+    call = jax.jit(lambda q, k, v: (function(q, k, v),)).lower(q, k, v).compile()
+    return ("y",), lambda dy: call(q, k, v), functools.partial(call, q, k, v)
+
+
+def _measure(
+    problem: Problem, function: Any, arrays: Sequence[jax.Array], gate: _Gate | None, own: bool, budget: float
+) -> tuple[float | None, float | None]:
+    names_, checked, timed = _calls(problem, function, arrays)
     error = None
     if gate is not None:
-        error = max(gate.error(name, x) for name, x in zip(names_, checked(), strict=True))
+        error = max(
+            gate.error(name, x) for name, x in zip(names_, checked(jnp.asarray(gate.dy, arrays[0].dtype)), strict=True)
+        )
         allowed = TOLERANCE[problem.dtype] * (2 if problem.mode == "gradient" else 1) if own else PEER_TOLERANCE
         if not error <= allowed:
             return None, error
@@ -271,7 +332,9 @@ def tables(results: Sequence[Result]) -> list[Any]:
         rows = [result for result in results if result.problem == problem]
         dense = next((row.seconds for row in rows if row.contender == "dense"), None)
         grid = Table(box=box.SIMPLE_HEAD, title=str(problem), title_justify="left", pad_edge=False)
-        for index, column in enumerate(("contender", "ms", "dense / it", "of matrix rate", "efficiency", "error")):
+        for index, column in enumerate(
+            ("contender", "ms", "dense / it", "of matrix rate", "efficiency", "error", "xla / it")
+        ):
             grid.add_column(column, justify="right" if index else "left", no_wrap=True)
         for row in (row for row in rows if row.seconds):
             grid.add_row(
@@ -281,6 +344,7 @@ def tables(results: Sequence[Result]) -> list[Any]:
                 f"{100 * row.rate:.0f} %" if row.rate else "",
                 f"{row.efficiency:.2f}" if row.efficiency else "",
                 f"{row.error:.1e}" if row.error is not None else "",
+                f"{row.ours / row.seconds:.2f}" if row.ours else "",
             )
         shown.append(grid)
         shown += [Text(f"{row.contender}: {row.reason}", "yellow") for row in rows if row.reason]

@@ -1,7 +1,9 @@
 """`attnlab bench block_sparse_attention` and `neighborhood_attention`: sparse attention against dense attention."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from attnlab.suggest import suggestion
 class BenchSparseOptions:
     """Time sparse attention: every implementation that runs here, dense attention, and JAX's own under the mask.
 
+    With --torch-python also PyTorch's masked attention and its FlexAttention, on a CPU, in turns with `xla`.
     A wrong result is not timed. Writes results.json and drawings of the times to --out-dir.
 
     Attributes:
@@ -21,6 +24,7 @@ class BenchSparseOptions:
       dtypes: of q, k and v: bfloat16, float16, float32; bfloat16, or float32 on a CPU, when None.
       modes: forward, gradient (forward and backward).
       peers: also time what is not attnlab's.
+      torch_python: an interpreter with PyTorch, to time it too.
       seconds: of timing for each line.
       out_dir: directory of the results; runs/bench_OP when None.
     """
@@ -29,6 +33,7 @@ class BenchSparseOptions:
     dtypes: tuple[str, ...] | None = None
     modes: tuple[str, ...] = ("forward", "gradient")
     peers: bool = True
+    torch_python: str | None = None
     seconds: float = 0.5
     out_dir: str | None = None
 
@@ -44,6 +49,7 @@ def run(op: str, arguments: list[str]) -> int:
     from rich.progress import Progress
 
     from attnlab.bench import runner, sparse
+    from attnlab.bench.cpu import Peer
     from attnlab.bench.timing import measure_machine
     from pallas_kernels import dispatch
 
@@ -63,11 +69,15 @@ def run(op: str, arguments: list[str]) -> int:
     if not console.is_terminal:
         console = Console(markup=False, emoji=False, highlight=False, width=120)
     results: list[sparse.Result] = []
-    with Progress(console=console, transient=True) as progress:
+    torch = None
+    with contextlib.ExitStack() as stack, Progress(console=console, transient=True) as progress:
+        if options.torch_python is not None:
+            torch = Peer(options.torch_python, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+            stack.callback(torch.close)
         task = progress.add_task("", total=len(problems))
         for problem in problems:
             progress.update(task, description=str(problem))
-            found = list(sparse.solve(problem, options.seconds, options.peers))
+            found = list(sparse.solve(problem, options.seconds, options.peers, torch))
             results += found
             console.print(*sparse.tables(found), sep="\n")
             progress.advance(task)

@@ -25,6 +25,7 @@ def paged_attention(
     blocks: Blocks | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    splits: int | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention to keys in pages: key j of batch element b is row j % S of page `page_table[b, j // S]`.
@@ -42,6 +43,8 @@ def paged_attention(
       blocks: pages that are visited at most: `Blocks` with `block_q` N and `block_k` S over the W pages.
       scale: factor of q·k, a number; D^-1/2 when None.
       softcap: as in `block_sparse_attention`.
+      splits: runs into which the visited keys are cut, which are done side by side and joined by lse; as many as the
+        size of the table suggests when None.
       return_lse: also return lse, (B, N, H).
 
     Returns:
@@ -60,6 +63,8 @@ def paged_attention(
         raise ValueError(f"page_table must be integers ({b}, W), got {page_table.dtype.name} of {page_table.shape}")
     if lengths.shape not in ((b,), (b, h)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"lengths must be integers ({b},) or ({b}, {h}), got {lengths.dtype.name} of {lengths.shape}")
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
     width = page_table.shape[1]
     sizes = checks.Sizes(b, n, width * size, h, g)
     if blocks is not None:
@@ -72,7 +77,7 @@ def paged_attention(
     extras = checks.with_values(Extras(), values, sizes)
     keys, stored_values = (jnp.moveaxis(x.reshape(1, pages * size, g, -1), 1, 2)[:, :, None] for x in
                            (key_pages, value_pages))  # fmt: skip
-    y, lse = _run(rules, q, keys, stored_values, page_table, extras, blocks, size)
+    y, lse = _run(rules, q, keys, stored_values, page_table, extras, blocks, size, splits)
     return (y, lse) if return_lse else y
 
 
@@ -80,14 +85,15 @@ def _before(i: Any, j: Any, until: Any) -> Any:
     return j < until
 
 
-def _run(rules: Rules, q, keys, values, page_table, extras: Extras, blocks: Blocks | None, size: int):
+def _run(rules: Rules, q, keys, values, page_table, extras: Extras, blocks: Blocks | None, size: int, splits):
     """y and lse, of keys and values (1, G, 1, pages · size, ·)."""
     (b, n, h, _), g, width = q.shape, keys.shape[1], page_table.shape[1]
     shape = jax.ShapeDtypeStruct((b, width * size, g, keys.shape[-1]), q.dtype)
     args = Arguments(q, shape, shape, extras, blocks, rules)
     layout, tiles = tiles_of(args, n, size)
     together = max(c for c in xla.TOGETHER if c <= max(1, min(width, 512 // size)))
-    plan = xla._Plan(layout, rules, together, args.precision, args.accumulator)
+    splits = xla.splits_of(layout, tiles.row.size // together) if splits is None else splits
+    plan = xla._Plan(layout, rules, together, args.precision, args.accumulator, splits)
     lane = jnp.asarray(tiles.row) // layout.q_blocks // layout.lanes_h
     steps = xla._steps(plan, tiles, page_table[lane, tiles.column])
     x = xla._Tensors(

@@ -11,6 +11,10 @@ and adds the gradients of keys and values, and of the bias and the arrays of `sc
 the product q·k and the score (softcap, bias, `score_mod`) is differentiated by JAX, a tile at a time.
 
 `sizes_of` weighs larger tiles, with more pairs that are masked, against more steps.
+
+Of few queries, as in decoding, the list is long and a step small. It is then cut into runs of equally many steps, which
+are done side by side, each with its own part of the keys, and joined by lse. The list and not the axis of keys is cut:
+the runs are as long as each other whatever the lengths are. The backward pass is the one sweep, from the joined lse.
 """
 
 import dataclasses
@@ -26,6 +30,7 @@ from jax import lax
 from pallas_kernels.block_lists import lower_heads
 from pallas_kernels.block_sparse_attention import scores
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Extras, Rules
+from pallas_kernels.block_sparse_attention.parts import merge_attention
 from pallas_kernels.block_sparse_attention.scores import Indices
 from pallas_kernels.block_sparse_attention.tiles import Layout, Tiles, head_of, is_static, tiles_of
 from pallas_kernels.masks import Mask
@@ -38,18 +43,23 @@ STEP_COST = 1 << 13
 MOST_SCORES = 1 << 21
 SIZES = (64, 128, 256, 512)
 TOGETHER = (1, 2, 4, 8)
+# Of a split of decoding: the most queries, the most runs, and the fewest steps of a run, where no tile is left out.
+SPLIT_QUERIES = 16
+MOST_SPLITS = 8
+STEPS_OF_SPLIT = 4
 MOST_BLOCKS = 1 << 20  # of a lowering that is only weighed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static in a sweep; `together` tiles of a row are one step."""
+    """What is static in a sweep; `together` tiles of a row are one step, and `splits` runs of steps go side by side."""
 
     layout: Layout
     rules: Rules
     together: int
     precision: lax.Precision
     dtype: Any
+    splits: int = 1
 
 
 class _Steps(NamedTuple):
@@ -98,7 +108,9 @@ def run(args: Arguments) -> tuple[jax.Array, jax.Array]:
     """y (B, N, H, E) in the dtype of q, and lse (B, N, H) in the accumulator."""
     block_q, block_k, together = _chosen_sizes(args)
     layout, tiles = tiles_of(args, block_q, block_k)
-    plan = _Plan(layout, args.rules, together, args.precision, args.accumulator)
+    plan = _Plan(
+        layout, args.rules, together, args.precision, args.accumulator, splits_of(layout, tiles.row.size // together)
+    )
     b, n, h, _ = args.q.shape
     q = args.q.reshape(b, n, layout.groups, layout.repeats, -1)
     x = _Tensors(
@@ -155,6 +167,14 @@ def sizes_of(mask: Mask, queries: int, keys: int, batch: int, static: bool) -> t
 
     (block_q, block_k), together = min(itertools.product(pairs, TOGETHER), key=cost)
     return block_q, block_k, together
+
+
+def splits_of(layout: Layout, steps: int) -> int:
+    """Runs into which a list of up to `steps` steps is cut: one, unless there are few queries."""
+    if layout.queries > SPLIT_QUERIES:
+        return 1
+    room = layout.keys // (layout.queries * layout.repeats)  # so that the parts of y have no more elements than v
+    return max(1, min(MOST_SPLITS, steps // STEPS_OF_SPLIT, room))
 
 
 def _steps(plan: _Plan, tiles: Tiles, stored: jax.Array | None = None) -> _Steps:
@@ -327,12 +347,25 @@ def _columns(plan: _Plan, p: jax.Array, y: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sweep(plan: _Plan, x: _Tensors, steps: _Steps) -> tuple[jax.Array, jax.Array]:
     """y (B, G, R, N', E) in the dtype of q, and lse (B, G, R, N')."""
+    if plan.splits == 1:
+        return _swept(plan, x, steps, jnp.zeros((), jnp.int32), steps.total, x.q.dtype)
+    size = -(-steps.total // plan.splits)
+    first = jnp.arange(plan.splits, dtype=jnp.int32) * size
+    y, lse = jax.vmap(lambda first: _swept(plan, x, steps, first, size, plan.dtype))(first)
+    y, lse = merge_attention(list(zip(y, lse, strict=True)))
+    return y.astype(x.q.dtype), lse
+
+
+def _swept(plan: _Plan, x: _Tensors, steps: _Steps, first: jax.Array, count: jax.Array, dtype: Any):
+    """The part that the steps from `first` on have in y and lse; those behind the last step of the list have none."""
     shape, inner = x.q.shape[:4], (*plan.layout.inner, plan.layout.block_q)
     least = jnp.finfo(plan.dtype).min
 
     def step(t, carry):
         y, lse, sums, top, total = carry
-        at, counted, full, begins = _place(plan, steps, t)
+        there = first + t < steps.total
+        at, counted, full, begins = _place(plan, steps, jnp.minimum(first + t, steps.total - 1))
+        counted, full, begins = counted & there, full & there, (begins & there) | (t == 0)
         some = scores.map_extras(lambda a, table: _fetch(plan, a, at, **_axes(a, table)), x.extras)
         index = _indices(plan, at)
         q, k, v = _fetch(plan, x.q, at, rows=3), _fetch(plan, x.k, at, keys=3), _fetch(plan, x.v, at, keys=3)
@@ -355,13 +388,13 @@ def _sweep(plan: _Plan, x: _Tensors, steps: _Steps) -> tuple[jax.Array, jax.Arra
 
     size = x.v.shape[-1]
     start = (
-        jnp.zeros((*shape, size), x.q.dtype),
+        jnp.zeros((*shape, size), dtype),
         jnp.full(shape, -jnp.inf, plan.dtype),
         jnp.zeros((*inner, size), plan.dtype),
         jnp.full(inner, least, plan.dtype),
         jnp.zeros(inner, plan.dtype),
     )
-    y, lse, *_ = lax.fori_loop(0, steps.total, step, same_manual_axes((start, x.q))[0])
+    y, lse, *_ = lax.fori_loop(0, count, step, same_manual_axes((start, x.q))[0])
     return y, lse
 
 

@@ -19,7 +19,8 @@ before the projection, so padding carries the bias. `RegionalRoutingAttention` (
 with zeros after it, leaves padding out of the means, scores regions without s, and fixes the size of a region to
 Hh // S × Ww // S, so that there may be more than S². In both, padding is attended to like any token.
 
-Cost O(N·k·(N/S²)·C + S⁴·C), at its least O(N^4/3); the gathered keys and values take O(k·N·C) memory.
+Cost O(N·k·(N/S²)·C + S⁴·C), at its least O(N^4/3). Memory is O(N·C) where the regions are read in
+place (`listed_attention`); keys and values that are gathered, with soft routing or pooling, take O(k·N·C).
 """
 
 import math
@@ -40,6 +41,7 @@ from attnlab.nn.resampling import adaptive_avg_pool, adaptive_max_pool, avg_pool
 from attnlab.nn.softmax import scaled_product
 from attnlab.points import Edits, visit
 from attnlab.registry import Cost, Paper, Source, register
+from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.dtypes import at_least_float32
 
 KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
@@ -104,6 +106,29 @@ def routed_attention(
     weights = jax.nn.softmax(scaled_product("bpnhd,bpkmhd->bphnkm", q, k, scale), axis=(-2, -1))
     y = jnp.einsum("bphnkm,bpkmhe->bpnhe", weights.astype(v.dtype), v, preferred_element_type=accumulator)
     return y.astype(v.dtype), weights
+
+
+def listed_attention(q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
+    """`routed_attention` without region weights, of regions that are read where they are: nothing is gathered.
+
+    Args:
+      q: (B, P, n, H, D).
+      k: (B, R, m, H, D).
+      v: (B, R, m, H, E).
+      indices: of regions, (B, P, K), no region twice.
+      scale: of the scores.
+
+    Returns:
+      (B, P, n, H, E) in the dtype of `v`.
+    """
+    blocks = Blocks.from_indices(indices[:, None], q.shape[2], k.shape[2])
+    y = block_sparse_attention(*(_flat(x) for x in (q, k, v)), blocks=blocks, scale=scale)
+    return y.reshape(*q.shape[:-1], -1)
+
+
+def _flat(regions: jax.Array) -> jax.Array:
+    """(B, P, n, H, D) to (B, P·n, H, D)."""
+    return regions.reshape(regions.shape[0], -1, *regions.shape[3:])
 
 
 def scatter_map(
@@ -312,14 +337,18 @@ class BiLevelRoutingAttention(_RoutedAttention):
         padded = v.shape[1:3]
         region = self._region(padded)
         indices, region_weights = self._route(q, k, region)
-        y, weights = routed_attention(
-            _regions(q, region),
-            *(self._pool(_regions(a, region), region) for a in (k, v)),
-            indices,
-            scale=self.scale,
-            region_weights=region_weights if self.soft_routing else None,
-        )
-        record(self, "attention", lambda: scatter_map(self._unpool(weights, region), indices, region, padded, grid))
+        arrays = _regions(q, region), *(self._pool(_regions(a, region), region) for a in (k, v))
+        options = {"scale": self.scale, "region_weights": region_weights if self.soft_routing else None}
+
+        def weights() -> jax.Array:
+            return routed_attention(*arrays, indices, **options)[1]
+
+        # Regions of a few pooled keys are small blocks, and small to gather; a weight per pair of regions is no block.
+        if self.kv_downsample_mode == "identity" and not self.soft_routing:
+            y = listed_attention(*arrays, indices, scale=self.scale)
+        else:
+            y, _ = routed_attention(*arrays, indices, **options)
+        record(self, "attention", lambda: scatter_map(self._unpool(weights(), region), indices, region, padded, grid))
         return self._merge(_image(y, region, padded), v, grid, given.edits)
 
     def routing(self, x: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -449,8 +478,13 @@ class RegionalRoutingAttention(_RoutedAttention):
         indices, _ = route(*(self._region_means(merge_heads(a), region) for a in (q, k)), self.topk)
         q, k, padded_v = (_pad(a, region) for a in (q, k, v))
         padded = q.shape[1:3]
-        y, weights = routed_attention(*(_regions(a, region) for a in (q, k, padded_v)), indices, scale=self.scale)
-        record(self, "attention", lambda: scatter_map(weights, indices, region, padded, grid))
+        arrays = [_regions(a, region) for a in (q, k, padded_v)]
+        y = listed_attention(*arrays, indices, scale=self.scale)
+
+        def weights() -> jax.Array:
+            return routed_attention(*arrays, indices, scale=self.scale)[1]
+
+        record(self, "attention", lambda: scatter_map(weights(), indices, region, padded, grid))
         return self._merge(_image(y, region, padded), v, grid, given.edits)
 
     @staticmethod

@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from attnlab.bench import sparse
+from attnlab.bench import sparse, sparse_torch
 from attnlab.cli.main import main
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.masks import SlidingWindow
+from pallas_kernels.masks import Prefix, SlidingWindow
 
 
 @pytest.fixture
@@ -57,3 +58,40 @@ def test_the_command_writes_what_it_measured(op, small, tmp_path, capsys):
     assert jnp.isfinite(of["attnlab xla"]["error"])
     assert main(["bench", op, "--cases", "smal"]) != 0
     assert "did you mean small?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", sparse.OPS)
+def test_pytorch_is_gated_and_timed_in_turns(op, small):
+    problem = sparse.Problem(op, "small")
+    n = problem.sizes[1]
+    want = np.asarray(problem.mask(np.arange(n)[:, None], np.arange(n)))
+
+    class Peer:
+        """Computes with the rule that it is told, as the process of PyTorch does; and then something else."""
+
+        def ask(self, request):
+            if request["what"] != "build":
+                return {"seconds": 1.0}
+            if request["contender"] == "flex":
+                return {"reason": "no compiler"}
+            with np.load(request["inputs"]) as file:
+                coordinates = np.unravel_index(np.arange(n), request["lengths"])
+                seen = np.ones((n, n), bool)
+                for a, x in enumerate(coordinates):
+                    seen &= (x >= file[f"first{a}"][x][:, None]) & (x <= file[f"last{a}"][x][:, None])
+                np.testing.assert_array_equal(seen, want)
+                y = block_sparse_attention(*(file[name] for name in "qkv"), mask=problem.mask)
+            np.savez(request["outputs"], y=y if op == sparse.OPS[0] else y * 1.5)
+            return {"parameters": 0}
+
+    masked, flex = list(sparse.solve(problem, 0.0, torch=Peer()))[-2:]
+    assert (flex.contender, flex.reason, flex.failed) == ("torch FlexAttention", "no compiler", False)
+    if op == sparse.OPS[0]:
+        assert masked.seconds == 1.0 and masked.ours > 0 and masked.error < 1e-6
+    else:
+        assert masked.seconds is None and "relative error" in masked.reason
+
+
+def test_rules_as_pytorch_is_told_them():
+    assert sparse_torch.axis_of(SlidingWindow(3, 1) | Prefix(2), 20, prefix=2).last.tolist()[:4] == [-1, 2, 3, 4]
+    assert sparse_torch.axis_of(SlidingWindow(3, 1) | Prefix(2), 20) is None
