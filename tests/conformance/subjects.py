@@ -1,8 +1,8 @@
 """What the conformance suite runs over: each registered mixer in the patterns and layouts it declares, small.
 
 A mixer is run whole where it is at home, in the paper's own pattern and layout, which are its constructor's defaults.
-Its other patterns and layouts are `slow`, and only what may differ there is run. `REPRESENTATIVES` stand for their
-bases: in sequences all of their patterns run.
+Its other patterns and layouts are `slow`, and only what may differ there is run; so are, of several mixers of one paper,
+those after the first. `REPRESENTATIVES` stand for their bases: in sequences all of their patterns run.
 """
 
 import dataclasses
@@ -144,14 +144,25 @@ def at_home(subject: Subject) -> bool:
     return subject == subjects_of(subject.name)[0]
 
 
-def at_home_or_represents(subject: Subject) -> bool:
-    return at_home(subject) or (subject.name in REPRESENTATIVES and subject.layout is Layout.SEQUENCE)
+@functools.cache
+def first_of_each_paper() -> frozenset[str]:
+    """Of the mixers of each paper the first by name, which is that of the paper's slug where there is one."""
+    first: dict[str, str] = {}
+    for variant in attnlab.variants(kind=Kind.MIXER):
+        first.setdefault(variant.slug, variant.name)
+    return frozenset(first.values())
+
+
+def often_run(subject: Subject) -> bool:
+    """Whether it is among the quick tests."""
+    represents = subject.name in REPRESENTATIVES and subject.layout is Layout.SEQUENCE
+    return represents or (at_home(subject) and subject.name in first_of_each_paper())
 
 
 def those(
     wanted: Callable[[Subject], bool] = lambda subject: True,
     *,
-    often: Callable[[Subject], bool] = at_home_or_represents,
+    often: Callable[[Subject], bool] = often_run,
 ) -> pytest.MarkDecorator:
     """Parametrises a test over the subjects that are `wanted`; those that are not to run `often` are slow."""
     return pytest.mark.parametrize(

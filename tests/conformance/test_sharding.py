@@ -1,11 +1,11 @@
 """Tensor parallelism: heads are cut along whole heads, so that devices only sum what their heads give."""
 
 import attnlab
-from tests.conformance.subjects import FEATURES, Subject, at_home, parameters, those
+from tests.conformance.subjects import FEATURES, Subject, at_home, first_of_each_paper, parameters, those
 from tests.conformance.two_devices import has_heads, traffic
 
 
-@those(often=at_home)
+@those(often=lambda subject: at_home(subject) and subject.name in first_of_each_paper())
 def test_devices_only_sum(subject: Subject):
     """The call needs no collective but all-reduce, and those that a mechanism that itself mixes heads declares.
 
