@@ -1,8 +1,8 @@
 """What the conformance suite runs over: each registered mixer in the patterns and layouts it declares, small.
 
 A mixer is run whole where it is at home, in the paper's own pattern and layout, which are its constructor's defaults.
-Its other patterns and layouts are `slow`, and only what may differ there is run; so are, of several mixers of one paper,
-those after the first. `REPRESENTATIVES` stand for their bases: in sequences all of their patterns run.
+Its other patterns and layouts are `slow`, and only what may differ there is run; of several mixers of one paper, those
+after the first are slow too. `REPRESENTATIVES` stand for their bases: in sequences all of their patterns run.
 """
 
 import dataclasses
