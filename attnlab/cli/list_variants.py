@@ -107,7 +107,11 @@ def _print(variants: tuple[registry.Variant, ...]) -> None:
                 line.append("  ").append(describe.paper_short(variant.paper), f"link {url}" if url else "dim")
             console.print(line, no_wrap=True, crop=False, soft_wrap=True)
             if sizes := describe.sizes_of(variant):
-                console.print(Padding(Text(", ".join(sizes), "dim"), (0, 0, 0, 4)))
+                below = Text(", ".join(sizes), "dim")
+                if console.is_terminal:
+                    console.print(Padding(below, (0, 0, 0, 4)))
+                else:
+                    console.print(Text("    ") + below, soft_wrap=True)
     if variants:
         console.print()
     count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"

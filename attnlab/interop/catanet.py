@@ -25,7 +25,8 @@ _PATCHES: dict[Any, Any] = {
     "mlp_norm": "layer.1.norm",
     "mlp": Part("layer.1.fn", _FEED_FORWARD),
 }
-_SIZES = options(dim="features", qk_dim="qk_features", mlp_dim="mlp_features", heads="num_heads")
+_HEADS = options(dim="features", qk_dim="qk_features", heads="num_heads")
+_SIZES = _HEADS | options(mlp_dim="mlp_features")
 
 
 def _in_order(module: IntraGroupAttention, inputs: Inputs, given: Given) -> Any:
@@ -59,7 +60,7 @@ def _net_names(model: CATANet) -> dict[str, Any]:
 
 
 OFFICIAL = [
-    Official("IASA", IntraGroupAttention, _SIZES | options("group_size"), _QKV, call=_in_order),
+    Official("IASA", IntraGroupAttention, _HEADS | options("group_size"), _QKV, call=_in_order),
     Official(
         "TAB",
         TokenAggregationBlock,

@@ -175,6 +175,8 @@ class Official:
         if not isinstance(cls, type):
             parameters = inspect.signature(cls).parameters.values()
             return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+        if getattr(cls, "hands_options_on", False):  # to a part, not to the class above
+            return None
         names: set[str] = set()
         for one in cls.__mro__:  # `**options` are those of the class above
             parameters = inspect.signature(one.__init__).parameters.values()

@@ -161,6 +161,9 @@ class DependencyViT(StagedBackbone):
       depth: blocks.
       prune_layers: blocks that leave tokens out, counted from 1; none when None.
       prune_ratio: ρ, the share of all tokens that each of them leaves out.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether queries and keys are normed.
+      kernel: of `ReversedAttention`.
       mlp_ratio: hidden channels over channels.
       layer_scale: γ at the start; None for none.
       image_size: pixels on a side, or (rows, columns).
@@ -173,7 +176,6 @@ class DependencyViT(StagedBackbone):
       dtype: of the computation; that of the images when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
-      **attention: further arguments of `ReversedAttention`.
 
     Raises:
       ValueError: if the patches do not tile the image, for pruning without a ratio, or layers that do not exist.
@@ -187,6 +189,9 @@ class DependencyViT(StagedBackbone):
         depth: int = 12,
         prune_layers: Sequence[int] | None = None,
         prune_ratio: float | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        kernel: str | None = None,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-6,
         image_size: int | Sequence[int] = 224,
@@ -199,7 +204,6 @@ class DependencyViT(StagedBackbone):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
-        **attention: Any,
     ):
         pruning = sorted(prune_layers or ())
         if any(not 1 <= layer <= depth for layer in pruning) or len(set(pruning)) != len(pruning):
@@ -219,7 +223,9 @@ class DependencyViT(StagedBackbone):
                 norm_eps=norm_eps,
                 dropout=dropout,
                 drop_path=drop_path * (layer - 1) / max(depth - 1, 1),
-                **attention,
+                qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
+                kernel=kernel,
                 **common,
             )
             for layer in range(1, depth + 1)

@@ -36,6 +36,8 @@ class DogeLayer(Block):
       **attention: further options of `DynamicMaskAttention`.
     """
 
+    hands_options_on = True
+
     def __init__(
         self,
         features: int,

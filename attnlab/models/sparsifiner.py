@@ -149,6 +149,8 @@ class Sparsifiner(StagedBackbone):
         attention.
     """
 
+    hands_options_on = True
+
     def __init__(
         self,
         features: int = 384,

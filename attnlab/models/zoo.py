@@ -102,7 +102,7 @@ def create(
     if image_size is not None:
         given["image_size"] = pair(image_size)
     for option in given:
-        if option not in known:
+        if option not in known and not getattr(cls, "hands_options_on", False):
             raise ValueError(f"{name} has no option {option!r}: {suggestion(option, sorted(known))}")
     if features_only and not callable(getattr(cls, "stages", None)):
         raise ValueError(f"features_only: {name} has no stages")

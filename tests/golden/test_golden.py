@@ -11,7 +11,7 @@ from attnlab.interop.names import NEVER_LOADED, matches
 from attnlab.interop.official import choose
 from tests.golden.cases import DATA, SHARED, adapters, faults, find_cases, group, read
 
-COMMITTED_BYTES = 12e6
+COMMITTED_BYTES = 24e6
 finished = itertools.count(1)
 
 

@@ -8,6 +8,7 @@ import attnlab
 from attnlab.cli.describe import decode_bytes, options, signature, token_bytes
 from attnlab.cli.main import main
 from attnlab.cli.show_variant import facts
+from attnlab.models import named_models
 from pallas_kernels import dispatch
 
 
@@ -15,8 +16,10 @@ def test_list_prints_every_variant_under_its_kind_and_family(capsys):
     assert main(["list"]) == 0
     found, heading = {}, ""
     lines = capsys.readouterr().out.splitlines()
-    for line in lines[:-2]:
-        if line.startswith("  "):
+    for line in lines[:-3]:
+        if line.startswith("    "):
+            assert set(line.strip().split(", ")) <= set(named_models()), "the named sizes of a backbone"
+        elif line.startswith("  "):
             name, summary = line.split(maxsplit=1)
             found[name] = heading
             assert summary.startswith(attnlab.get(name).summary)

@@ -11,7 +11,8 @@ from attnlab import data
 
 
 def test_names():
-    assert list(data.SOURCES) == ["digits", "cifar10", "npz", "image_folder", "stdlib_text", "text_files", "task"]
+    names = ["digits", "cifar10", "npz", "image_folder", "stdlib_text", "text_files", "task", "degraded"]
+    assert list(data.SOURCES) == names
     assert all(source.name == name for name, source in data.SOURCES.items())
 
 

@@ -59,7 +59,11 @@ def test_a_mask_leaves_the_tokens_that_exist(name: str):
     np.testing.assert_allclose(alone[:1], y[:1], rtol=2e-5, atol=2e-6)
 
 
-@every_pooling
+# The branches of ACMIL stand beside its vector.
+MADE_OF_BRANCHES = [name for name in attnlab.names(kind=Kind.POOLING) if name not in ("acmil", "acmil.heads")]
+
+
+@pytest.mark.parametrize("name", MADE_OF_BRANCHES)
 def test_branches_make_the_vector(name: str):
     pool, x = build(name), tokens(2)
     branches, y = jax.jit(lambda x: (pool.branches(x), pool(x)))(x)
