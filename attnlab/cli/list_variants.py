@@ -114,7 +114,7 @@ def _print(variants: tuple[registry.Variant, ...]) -> None:
                     console.print(Text("    ") + below, soft_wrap=True)
     if variants:
         console.print()
-    count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"
-    console.print(f"{count}; `attnlab show NAME` prints everything about one")
     if any(variant.kind is registry.Kind.BACKBONE for variant in variants):
         console.print("below a backbone its named sizes: `attnlab.models.create(NAME, num_classes=…)`")
+    count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"
+    console.print(f"{count}; `attnlab show NAME` prints everything about one")
