@@ -31,8 +31,8 @@ test: $(READY) lint ## lint, and run the tests that need no accelerator; a mecha
 test-slow: $(READY) ## the tests that take minutes, and mixers in patterns and layouts that are not the paper's own
 	$(PYTEST) -m slow
 
-test-goldens: $(READY) ## all golden cases beside this checkout, not one per class alone
-	$(PYTEST) -m 'not slow' tests/golden
+test-goldens: $(READY) ## the golden cases beside this checkout that `test` leaves out, which takes one of each class
+	$(PYTEST) -m goldens tests/golden
 
 test-changed: $(READY) ## the tests that depend on the files changed since main; since another commit: make test-changed SINCE=HEAD~3
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.changed $(SINCE)

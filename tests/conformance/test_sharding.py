@@ -5,7 +5,7 @@ from tests.conformance.subjects import FEATURES, Subject, at_home, first_of_each
 from tests.conformance.two_devices import has_heads, traffic
 
 
-@those(often=lambda subject: at_home(subject) and subject.name in first_of_each_paper())
+@those(at_home, often=lambda subject: subject.name in first_of_each_paper())
 def test_devices_only_sum(subject: Subject):
     """The call needs no collective but all-reduce, and those that a mechanism that itself mixes heads declares.
 
