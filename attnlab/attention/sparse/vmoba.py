@@ -286,7 +286,7 @@ def _chosen(
     small={"blocks": (0.5,), "threshold": 0.5},
 )
 class VideoMixtureOfBlockAttention(TokenMixer):
-    """Videos, images and sequences to the same shape. See the module docstring for the equations.
+    """Videos and images to the same shape; of sequences there is MoBA. See the module docstring for the equations.
 
     Args:
       features: channels C.
@@ -295,8 +295,8 @@ class VideoMixtureOfBlockAttention(TokenMixer):
       head_dim: D; C / H when None.
       layout: of the tokens.
       layer: index of the layer, which picks its blocks.
-      blocks: blocks of the layers in turn, each as in `block_order`: a number of frames (tokens of a sequence), (h, w)
-        or (t, h, w). When None those of a video are (2, (8, 8), (2, 8, 8)), of an image ((8, 8),), of a sequence (64,).
+      blocks: blocks of the layers in turn, each as in `block_order`: a number of frames, (h, w) or (t, h, w). When None
+        those of a video are (2, (8, 8), (2, 8, 8)), of an image ((8, 8),).
       select_mode: "topk" or "threshold".
       topk: K, blocks of a query, its own included, for "topk".
       threshold: τ, for "threshold".
@@ -315,7 +315,7 @@ class VideoMixtureOfBlockAttention(TokenMixer):
     """
 
     patterns = frozenset({Pattern.SELF})
-    layouts = frozenset(Layout)
+    layouts = frozenset({Layout.IMAGE, Layout.VIDEO})
     accepts = frozenset({"key_mask"})
     points = frozenset({"qkv", "heads"})
 
@@ -384,5 +384,4 @@ class VideoMixtureOfBlockAttention(TokenMixer):
 _BLOCKS: dict[Layout, tuple[Any, ...]] = {
     Layout.VIDEO: (2, (8, 8), (2, 8, 8)),
     Layout.IMAGE: ((8, 8),),
-    Layout.SEQUENCE: (64,),
 }
