@@ -60,3 +60,8 @@ def check_growth(measured: tuple[float, float], declared: tuple[float, float], s
     assert measured[0] > 0, "nothing was measured"
     growth, allowed = measured[1] / measured[0], declared[1] / declared[0]
     assert growth <= slack * allowed, f"grows by {growth:.2f}, declared {allowed:.2f}"
+
+
+def operations(call: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of the compiled call, by the compiler's count; of a loop it counts one pass."""
+    return jax.jit(call).lower(*arguments).compile().cost_analysis()["flops"]

@@ -1,5 +1,7 @@
 """The attentions of CAB: what they approximate, when they are exact, and what they refuse."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,15 @@ from attnlab.attention.linear.cosformer import CosformerAttention
 from attnlab.attention.linear.lara import LinearRandomizedAttention, lara_features
 from attnlab.attention.linear.nystrom import nystrom_features
 from attnlab.attention.linear.performer import Performer
+from attnlab.attention.local.cab_local import LocalAttention
 from attnlab.attention.sparse.long_short import BlockHalo, LongShortAttention
-from attnlab.attention.sparse.prob_sparse import choose_queries, prob_sparse_attention
+from attnlab.attention.sparse.prob_sparse import ProbSparseAttention, choose_queries, prob_sparse_attention
 from attnlab.nn.newton_inverse import cubic_newton_inverse
 from attnlab.nn.random_features import gaussian_rows, log_features
 from attnlab.nn.segment_means import segment_means
 from attnlab.nn.softmax import softmax_attention
 from tests.accuracy import relative_rms
+from tests.attnlab.attention.sparse_cost import check_growth, operations, temporaries, visited_pairs
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((2, 10, 8)).astype(np.float32)
@@ -144,3 +148,31 @@ def test_what_does_not_fit_is_refused():
         LongShortAttention(8, num_heads=2, num_landmarks=3, window=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="every head has features of its own"):
         Performer(8, num_heads=2, num_kv_heads=1, rngs=nnx.Rngs(0))
+
+
+LENGTHS = (1024, 2048)
+
+
+def tokens_of(length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+
+
+def test_local_attention_visits_a_band():
+    mixer = LocalAttention(8, num_heads=2, window=15, rngs=nnx.Rngs(0))
+    visited = tuple(visited_pairs(mixer, np.zeros((1, length, 8), np.float32)) for length in LENGTHS)
+    check_growth(visited, LENGTHS)
+    assert visited[1] < 2 * LENGTHS[1] ** 2 / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cls", "per_token"),
+    [(LocalAttention, lambda n: 1), (LongShortAttention, lambda n: 1), (ProbSparseAttention, math.log)],
+    ids=["local", "long_short", "prob_sparse"],
+)
+def test_memory_and_operations_grow_as_declared(cls, per_token):
+    mixer = cls(8, num_heads=2, rngs=nnx.Rngs(0))
+    declared = tuple(length * per_token(length) for length in LENGTHS)
+    check_growth(tuple(temporaries(mixer, tokens_of(length)) for length in LENGTHS), declared)
+    if cls is not LocalAttention:  # the op goes through its tiles in a loop; they are counted above
+        check_growth(tuple(operations(mixer, tokens_of(length)) for length in LENGTHS), declared)
