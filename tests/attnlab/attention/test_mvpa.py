@@ -13,6 +13,7 @@ from attnlab.models.mvpformer import MVPFormer
 from attnlab.nn.lora import adapter_parameters
 from attnlab.objectives.contrastive import contrastive_loss, sample_negatives
 from tests.accuracy import relative_rms
+from tests.attnlab.attention.sparse_cost import check_growth, temporaries
 
 T, C, E, H, G = 5, 3, 8, 4, 2
 D = E // H
@@ -143,3 +144,16 @@ def test_negatives_are_of_other_places():
         assert set(drawn[place].ravel()) == set(range(12)) - {float(rows[place][0])}
     with pytest.raises(ValueError, match="two places"):
         sample_negatives(rows[:1, :1, :1], jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_memory_grows_as_declared():
+    """No map of all tokens on all: tables of times and of channels for each token."""
+    mixer = MultiVariateParallelAttention(E, num_heads=H, rngs=nnx.Rngs(0))
+
+    def bytes_at(times: int, channels: int) -> int:
+        shapes = (1, times, channels, E), (times, E), (channels, E)
+        return temporaries(mixer, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
+
+    sizes = ((64, 16), (128, 16))
+    check_growth(tuple(bytes_at(*size) for size in sizes), tuple(t * c * (t + c) for t, c in sizes))

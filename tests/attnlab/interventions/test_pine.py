@@ -12,6 +12,7 @@ from attnlab.interventions.pine import PositionInvariantCore, document_labels
 from attnlab.models.language_model import LanguageModel
 from attnlab.nn.dense_mixer import with_core
 from tests.accuracy import relative_rms
+from tests.attnlab.attention.sparse_cost import check_growth, temporaries
 
 PREFIX, DOCUMENTS, SUFFIX = 2, (3, 4, 2), 3
 
@@ -85,3 +86,13 @@ def test_what_it_does_not_take():
     )
     with pytest.raises(ValueError, match="without softcap"):
         with_core(capped, lambda core: PositionInvariantCore.of(core, labels, num_documents=1))
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_tokens():
+    lengths, memory = (1024, 2048), []
+    for length in lengths:
+        core = PositionInvariantCore(document_labels(0, (length // 4,) * 3), num_documents=3, rotary=50.0)
+        mixer = with_core(SoftmaxAttention(8, num_heads=2, causal=True, rngs=nnx.Rngs(0)), core)
+        memory.append(temporaries(mixer, jax.ShapeDtypeStruct((1, length, 8), jnp.float32)))
+    check_growth(tuple(memory), lengths)
