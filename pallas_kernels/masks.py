@@ -8,7 +8,8 @@ integer arrays of NumPy or JAX, inside a kernel too; and masks combine with `&`,
 
 `block_lists.lower` turns a mask into lists of blocks. Whole blocks are judged here by interval arithmetic, in
 three-valued logic; elements are looked at only where that cannot decide, so that a mask of a million tokens is lowered
-without ever being built. Masks that look at arrays, beside indices, are in `array_masks`.
+without ever being built. Masks by blocks of tokens are in `block_masks`, of tokens on grids in `grid_masks`; those that
+look at arrays, beside indices, in `array_masks`.
 """
 
 import dataclasses
@@ -239,7 +240,7 @@ class Causal(Mask):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        _require_int(self, "offset")
+        require_int(self, "offset")
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return k_idx <= q_idx + self.offset
@@ -249,7 +250,7 @@ class Causal(Mask):
         return 1
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        return _three(k.lo > q.hi + self.offset, k.hi <= q.lo + self.offset)
+        return three_valued(k.lo > q.hi + self.offset, k.hi <= q.lo + self.offset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +266,7 @@ class SlidingWindow(Mask):
     def __post_init__(self) -> None:
         for side in ("left", "right"):
             if getattr(self, side) is not None:
-                _require_int(self, side)
+                require_int(self, side)
         if self.left is not None and self.right is not None and -self.left > self.right:
             raise ValueError(f"SlidingWindow holds no key: left={self.left}, right={self.right}; use ~Full()")
 
@@ -284,7 +285,7 @@ class SlidingWindow(Mask):
         lo, hi = k.lo - q.hi, k.hi - q.lo  # of k - q, every integer between them occurs
         low = -math.inf if self.left is None else -self.left
         high = math.inf if self.right is None else self.right
-        return _three((hi < low) | (lo > high), (lo >= low) & (hi <= high))
+        return three_valued((hi < low) | (lo > high), (lo >= low) & (hi <= high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,13 +295,13 @@ class Prefix(Mask):
     length: int
 
     def __post_init__(self) -> None:
-        _require_int(self, "length", least=0)
+        require_int(self, "length", least=0)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (k_idx < self.length) & (q_idx == q_idx)
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        return _three((k.lo >= self.length) & (q.lo == q.lo), k.hi < self.length)
+        return three_valued((k.lo >= self.length) & (q.lo == q.lo), k.hi < self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,13 +311,13 @@ class QueryPrefix(Mask):
     length: int
 
     def __post_init__(self) -> None:
-        _require_int(self, "length", least=0)
+        require_int(self, "length", least=0)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (q_idx < self.length) & (k_idx == k_idx)
 
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        return _three((q.lo >= self.length) & (k.lo == k.lo), q.hi < self.length)
+        return three_valued((q.lo >= self.length) & (k.lo == k.lo), q.hi < self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,8 +328,8 @@ class Strided(Mask):
     phase: int = 0
 
     def __post_init__(self) -> None:
-        _require_int(self, "stride", least=1)
-        _require_int(self, "phase", least=0, below=self.stride)
+        require_int(self, "stride", least=1)
+        require_int(self, "phase", least=0, below=self.stride)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         # Of numbers that are not negative, for which kernels have a division.
@@ -353,8 +354,8 @@ class Columns(Mask):
     phase: int = 0
 
     def __post_init__(self) -> None:
-        _require_int(self, "stride", least=1)
-        _require_int(self, "phase", least=0, below=self.stride)
+        require_int(self, "stride", least=1)
+        require_int(self, "phase", least=0, below=self.stride)
 
     def __call__(self, q_idx: Index, k_idx: Index) -> Index:
         return (remainder(k_idx, self.stride) == self.phase) & (q_idx == q_idx)
@@ -366,169 +367,6 @@ class Columns(Mask):
     def judge(self, q: Interval, k: Interval) -> np.ndarray:
         zero = q.lo - q.lo
         return _every(Interval(k.lo + zero, k.hi + zero), self.stride, self.phase)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block(Mask):
-    """Keys in the query's own block of `size` tokens: q // size = k // size."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _require_int(self, "size", least=1)
-
-    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return quotient(q_idx, self.size) == quotient(k_idx, self.size)
-
-    @property
-    def period(self) -> int | None:
-        return self.size
-
-    def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
-        return _three((k.lo > q.hi) | (k.hi < q.lo), (q.lo == k.hi) & (k.lo == q.hi))
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockCausal(Mask):
-    """Keys in the query's own and in earlier blocks of `size` tokens: k // size ≤ q // size."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _require_int(self, "size", least=1)
-
-    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        return quotient(k_idx, self.size) <= quotient(q_idx, self.size)
-
-    @property
-    def period(self) -> int | None:
-        return self.size
-
-    def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
-        return _three(k.lo > q.hi, k.hi <= q.lo)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockWindow(Mask):
-    """Keys in blocks around the query's own block of `size` tokens: -before ≤ k // size - q // size ≤ after."""
-
-    size: int
-    before: int
-    after: int
-
-    def __post_init__(self) -> None:
-        _require_int(self, "size", least=1)
-        _require_int(self, "before", least=0)
-        _require_int(self, "after", least=0)
-
-    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        offset = quotient(k_idx, self.size) - quotient(q_idx, self.size)
-        return (offset >= -self.before) & (offset <= self.after)
-
-    @property
-    def period(self) -> int | None:
-        return self.size
-
-    def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        q, k = (Interval(x.lo // self.size, x.hi // self.size) for x in (q, k))
-        return SlidingWindow(self.before, self.after).judge(q, k)
-
-
-@dataclasses.dataclass(frozen=True)
-class Staircase(Mask):
-    """Keys from a stair on: k ≥ step · ⌊(q - width) / step⌋; `~Staircase(...)` are the keys before it.
-
-    `Causal() & Staircase(step, width)` sees the last keys, `width` at least; what lies before them falls into whole
-    runs of `step` keys, of which summaries can be made once.
-    """
-
-    step: int
-    width: int
-
-    def __post_init__(self) -> None:
-        _require_int(self, "step", least=1)
-        _require_int(self, "width")
-
-    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        stairs = -(-self.width // self.step) if self.width > 0 else 0  # so that nothing negative is divided
-        return k_idx >= (quotient(q_idx - self.width + stairs * self.step, self.step) - stairs) * self.step
-
-    @property
-    def period(self) -> int | None:
-        return self.step
-
-    def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        first, last = ((x - self.width) // self.step * self.step for x in (q.lo, q.hi))
-        return _three(k.hi < first, k.lo >= last)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockArray(Mask):
-    """Pairs of blocks that a boolean array allows; made by `block_array`.
-
-    Attributes:
-      data: the array in row-major order, a byte for each block.
-      shape: blocks of queries and of keys; pairs beyond them are not allowed.
-      block_q: queries of a block.
-      block_k: keys of a block.
-    """
-
-    data: bytes = dataclasses.field(repr=False)
-    shape: tuple[int, int]
-    block_q: int
-    block_k: int
-
-    def __post_init__(self) -> None:
-        _require_int(self, "block_q", least=1)
-        _require_int(self, "block_k", least=1)
-
-    def __call__(self, q_idx: Index, k_idx: Index) -> Index:
-        i, j = q_idx // self.block_q, k_idx // self.block_k
-        lib = (
-            np if isinstance(i, np.ndarray | np.generic | int) and isinstance(j, np.ndarray | np.generic | int) else jnp
-        )
-        inside = (i < self.shape[0]) & (j < self.shape[1])
-        blocks = lib.asarray(self._blocks())
-        return blocks[lib.minimum(i, self.shape[0] - 1), lib.minimum(j, self.shape[1] - 1)] & inside
-
-    def judge(self, q: Interval, k: Interval) -> np.ndarray:
-        total = np.pad(self._blocks().astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        top, bottom = q.lo // self.block_q, q.hi // self.block_q + 1
-        left, right = k.lo // self.block_k, k.hi // self.block_k + 1
-        size = (bottom - top) * (right - left)
-        (top, bottom), (left, right) = (
-            (np.minimum(a, most), np.minimum(b, most))
-            for a, b, most in ((top, bottom, self.shape[0]), (left, right, self.shape[1]))
-        )
-        allowed = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
-        return _three(allowed == 0, allowed == size)
-
-    def _blocks(self) -> np.ndarray:
-        return np.frombuffer(self.data, bool).reshape(self.shape)
-
-
-def block_array(blocks: np.ndarray, block_q: int, block_k: int) -> BlockArray:
-    """The mask that allows the blocks where a boolean array (blocks of queries, blocks of keys) is True.
-
-    Args:
-      blocks: known when tracing; what is routed at run time are `block_sparse_attention.Blocks`.
-      block_q: queries of a block.
-      block_k: keys of a block.
-
-    Raises:
-      TypeError: if the array is traced, or not boolean.
-      ValueError: if it has not two axes.
-    """
-    if isinstance(blocks, jax.core.Tracer):
-        raise TypeError("blocks must be known when tracing; for traced ones there is block_sparse_attention.Blocks")
-    blocks = np.asarray(blocks)
-    if blocks.dtype != bool:
-        raise TypeError(f"blocks must be boolean, got {blocks.dtype}")
-    if blocks.ndim != 2 or 0 in blocks.shape:
-        raise ValueError(f"blocks must be (blocks of queries, blocks of keys), got shape {blocks.shape}")
-    return BlockArray(blocks.tobytes(), (int(blocks.shape[0]), int(blocks.shape[1])), block_q, block_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -619,17 +457,19 @@ def remainder(x: Index, size: int) -> Index:
     return jax.lax.rem(x, jnp.full_like(x, size)) if isinstance(x, jax.Array) else x % size
 
 
-def _three(empty: np.ndarray, full: np.ndarray) -> np.ndarray:
+def three_valued(empty: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """`EMPTY`, `FULL` or `PARTIAL` for each block, of what is known of it."""
     return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL)).astype(np.int8)
 
 
 def _every(x: Interval, stride: int, phase: int) -> np.ndarray:
     """The verdict of `x mod stride = phase` on intervals."""
     count = (x.hi - phase) // stride - (x.lo - 1 - phase) // stride
-    return _three(count == 0, count == x.hi - x.lo + 1)
+    return three_valued(count == 0, count == x.hi - x.lo + 1)
 
 
-def _require_int(mask: Mask, name: str, *, least: int | None = None, below: int | None = None) -> None:
+def require_int(mask: Mask, name: str, *, least: int | None = None, below: int | None = None) -> None:
+    """Raises for a field that is no integer (`TypeError`) or out of its range (`ValueError`)."""
     value = getattr(mask, name)
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{type(mask).__name__}: {name} must be an int, got {type(value).__name__}")

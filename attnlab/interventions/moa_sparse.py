@@ -40,8 +40,9 @@ from attnlab.nn.softmax_core import ProductCore
 from attnlab.points import Edits
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
 from pallas_kernels.array_masks import ArrayMask
+from pallas_kernels.block_masks import BlockWindow
 from pallas_kernels.block_sparse_attention import block_sparse_attention, merge_attention, paged_attention
-from pallas_kernels.masks import BlockWindow, Causal, Mask, PerHead, Prefix
+from pallas_kernels.masks import Causal, Mask, PerHead, Prefix
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 

@@ -16,10 +16,11 @@ from attnlab.nn.masking import masked_softmax
 from attnlab.nn.places import back, front, places_among, rows
 from attnlab.nn.softmax import attention_scores
 from pallas_kernels.array_masks import ArrayMask
+from pallas_kernels.block_masks import Staircase
 from pallas_kernels.block_sparse_attention import block_sparse_attention, merge_attention
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import runs, segments
-from pallas_kernels.masks import EMPTY, FULL, PARTIAL, Causal, Index, Interval, Mask, Staircase
+from pallas_kernels.masks import EMPTY, FULL, PARTIAL, Causal, Index, Interval, Mask
 
 PoolingName = Literal["cca", "mean", "max"]
 NOWHERE = np.iinfo(np.int32).max

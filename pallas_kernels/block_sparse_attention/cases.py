@@ -10,24 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.array_masks import ArrayMask, Chosen
+from pallas_kernels.block_masks import Block, Staircase, block_array
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.arguments import Indexed, ScoreMod
 from pallas_kernels.block_sparse_attention.blocks import Blocks
 from pallas_kernels.dtypes import at_least_float32
-from pallas_kernels.masks import (
-    Block,
-    Causal,
-    Columns,
-    Concatenated,
-    Full,
-    Mask,
-    PerHead,
-    Prefix,
-    QueryPrefix,
-    SlidingWindow,
-    Staircase,
-    block_array,
-)
+from pallas_kernels.masks import Causal, Columns, Concatenated, Full, Mask, PerHead, Prefix, QueryPrefix, SlidingWindow
 from pallas_kernels.trials import Trial
 
 Arrays = dict[str, Any]

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import block_lists, masks
 from pallas_kernels.block_lists import lower
+from pallas_kernels.block_masks import Block, BlockCausal, BlockWindow, Staircase, block_array
 from pallas_kernels.grid_masks import Grid, TiledGrid
 from pallas_kernels.masks import (
-    Block,
-    BlockCausal,
-    BlockWindow,
     Causal,
     Columns,
     Concatenated,
@@ -27,9 +25,7 @@ from pallas_kernels.masks import (
     Prefix,
     QueryPrefix,
     SlidingWindow,
-    Staircase,
     Strided,
-    block_array,
 )
 
 RULES = [

@@ -31,9 +31,10 @@ from attnlab.nn.heads import FromHeads, ToHeads
 from attnlab.nn.linear import trunc_normal
 from attnlab.nn.softmax import weighted_values
 from attnlab.registry import Cost, Example, Kind, Paper, Source, register
+from pallas_kernels.block_masks import BlockCausal
 from pallas_kernels.block_sparse_attention import Indexed, ScoreMod, attention_weights, block_sparse_attention
 from pallas_kernels.dtypes import at_least_float32
-from pallas_kernels.masks import BlockCausal, quotient
+from pallas_kernels.masks import quotient
 
 PAPER = Paper(
     "A foundation model with multi-variate parallel attention to generate neuronal activity",

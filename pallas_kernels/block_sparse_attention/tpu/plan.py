@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import masks
+from pallas_kernels import block_masks, masks
 from pallas_kernels.array_masks import Place
 from pallas_kernels.block_lists import lower_heads
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Rules
@@ -32,10 +32,10 @@ COMPUTED = (
     masks.QueryPrefix,
     masks.Strided,
     masks.Columns,
-    masks.Block,
-    masks.BlockCausal,
-    masks.BlockWindow,
-    masks.Staircase,
+    block_masks.Block,
+    block_masks.BlockCausal,
+    block_masks.BlockWindow,
+    block_masks.Staircase,
     Place,
 )
 

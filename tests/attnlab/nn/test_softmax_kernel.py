@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from attnlab import registry
-from pallas_kernels.masks import Block, SlidingWindow
+from pallas_kernels.block_masks import Block
+from pallas_kernels.masks import SlidingWindow
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 16)), jnp.float32)
 IDS = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (2, 40)), 1)).at[:, -3:].set(0)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.block_masks import Block
 from pallas_kernels.block_sparse_attention import context_parallel_attention, zigzag
-from pallas_kernels.masks import Block, Causal
+from pallas_kernels.masks import Causal
 from tests.pallas_kernels import eight_devices
 
 X = jnp.sin(jnp.arange(64.0)).reshape(1, 16, 2, 2)

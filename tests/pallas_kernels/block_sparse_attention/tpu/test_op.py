@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.block_masks import Block
 from pallas_kernels.block_sparse_attention import Blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention, normal_form
 from pallas_kernels.block_sparse_attention.cases import SMALL
 from pallas_kernels.block_sparse_attention.tiles import tiles_of
 from pallas_kernels.block_sparse_attention.tpu import lists
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
-from pallas_kernels.masks import Block, Causal, PerHead, Prefix, SlidingWindow
+from pallas_kernels.masks import Causal, PerHead, Prefix, SlidingWindow
 from pallas_kernels.tpu.chips import CHIPS
 from tests.pallas_kernels.quick import joined, quick
 from tests.pallas_kernels.tpu_interpreter import interpreted
