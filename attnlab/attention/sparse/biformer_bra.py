@@ -44,6 +44,10 @@ from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.dtypes import at_least_float32
 
+FEW_KEYS = 1024
+"""Keys that the regions of an image are given, below which gathering them takes less time than lists of blocks do; the
+README of `pallas_kernels.block_sparse_attention` has the numbers."""
+
 KVPooling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 _KV_POOLINGS = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 PAPER = Paper(
@@ -124,6 +128,13 @@ def listed_attention(q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Arra
     blocks = Blocks.from_indices(indices[:, None], q.shape[2], k.shape[2])
     y = block_sparse_attention(*(_flat(x) for x in (q, k, v)), blocks=blocks, scale=scale)
     return y.reshape(*q.shape[:-1], -1)
+
+
+def region_attention(q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
+    """`listed_attention`, or for few keys in all `routed_attention`, which gathers them in less time."""
+    if indices.shape[1] * indices.shape[2] * k.shape[2] < FEW_KEYS:
+        return routed_attention(q, k, v, indices, scale=scale)[0]
+    return listed_attention(q, k, v, indices, scale=scale)
 
 
 def _flat(regions: jax.Array) -> jax.Array:
@@ -345,7 +356,7 @@ class BiLevelRoutingAttention(_RoutedAttention):
 
         # Regions of a few pooled keys are small blocks, and small to gather; a weight per pair of regions is no block.
         if self.kv_downsample_mode == "identity" and not self.soft_routing:
-            y = listed_attention(*arrays, indices, scale=self.scale)
+            y = region_attention(*arrays, indices, scale=self.scale)
         else:
             y, _ = routed_attention(*arrays, indices, **options)
         record(self, "attention", lambda: scatter_map(self._unpool(weights(), region), indices, region, padded, grid))
@@ -479,7 +490,7 @@ class RegionalRoutingAttention(_RoutedAttention):
         q, k, padded_v = (_pad(a, region) for a in (q, k, v))
         padded = q.shape[1:3]
         arrays = [_regions(a, region) for a in (q, k, padded_v)]
-        y = listed_attention(*arrays, indices, scale=self.scale)
+        y = region_attention(*arrays, indices, scale=self.scale)
 
         def weights() -> jax.Array:
             return routed_attention(*arrays, indices, scale=self.scale)[1]

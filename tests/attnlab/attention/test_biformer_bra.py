@@ -1,5 +1,7 @@
 """Bi-level routing attention: which regions are read, and what options refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from flax import nnx
 from attnlab.attention.sparse.biformer_bra import (
     BiLevelRoutingAttention,
     RegionalRoutingAttention,
+    listed_attention,
     route,
+    routed_attention,
 )
 from attnlab.nn.depthwise import on_tokens
 
@@ -116,3 +120,17 @@ def test_images_that_do_not_fit_are_refused():
         BiLevelRoutingAttention(8, **options)(image())
     with pytest.raises(ValueError, match=r"n_win 4 is more than the image \(3, 9\) has"):
         RegionalRoutingAttention(8, **options)(image((1, 3, 9, 8)))
+
+
+def test_regions_read_in_place_give_what_gathered_ones_do():
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (rng.standard_normal((2, 9, 4, 2, 6)).astype(np.float32) for _ in range(4))
+    chosen = np.argsort(rng.random((2, 9, 9)), -1)[..., :3].astype(np.int32)
+
+    def both(function):
+        y, pull = jax.vjp(functools.partial(function, indices=chosen, scale=0.4), q, k, v)
+        return y, *pull(dy)
+
+    gathered = jax.jit(lambda: both(lambda *a, **options: routed_attention(*a, **options)[0]))()
+    for got, want in zip(jax.jit(lambda: both(listed_attention))(), gathered, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
