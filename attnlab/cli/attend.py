@@ -11,6 +11,7 @@ import tyro
 
 from attnlab.cli.classifier import ClassifierOptions, classifier, read
 
+FEWEST = 16  # an axis of a gate that is no longer is one of heads or experts, not of tokens
 PREFIXES = (0, 1, 2, 4, 5)  # class tokens, with that of distillation and registers, that stand in front of a grid
 
 
@@ -108,7 +109,7 @@ def gate_of(gate: Any, size: tuple[int, int]) -> Any:
       size: (rows, columns) of the image in pixels.
     """
     for axis in range(1, getattr(gate, "ndim", 0)):
-        if gate.shape[axis] > 16 and (found := grid_of(gate.shape[axis], size)) is not None:
+        if gate.shape[axis] > FEWEST and (found := grid_of(gate.shape[axis], size)) is not None:
             (rows, columns), prefix = found
             others = tuple(other for other in range(gate.ndim) if other != axis)
             return gate.mean(others)[prefix:].reshape(rows, columns)
