@@ -146,7 +146,7 @@ _SMALL = {"features": 384, "num_heads": 6}
 _BASE = {"features": 768, "num_heads": 12}
 _LARGE = {"features": 1024, "num_heads": 16, "depth": 24}
 _DEIT3: dict[str, Any] = {"placed": False, "layer_scale": 1e-6}
-_GAP: dict[str, Any] = {"class_token": False, "registers": 4, "pooling": "mean", "layer_scale": 1e-5, "image_size": 256}
+_GAP: dict[str, Any] = {"class_token": False, "registers": 4, "pooling": "mean", "image_size": 256}
 _DINO: dict[str, Any] = {"placed": False, "registers": 4, "layer_scale": 1e-5, "patch_size": 14, "image_size": 518}
 DEITS: Models = {
     "deit_tiny": (DeiT, {}),
@@ -159,7 +159,7 @@ DEITS: Models = {
     "vit_small_patch16_224": (DeiT, _SMALL),
     "vit_base_patch16_224": (DeiT, _BASE),
     "vit_large_patch16_224": (DeiT, _LARGE),
-    "vit_medium_patch16_reg4_gap_256": (DeiT, {"features": 512, "num_heads": 8} | _GAP),
+    "vit_medium_patch16_reg4_gap_256": (DeiT, {"features": 512, "num_heads": 8, "layer_scale": 1e-5} | _GAP),
     "vit_base_patch16_reg4_gap_256": (DeiT, _BASE | _GAP),
     "vit_small_patch14_reg4_dinov2": (DeiT, _SMALL | _DINO),
     "vit_base_patch14_reg4_dinov2": (DeiT, _BASE | _DINO),

@@ -97,6 +97,6 @@ def test_maps_of_a_dynamic_block_are_of_one_grid():
 @pytest.mark.slow
 def test_the_smallest_model_has_the_size_of_the_paper():
     """Of the model at inference, its large convolutions merged and without the second head."""
-    options = {"merged": True, "auxiliary": False, "rngs": nnx.Rngs(0)}
-    model = nnx.eval_shape(lambda: build_named(OVERLOCKS, "overlock_xt", **options))
+    options = {"merged": True, "auxiliary": False}
+    model = nnx.eval_shape(lambda: build_named(OVERLOCKS, "overlock_xt", **options, rngs=nnx.Rngs(0)))
     assert abs(count_parameters(nnx.state(model, nnx.Param)) / 1e6 - 16.45) < 0.01

@@ -37,7 +37,7 @@ def test_every_mixer_of_images_fits_a_vit_and_a_pyramid(mixer):
     model = nnx.eval_shape(lambda: vit((12, 20), mixer=mixer))
     logits = nnx.eval_shape(lambda model: model(x), model)
     assert logits.shape == (2, 10) and logits.dtype == jnp.float32
-    sizes = {"patch_size": 2, "features": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+    sizes = {"patch_size": 2, "features": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 4, 4)}
     pyramid = PyramidViT((12, 20), 10, channels=1, mixer=mixer, **sizes, rngs=nnx.Rngs(0))
     maps, logits = nnx.jit(lambda model, x: (model.stages(x), model(x)))(pyramid, x)
     assert [part.shape[1:] for part in maps] == [(6, 10, 8), (3, 5, 8), (2, 3, 16), (1, 2, 16)]
