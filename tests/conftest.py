@@ -28,9 +28,20 @@ if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = flags
 
 # What is above must stand before anything imports JAX.
+import jax.core  # noqa: E402
+
 from tests.costs import (  # noqa: E402, F401
     pytest_runtest_logfinish,
     pytest_runtest_logstart,
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
+
+
+def _no_sharding(tracer: jax.core.Tracer) -> None:
+    raise AttributeError(f"'{type(tracer).__name__}' has no attribute 'sharding'")
+
+
+# Flax asks for the sharding of whatever a variable is set to. A tracer has none, and JAX says so at length, after a
+# search through all that was traced so far: most of the time that it takes to build a large model under `eval_shape`.
+jax.core.Tracer.sharding = property(_no_sharding)

@@ -10,7 +10,7 @@ once for factors 2 and 3, twice for 4. The mechanism is in `attnlab.attention.sp
 EquationWalker/CATANet.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
@@ -29,6 +29,7 @@ from attnlab.attention.sparse.catanet import (
     refine,
 )
 from attnlab.models.inputs import ImagePairs
+from attnlab.models.staged import Models
 from attnlab.nn.activations import leaky_relu
 from attnlab.nn.cross_attention import CrossAttention
 from attnlab.nn.grids import to_tokens
@@ -338,7 +339,5 @@ class CATANet(Editable):
         return x + first
 
 
-CATANETS: Mapping[str, tuple[type[CATANet], Mapping[str, Any]]] = {
-    f"catanet_x{factor}": (CATANet, {"upscale": factor}) for factor in (2, 3, 4)
-}
+CATANETS: Models = {f"catanet_x{factor}": (CATANet, {"upscale": factor}) for factor in (2, 3, 4)}
 """For `staged.build_named`: ×2, ×3, ×4 have 477, 550, 535 thousand parameters."""

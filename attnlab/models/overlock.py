@@ -18,7 +18,7 @@ Then SiLU(BN(W ·)), the mean and a linear map classify; a second head classifie
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from jax.typing import ArrayLike
 from attnlab.mixers.overlock import COST, PAPER, REPOSITORY, ContextMixing, DynamicKernels
 from attnlab.models import staged
 from attnlab.models.inputs import Images
+from attnlab.models.staged import Models
 from attnlab.nn.activations import gelu, silu
 from attnlab.nn.conv import ConvNorm, ConvStem, SqueezeExcite
 from attnlab.nn.depthwise import DepthwiseConv
@@ -536,7 +537,5 @@ _SIZES: dict[str, dict[str, Any]] = {
     "s": {"features": (64, 128, 320, 512), "depths": (6, 6, 8, 3), "focus_depths": (16, 3), "num_heads": (8, 16)},
     "b": {"features": (80, 160, 384, 576), "depths": (8, 8, 10, 4), "focus_depths": (20, 4), "num_heads": (6, 9)},
 }
-OVERLOCKS: Mapping[str, tuple[type[OverLoCK], Mapping[str, Any]]] = {
-    f"overlock_{name}": (OverLoCK, size) for name, size in _SIZES.items()
-}
+OVERLOCKS: Models = {f"overlock_{name}": (OverLoCK, size) for name, size in _SIZES.items()}
 """For `staged.build_named`: XT, T, S, B have 16.5, 33.5, 56.2, 94.9 M parameters, merged (T: 84.2 %)."""

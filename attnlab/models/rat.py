@@ -13,7 +13,7 @@ added. The labels of regions are those at the upper left pixel of each token. Co
 Yaziwel/Region-Attention-Transformer-for-Medical-Image-Restoration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from attnlab.attention.local.window_attention import WindowAttention
 from attnlab.attention.sparse.rat_region_attention import COST, PAPER, REPOSITORY, RegionAttention
 from attnlab.models.inputs import ImagePairs
+from attnlab.models.staged import Models
 from attnlab.nn.chain import Chain
 from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.linear import Conv, Linear
@@ -274,5 +275,5 @@ class RAT(Editable):
         return resize_nearest(labels[..., None], tuple(shape[1:]))[..., 0]
 
 
-RATS: Mapping[str, tuple[type[RAT], Mapping[str, Any]]] = {"rat": (RAT, {})}
+RATS: Models = {"rat": (RAT, {})}
 """For `staged.build_named`: it has 15.9 M parameters."""

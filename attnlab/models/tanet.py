@@ -9,7 +9,6 @@ Convolutions of 4 × 4 lead down, transposed ones of 2 × 2 up. No numbers of th
 its weights are too large. Code: xhuachris/TANet-ACCV-2024.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +18,7 @@ from jax.typing import ArrayLike
 
 from attnlab.mixers.tanet import COST, PAPER, REPOSITORY, TripletAttention, leaky
 from attnlab.models.inputs import ImagePairs
+from attnlab.models.staged import Models
 from attnlab.nn.chain import Chain
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.upsampling import ConvTranspose
@@ -156,5 +156,5 @@ class TANet(Editable):
         return visit(self, edits.model, "logits", leaky(self.leave(x)).astype(wide) + images.astype(wide))
 
 
-TANETS: Mapping[str, tuple[type[TANet], Mapping[str, Any]]] = {"tanet": (TANet, {})}
+TANETS: Models = {"tanet": (TANet, {})}
 """For `staged.build_named`: it has 9.0 M parameters."""

@@ -2,7 +2,9 @@
 
 A mixer is run whole where it is at home, in the paper's own pattern and layout, which are its constructor's defaults.
 Its other patterns and layouts are `slow`, and only what may differ there is run; of several mixers of one paper, those
-after the first are slow too. `REPRESENTATIVES` stand for their bases: in sequences all of their patterns run.
+after the first are slow too. Where pattern and layout both are other than its own, it is traced, no more: what is done
+there is done by its base. `REPRESENTATIVES` stand for the bases: they run everywhere. `OFTEN` do so in sequences among
+the quick tests.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ ODD_GRIDS = {
     Layout.IMAGE: [(1, 1), (5, 3)],
     Layout.VIDEO: [(1, 1, 1), (3, 2, 5)],
 }
-REPRESENTATIVES = frozenset({"softmax_attention", "hedgehog"})
+OFTEN = frozenset({"softmax_attention", "hedgehog"})
+REPRESENTATIVES = OFTEN | {"lightnet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +156,15 @@ def first_of_each_paper() -> frozenset[str]:
     return frozenset(first.values())
 
 
+def one_step_from_home(subject: Subject) -> bool:
+    """Whether its pattern or its layout is the mixer's own, or it stands for its base."""
+    home = subjects_of(subject.name)[0]
+    return subject.name in REPRESENTATIVES or subject.pattern is home.pattern or subject.layout is home.layout
+
+
 def often_run(subject: Subject) -> bool:
     """Whether it is among the quick tests."""
-    represents = subject.name in REPRESENTATIVES and subject.layout is Layout.SEQUENCE
+    represents = subject.name in OFTEN and subject.layout is Layout.SEQUENCE
     return represents or (at_home(subject) and subject.name in first_of_each_paper())
 
 
@@ -163,14 +172,18 @@ def those(
     wanted: Callable[[Subject], bool] = lambda subject: True,
     *,
     often: Callable[[Subject], bool] = often_run,
+    everywhere: bool = False,
 ) -> pytest.MarkDecorator:
-    """Parametrises a test over the subjects that are `wanted`; those that are not to run `often` are slow."""
+    """Parametrises a test over the subjects that are `wanted`; those that are not to run `often` are slow.
+
+    `everywhere` is for what costs a trace, no more: it runs where pattern and layout both are not the mixer's own too.
+    """
     return pytest.mark.parametrize(
         "subject",
         [
             pytest.param(subject, id=str(subject), marks=() if often(subject) else pytest.mark.slow)
             for subject in mixers()
-            if wanted(subject)
+            if wanted(subject) and (everywhere or one_step_from_home(subject))
         ],
     )
 

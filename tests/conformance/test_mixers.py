@@ -56,7 +56,7 @@ def test_shape_and_dtype(subject: Subject):
     assert {leaf.dtype for leaf in parameters(stored).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
-@those()
+@those(everywhere=True)
 def test_in_64_bits_too(subject: Subject):
     """The call and its gradient, traced alone, which costs no compilation."""
     its = programs(subject)
