@@ -3,6 +3,12 @@
 import collections
 import itertools
 import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,16 +108,45 @@ def test_threads_do_not_change_the_batches():
 def test_worker_processes_do_not_change_the_batches_and_resume():
     dataset = numbers(loading=Loading(worker_count=2))
     expected = take(numbers().train(4, 1), 8)
+    others = multiprocessing.active_children()
     batches = dataset.train(4, 1)
     same(take(batches, 3), expected[:3])
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(workers) == 2
+    for worker in workers:  # as Ctrl-C and schedulers do, which mean their parent
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
     assert {type(value) for value in next(dataset.eval(4)).values()} == {np.ndarray}, "no memory of other processes"
     state = json.loads(json.dumps(batches.get_state()))
+    take(batches, 30)  # more than were prepared ahead
+    assert all(worker.is_alive() for worker in workers)
     batches.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     for loading in (Loading(worker_count=1), Loading(num_threads=2)):  # other numbers of them, too
         batches = numbers(loading=loading).train(4, 1)
         batches.set_state(state)
         same(take(batches, 5), expected[3:])
         batches.close()
+
+
+LEFT_OPEN = """
+from attnlab import data
+from tests.attnlab.data.test_dataset import numbers
+
+if __name__ == "__main__":
+    kept = numbers(loading=data.Loading(worker_count=1)).train(4, 1, shard_index=0, shard_count=1)
+    print(next(kept)["label"].shape)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_leaves_batches_open_ends_without_a_word_and_frees_shared_memory(tmp_path):
+    (tmp_path / "left_open.py").write_text(LEFT_OPEN)
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(tmp_path / "left_open.py")]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    # Blocks that are left are named there, by Python's resource tracker.
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(4,)\n", "")
 
 
 @pytest.mark.parametrize(
