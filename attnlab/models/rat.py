@@ -275,4 +275,5 @@ class RAT(Editable):
 
 
 RATS: Mapping[str, tuple[type[RAT], Mapping[str, Any]]] = {"rat": (RAT, {})}
-"""For `staged.build_named`: it has 15.9 M parameters."""
+"""For `staged.build_named`: it has the 15.9 M parameters of the authors' class; what their paper counts could not be
+read."""
