@@ -185,7 +185,7 @@ class MobileNet(StagedBackbone):
         if mixer is not None:
             build = Choice(mixer) if isinstance(mixer, str) else mixer
         count, made = len(after) + len(instead), 0
-        stages: list[list[Layer]] = [[]]
+        stages: list[list[Any]] = [[]]
         stride = 2
         for layer, (row, before) in enumerate(zip(rows, widths, strict=False), 2):
             if row.stride != 1:
@@ -269,7 +269,7 @@ class MobileNetV1(MobileNet):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        rows = [Row(divisible(channels * width), stride) for channels, stride in features]
+        rows = [Row(divisible(wide * width), stride) for wide, stride in features]
         super().__init__(
             divisible(stem_features * width),
             rows,
@@ -345,8 +345,8 @@ class MobileNetV2(MobileNet):
         rngs: nnx.Rngs,
     ):
         rows = [
-            Row(divisible(channels * width), stride if index == 0 else 1, expansion)
-            for expansion, channels, number, stride in settings
+            Row(divisible(wide * width), stride if index == 0 else 1, expansion)
+            for expansion, wide, number, stride in settings
             for index in range(number)
         ]
         super().__init__(
