@@ -10,7 +10,7 @@ Channels are cut into g contiguous subspaces of G = C / g channels; each has one
 The authors' code has the batch norms and activations, which the paper does not mention: logits are at least 0, and a
 map of zeros attends uniformly. Their norms keep a tenth of the old running statistics in every step. A is of the order
 of 1 / N: the module is close to the identity, with small gradients of its own. It keeps its input, and so stands where
-a block has a mixer and a residual of its own. Cost O(N·C).
+a block has a mixer and a residual of its own. Cost O(N·C). The paper's hosts are in `attnlab.models.mobilenet`.
 """
 
 from typing import Any
@@ -27,16 +27,18 @@ from attnlab.nn.resampling import max_pool
 from attnlab.registry import Cost, Paper, Source, register
 from pallas_kernels.dtypes import at_least_float32
 
+PAPER = Paper(
+    "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
+    "Saini et al.",
+    2020,
+    arxiv="2006.15102",
+    number=68,
+)
+
 
 @register(
     "ulsam",
-    paper=Paper(
-        "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
-        "Saini et al.",
-        2020,
-        arxiv="2006.15102",
-        number=68,
-    ),
+    paper=PAPER,
     source=Source.AUTHORS_CODE,
     repository="Nandan91/ULSAM",
     cost=Cost(time="O(N·C)", memory="O(N·C)"),

@@ -296,4 +296,5 @@ DEPENDENCYVITS: Models = {
     "dependencyvit_lite_small": (DependencyViT, {"features": 384} | _LITE),
 }
 """For `staged.build_named`, with 12 heads; pruning has no parameters. Those of ViT without a class token, and in each
-block C H of the head selector and C²/2 + C/2 of the message controller more."""
+block C H of the head selector and C²/2 + C/2 of the message controller more. The authors released no code, and what
+their paper counts could not be read: the tests hold these to that sum."""

@@ -343,5 +343,5 @@ LOOKUPVITS: Models = {
     "lookupvit_small": (LookupViT, {"features": 384, "num_heads": 6}),
     "lookupvit_base": (LookupViT, {"features": 768, "num_heads": 12}),
 }
-"""For `staged.build_named`, of the widths of ViT. What the authors' models count is not in what could be read: the
-tests hold these to the sum of their maps."""
+"""For `staged.build_named`, of the widths of ViT. The authors released no code, and what their models count could
+not be read: the tests hold these to the sum of their maps."""

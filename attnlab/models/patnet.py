@@ -269,4 +269,5 @@ class PATNet(StagedBackbone):
 
 
 PATNETS: Models = {"patnet_t2": (PATNet, {})}
-"""For `staged.build_named`: T2 has 12.3 M parameters."""
+"""For `staged.build_named`: T2 has the 12.3 M parameters of the authors' class under their configuration; what their
+paper counts could not be read."""

@@ -276,4 +276,5 @@ class RAT(Editable):
 
 
 RATS: Models = {"rat": (RAT, {})}
-"""For `staged.build_named`: it has 15.9 M parameters."""
+"""For `staged.build_named`: it has the 15.9 M parameters of the authors' class; what their paper counts could not be
+read."""

@@ -157,4 +157,5 @@ class TANet(Editable):
 
 
 TANETS: Models = {"tanet": (TANet, {})}
-"""For `staged.build_named`: it has 9.0 M parameters."""
+"""For `staged.build_named`: it has 9.0 M parameters, those of the authors' class but for 0.9 M that nothing there uses;
+what their paper counts could not be read."""

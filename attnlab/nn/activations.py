@@ -31,6 +31,11 @@ def relu(x: ArrayLike) -> jax.Array:
     return jax.nn.relu(x)
 
 
+def relu6(x: ArrayLike) -> jax.Array:
+    """min(max(x, 0), 6)."""
+    return jnp.clip(x, 0, 6)
+
+
 def leaky_relu(x: ArrayLike, slope: float = 0.01) -> jax.Array:
     """x, or `slope` x where it is negative."""
     return jax.nn.leaky_relu(x, slope)

@@ -20,6 +20,7 @@ MODELS = [
     ("maxvit_tiny_rw_224", "maxvit_tiny_rw_224", True),
     ("halonet26t", "halonet26t", True),
     ("shvit_s1", "shvit_s1", True),
+    ("mobilenetv1_100", "mobilenet_v1_100", False),
     ("deit_tiny_patch16_224", "deit_tiny", False),
     ("deit3_small_patch16_224", "deit3_small", False),
     ("vit_medium_patch16_reg4_gap_256", "vit_medium_patch16_reg4_gap_256", False),

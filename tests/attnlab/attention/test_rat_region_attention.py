@@ -58,3 +58,9 @@ def test_regions_of_an_image_are_seen_on_its_coarsest_grid():
         model(normal(1, 12, 8, 1))
     with pytest.raises(ValueError, match="decoder_depths must be 2"):
         RAT(decoder_depths=(1,), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_the_defaults_are_those_of_the_authors():
+    model = nnx.eval_shape(lambda: RAT(rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 15_945_025

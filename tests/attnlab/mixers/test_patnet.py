@@ -78,3 +78,5 @@ def test_the_defaults_are_those_of_t2():
     model = nnx.eval_shape(lambda: PATNet(rngs=nnx.Rngs(0)))
     assert [block.mixer.features for block in model.blocks] == [64] * 2 + [128] * 2 + [256] * 6 + [512] * 4
     assert model.blocks[-1].mixer.attend.num_heads == 4 and not model.blocks[-1].one_residual
+    # Of the authors' class under their configuration of T2.
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 12_269_816

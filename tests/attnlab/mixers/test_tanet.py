@@ -48,3 +48,5 @@ def test_sides_of_images_are_multiples_of_four():
 def test_the_defaults_are_the_authors_widths():
     model = nnx.eval_shape(lambda: TANet(rngs=nnx.Rngs(0)))
     assert [conv.out_features for conv in model.downs] == [64, 128] and len(model.attention) == 10
+    # Of the authors' class, without convolutions that stand in it and are never called.
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 9_880_545 - 912_928
