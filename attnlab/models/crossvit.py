@@ -283,7 +283,8 @@ class CrossViT(Editable):
         grids = [(s[0] // p, s[1] // p) for s, p in zip(self.sizes, patch_sizes, strict=True)]
         stored = {"param_dtype": param_dtype, "rngs": rngs}
         common = {"dtype": dtype, **stored}
-        self.image_shape, self.dtype, self.crop = (None, None, channels), dtype, crop
+        self.image_shape, self.image_size = (None, None, channels), size
+        self.dtype, self.crop = dtype, crop
         embed = _conv_stem if multi_conv else PatchEmbed
         self.stem = nnx.List(
             [embed(channels, width, patch, **common) for width, patch in zip(features, patch_sizes, strict=True)]
