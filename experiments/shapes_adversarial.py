@@ -16,7 +16,7 @@ CONFIG = Experiment(
         "crossvit_dual_stream.backbone",
         features=(32, 64),
         num_heads=(4, 4),
-        depths=((1, 2, 0),) * 2,
+        depths=((1, 2, 0),),
         mlp_ratios=(2.0, 2.0),
         image_scales=(1.0, 0.75),
         patch_sizes=(4, 6),

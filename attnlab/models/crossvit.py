@@ -12,7 +12,8 @@ own, resized by bicubic interpolation. Behind the first, further fusions have no
 as in the authors' code.
 
 With it a dual-stream model trained on turned and perturbed images predicts responses of the visual area V4 (Berrios and
-Deza, 2022): `attnlab.objectives.fast_adversarial` is that recipe.
+Deza, 2022): `attnlab.objectives.fast_adversarial` is that recipe, and
+`experiments/shapes_adversarial.py` a small run of it.
 """
 
 from collections.abc import Sequence
