@@ -105,7 +105,7 @@ def maps_of(seen: "Seen", size: tuple[int, int], query: tuple[float, float] | No
 def left_before(seen: "Seen") -> dict[int, Left]:
     """The tokens that come to each layer, of those behind a layer that leaves tokens out.
 
-    Such a layer records `"kept"`, and weights or a gate, which tell how many tokens came to it.
+    Such a layer records `"kept"`, and weights, which tell how many tokens came to it.
     """
     import jax.numpy as jnp
 
@@ -160,9 +160,8 @@ def attention_of(
         line = mean[0] if prefix else mean.mean(0)
     else:
         row, column = (min(int(part * count), count - 1) for part, count in zip(query, (rows, columns), strict=True))
-        line = (
-            mean[prefix + row * columns + column] if left is None else _row(mean, left, prefix + row * columns + column)
-        )
+        place = prefix + row * columns + column
+        line = mean[place] if left is None else _row(mean, left, place)
     return _on_grid(line, keys, left)
 
 

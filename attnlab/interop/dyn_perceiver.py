@@ -113,6 +113,7 @@ _NET |= options(num_SA_heads="num_heads", depth_factor="depth_factors", SA_widen
 _NET |= options(spatial_reduction=Only(True), num_latent_channels=Only(None), activation_checkpointing=None)
 _NET |= options(input_size=None, output_dir=None)
 _TREE = _regnet("stem", "trunk_output") | {"head": "fc"}
+_BLOCK = options("stride", inplanes="in_features", planes="hidden_features")
 _NO_PLACES = {"rpb": False, "feat_w": 32, "feat_h": 32}
 
 OFFICIAL = [
@@ -151,5 +152,7 @@ OFFICIAL = [
         _on_resnet,
     ),
     Official("RegNet", RegNetY, names=_TREE),
+    Official("BasicBlock", ResNetBlock, _BLOCK, _RESIDUAL, always={"kind": "basic"}),
+    Official("Bottleneck", ResNetBlock, _BLOCK, _RESIDUAL, always={"kind": "bottleneck"}),
     Official("ResNet", ResNet, names=_resnet("conv1", "bn1", "layer") | {"head": "fc"}),
 ]

@@ -358,12 +358,12 @@ def _named(trunk_options: Mapping[str, Any], latents: int, **others: Any) -> tup
     return DynamicPerceiver, {"num_latents": latents, "trunk_options": trunk_options, **others}
 
 
-_ON_REGNETS: Models = {
+_ON_REGNETS = {
     f"reg{size}_perceiver_t{latents}": _named(REGNETS[f"regnet_y_{size.replace('x', '_')}f"][1], latents)
     for size, numbers in _LATENTS.items()
     for latents in numbers
 }
-_ON_RESNETS: Models = {
+_ON_RESNETS = {
     f"resnet{size}_perceiver_t{latents}": _named(RESNETS[f"resnet{size}"][1], latents, **RESNET_DEFAULTS)
     for size, numbers in _RESNET_LATENTS.items()
     for latents in numbers
