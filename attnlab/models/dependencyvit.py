@@ -70,6 +70,9 @@ class DependencyBlock(Block):
       num_heads: heads H.
       mlp_ratio: hidden channels of the feed-forward over C, rounded down.
       layer_scale: γ at the start; None for none.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether queries and keys are normed.
+      kernel: of `ReversedAttention`.
       prune: (ρ, t), which pruning of the model this block has; None for none.
       norm_eps: of all norms.
       dropout: rate inside the feed-forward and on what the attention returns.
@@ -77,7 +80,6 @@ class DependencyBlock(Block):
       dtype: of the computation; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
-      **attention: further arguments of `ReversedAttention`.
     """
 
     def __init__(
@@ -87,6 +89,9 @@ class DependencyBlock(Block):
         num_heads: int,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-6,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        kernel: str | None = None,
         prune: tuple[float, int] | None = None,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
@@ -94,10 +99,10 @@ class DependencyBlock(Block):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
-        **attention: Any,
     ):
         stored = {"param_dtype": param_dtype, "rngs": rngs}
-        inner = {"num_heads": num_heads, "norm_eps": norm_eps, "projection_dropout": dropout, **attention}
+        inner = {"num_heads": num_heads, "norm_eps": norm_eps, "projection_dropout": dropout}
+        inner |= {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "kernel": kernel}
         mixer = ReversedAttention(features, **inner, dtype=dtype, **stored)
         mlp = MLP(features, int(features * mlp_ratio), dropout=dropout, dtype=dtype, **stored)
         norms = [LayerNorm(features, eps=norm_eps, **stored) for _ in range(2)]

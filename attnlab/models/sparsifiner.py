@@ -47,6 +47,8 @@ class SparsifinerBlock(Block):
       **attention: further arguments of `SparsifinerAttention`.
     """
 
+    hands_options_on = True
+
     def __init__(
         self,
         features: int,
