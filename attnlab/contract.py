@@ -561,7 +561,8 @@ def record(module: nnx.Module, name: str, value: Callable[[], Any]) -> None:
     """Stores an intermediate for `nnx.capture`; costs nothing outside it, since `value` is not even called.
 
     The names shared by all mixers: `"attention"`, weights `(B, H, N, M)` in float32, tokens of images and videos
-    flattened in row-major order; `"gate"`; `"state"`.
+    flattened in row-major order; `"gate"`; `"state"`. A block that leaves tokens out records `"kept"`, `(B, N)` int32:
+    where each token that it returns stood among those that came in, -1 for one made of several.
 
     Example:
       y, intermediates = nnx.capture(mixer, nnx.Intermediate)(x)

@@ -36,6 +36,7 @@ from attnlab.models.sequence_regressor import SequenceRegressor
 from attnlab.models.vit import ViT
 from attnlab.suggest import suggestion
 from attnlab.training import (
+    AdversarialTask,
     ClassificationTask,
     LanguageTask,
     RegressionTask,
@@ -151,7 +152,7 @@ def _model_configs() -> dict[str, type[ModelConfig]]:
     return {made.__name__: made for made in map(config_class, (*_HOSTS, *registered))}
 
 
-AnyTask = ClassificationTask | LanguageTask | RegressionTask | RestorationTask
+AnyTask = ClassificationTask | AdversarialTask | LanguageTask | RegressionTask | RestorationTask
 TASKS = {
     "image": ClassificationTask,
     "text": LanguageTask,
@@ -213,6 +214,8 @@ class Experiment:
         wanted = TASKS[self.model.kind]
         if not isinstance(self.task, wanted):
             raise ValueError(f"task: {type(self.model).__name__} is trained for {wanted.__name__}, not {self.task}")
+        if isinstance(self.task, AdversarialTask) and (scale := getattr(self.data, "scale", "unit")) != "unit":
+            raise ValueError(f"data.scale: AdversarialTask perturbs images in [0, 1], which are 'unit', not {scale!r}")
 
     def open(self) -> attnlab.data.Dataset:
         """The data.

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from attnlab.figures import Theme
@@ -11,12 +13,12 @@ from attnlab.figures import Theme
 COLUMNS = 6  # panels beside each other
 
 
-def draw(image: np.ndarray, maps: Mapping[int, np.ndarray], query: tuple[float, float] | None, theme: Theme) -> Figure:
+def draw(image: np.ndarray, maps: Mapping[str, np.ndarray], query: tuple[float, float] | None, theme: Theme) -> Figure:
     """Draws an image and the maps over it.
 
     Args:
       image: `(rows, columns, channels)` in [0, 1].
-      maps: `(rows, columns)` of tokens by layer, each scaled to its own largest value.
+      maps: `(rows, columns)` of tokens by the title, each scaled to its own largest value; blank where NaN.
       query: place of the token that looks, marked in the image.
       theme: of the figure.
     """
@@ -36,14 +38,17 @@ def draw(image: np.ndarray, maps: Mapping[int, np.ndarray], query: tuple[float, 
     if query is not None:
         cells[0].plot(query[1] * width - 0.5, query[0] * height - 0.5, "o", markersize=8, **_marker(theme))
     grey = image if image.ndim == 2 else image.mean(-1)
-    for cell, (layer, values) in zip(cells[1:], maps.items(), strict=False):
-        most = float(np.abs(values).max()) or 1.0
-        cell.imshow(grey, cmap="gray", vmin=0, vmax=1)
+    for cell, (title, values) in zip(cells[1:], maps.items(), strict=False):
+        blank = np.isnan(values)
+        sizes = np.where(blank, 0, np.abs(values))
+        share = sizes / (float(sizes.max()) or 1.0)
+        colors = colormaps["inferno"](share)
         # Opaque where the weight is large: what is not looked at stays grey.
-        share = np.abs(values) / most
-        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        cell.imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.6 * share, extent=extent)
-        cell.set_title(f"layer {layer}")
+        colors[..., 3] = 0.25 + 0.6 * share
+        colors[blank] = to_rgba(theme.ground)
+        cell.imshow(grey, cmap="gray", vmin=0, vmax=1)
+        cell.imshow(colors, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        cell.set_title(title)
     for cell in cells[panels:]:
         cell.axis("off")
     return figure

@@ -109,8 +109,8 @@ def _of_run(options: ClassifierOptions) -> Classifier:
 def _size(model: Any, options: ClassifierOptions) -> tuple[int, int]:
     rows, columns, _ = model.image_shape
     if rows is None or columns is None:
-        side = 224 if options.image_size is None else options.image_size
-        return side, side
+        side = options.image_size
+        return getattr(model, "image_size", (224, 224)) if side is None else (side, side)
     return rows, columns
 
 

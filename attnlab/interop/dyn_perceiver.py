@@ -1,32 +1,52 @@
-"""Dynamic Perceiver on RegNetY: LeapLabTHU/Dynamic_Perceiver, whose trunk is torchvision's."""
+"""Dynamic Perceiver on RegNetY and ResNet: LeapLabTHU/Dynamic_Perceiver, whose trunks are torchvision's and timm's."""
 
 import re
 from typing import Any
 
 import jax
-from flax import nnx
 
 from attnlab.attention.cross.dyn_perceiver import CrossLatentLayer, LatentAttention, SelfLatentLayer
 from attnlab.interop.names import Part, Squeezed
 from attnlab.interop.official import ConfigError, Given, Inputs, Official, Only, options
-from attnlab.models.dyn_perceiver import DynamicPerceiver
+from attnlab.models.dyn_perceiver import RESNET_DEFAULTS, DynamicPerceiver
 from attnlab.models.regnet import REGNETS, RegNetY
+from attnlab.models.resnet import RESNETS, ResNet, ResNetBlock, resnet_features
 
 
-def _trunk(given: Given) -> dict[str, Any]:
+def _on_resnet(given: Given) -> bool:
+    return str(given.get("cnn_arch")).lower().startswith("resnet")
+
+
+def _regnet_trunk(given: Given) -> dict[str, Any]:
     """A trunk by its name, or by its sizes in words: `"RegNet-Y depths 1,1,1,1, stem 8, group width 8, …"`."""
     arch = given["cnn_arch"]
     if arch in REGNETS:
         return {"trunk_options": dict(REGNETS[arch][1])}
     words = {"depths": "depths", "widths": "widths", "stem": "stem_features", "group width": "group_width"}
-    found: dict[str, Any] = {}
-    for word, ours in (words | {"se": "se_ratio"}).items():
-        numbers = re.search(rf"\b{word} ([\d.]+(?:,[\d.]+)*)", arch)
-        if numbers is None:
-            raise ConfigError(f"cnn_arch must be one of {', '.join(REGNETS)}, or sizes in words, got {arch!r}")
-        values = [float(n) if ours == "se_ratio" else int(n) for n in numbers[1].split(",")]
-        found[ours] = tuple(values) if ours in ("depths", "widths") else values[0]
-    return {"trunk_options": found}
+    numbers = {ours: _numbers(arch, word) for word, ours in (words | {"se": "se_ratio"}).items()}
+    whole = {ours: tuple(map(int, found)) for ours, found in numbers.items()}
+    sizes: dict[str, Any] = {ours: whole[ours] for ours in ("depths", "widths")}
+    sizes |= {ours: whole[ours][0] for ours in ("stem_features", "group_width")}
+    return {"trunk_options": sizes | {"se_ratio": numbers["se_ratio"][0]}}
+
+
+def _resnet_trunk(given: Given) -> dict[str, Any]:
+    """A trunk by its name, or by its sizes in words: `"ResNet bottleneck depths 1,1,1,1, multiplier 0.5"`."""
+    arch = given["cnn_arch"]
+    if arch in RESNETS:
+        return {"trunk_options": dict(RESNETS[arch][1])}
+    depths, share = (_numbers(arch, word) for word in ("depths", "multiplier"))
+    kind = "basic" if "basic" in arch else "bottleneck"
+    return {"trunk_options": {"kind": kind, "depths": tuple(map(int, depths)), **resnet_features(share[0])}}
+
+
+def _numbers(arch: str, word: str) -> list[float]:
+    """The numbers behind a word."""
+    found = re.search(rf"\b{word} ([\d.]+(?:,[\d.]+)*)", arch)
+    if found is None:
+        names = ", ".join([*REGNETS, *RESNETS])
+        raise ConfigError(f"cnn_arch must be one of {names}, or sizes in words, got {arch!r}")
+    return [float(number) for number in found[1].split(",")]
 
 
 def _attend(module: Any, inputs: Inputs, given: Given) -> jax.Array:
@@ -50,9 +70,15 @@ def _regnet(stem: str, body: str) -> dict[Any, Any]:
     return table | {"stage.*.blocks.*": lambda i, j: Part(f"{body}.block{i + 1}.block{i + 1}-{j}", _UNIT)}
 
 
-def _model_names(model: nnx.Module) -> dict[Any, Any]:
-    table: dict[Any, Any] = {"stem.conv": "cnn_stem.0", "stem.norm": "cnn_stem.1"}
-    table["stage.*.trunk.blocks.*"] = lambda i, j: Part(f"cnn_body.block{i + 1}.block{i + 1}-{j}", _UNIT)
+def _resnet(conv: str, norm: str, stage: str) -> dict[Any, Any]:
+    table: dict[Any, Any] = {"stem.parts.0.conv": conv, "stem.parts.0.norm": norm}
+    return table | {"stage.*.blocks.*": lambda i, j: Part(f"{stage}{i + 1}.{j}", _RESIDUAL)}
+
+
+def _model_names(model: DynamicPerceiver) -> dict[Any, Any]:
+    on_resnet = isinstance(model.stage[0].trunk.blocks[0], ResNetBlock)
+    trunk = _resnet("cnn_stem.0", "cnn_stem.1", "cnn_body_stage") if on_resnet else _regnet("cnn_stem", "cnn_body")
+    table = {path.replace("*.blocks", "*.trunk.blocks"): name for path, name in trunk.items()}
     table["stage.*.latents.*"] = lambda i, j: Part(f"self_att{i + 1}.{j}", _SELF)
     table["stage.*.read"] = lambda i: Part(f"cross_att{i + 1}_x2z", _CROSS)
     table["stage.*.written"] = lambda i: Part(f"cross_att{i + 1}_z2x", _CROSS)
@@ -75,16 +101,19 @@ _CROSS |= {"attention": Part("cross_attn.attention", _HEADS)}
 _SELF = _FED | {"norm": "self_attn.norm", "attention": Part("self_attn.attention", _HEADS)}
 _UNIT = {f"{part}.{ours}": f"f.{part}.{i}" for part in "abc" for i, ours in enumerate(("conv", "norm"))}
 _UNIT |= {"shortcut.conv": "proj.0", "shortcut.norm": "proj.1"}
+_RESIDUAL: dict[Any, Any] = {"shortcut.conv": "downsample.0", "shortcut.norm": "downsample.1"}
+_RESIDUAL |= {"convs.*.conv": lambda i: f"conv{i + 1}", "convs.*.norm": lambda i: f"bn{i + 1}"}
 _UNIT |= {f"se.fc{i}": Squeezed(f"f.se.fc{i}", 2, 3) for i in (1, 2)}
 _INNER = options("num_heads", num_qk_channels="qk_features", num_v_channels="value_features")
 _SOURCES = options(num_q_input_channels="features", num_kv_input_channels="key_features")
 _ATTENTION = _INNER | _SOURCES | options(rpb=_places, feat_w=None, feat_h=None)
 _LAYER = options("attention_residual", widening_factor="widening")
 _NET = options("num_latents", "num_classes", "with_x2z", "with_z2x", "with_dwc", "with_last_CA", "with_isc")
-_NET |= options(num_SA_heads="num_heads", depth_factor="depth_factors", SA_widening_factor="widening", cnn_arch=_trunk)
+_NET |= options(num_SA_heads="num_heads", depth_factor="depth_factors", SA_widening_factor="widening")
 _NET |= options(spatial_reduction=Only(True), num_latent_channels=Only(None), activation_checkpointing=None)
 _NET |= options(input_size=None, output_dir=None)
 _TREE = _regnet("stem", "trunk_output") | {"head": "fc"}
+_BLOCK = options("stride", inplanes="in_features", planes="hidden_features")
 _NO_PLACES = {"rpb": False, "feat_w": 32, "feat_h": 32}
 
 OFFICIAL = [
@@ -104,6 +133,26 @@ OFFICIAL = [
         _SELF,
         _attend,
     ),
-    Official("DynPerceiver", DynamicPerceiver, _NET, _model_names, _exits, {"cnn_arch": "regnet_y_400mf"}),
+    Official(
+        "DynPerceiver",
+        DynamicPerceiver,
+        _NET | options(cnn_arch=_regnet_trunk),
+        _model_names,
+        _exits,
+        {"cnn_arch": "regnet_y_400mf"},
+    ),
+    Official(
+        "DynPerceiver",
+        DynamicPerceiver,
+        _NET | options(cnn_arch=_resnet_trunk, exit=Only(-1)),
+        _model_names,
+        _exits,
+        {"depth_factor": RESNET_DEFAULTS["depth_factors"], "SA_widening_factor": RESNET_DEFAULTS["widening"]},
+        {"trunk": ResNet},
+        _on_resnet,
+    ),
     Official("RegNet", RegNetY, names=_TREE),
+    Official("BasicBlock", ResNetBlock, _BLOCK, _RESIDUAL, always={"kind": "basic"}),
+    Official("Bottleneck", ResNetBlock, _BLOCK, _RESIDUAL, always={"kind": "bottleneck"}),
+    Official("ResNet", ResNet, names=_resnet("conv1", "bn1", "layer") | {"head": "fc"}),
 ]

@@ -12,7 +12,8 @@ own, resized by bicubic interpolation. Behind the first, further fusions have no
 as in the authors' code.
 
 With it a dual-stream model trained on turned and perturbed images predicts responses of the visual area V4 (Berrios and
-Deza, 2022): `attnlab.objectives.fast_adversarial` is that recipe.
+Deza, 2022): `attnlab.objectives.fast_adversarial` is that recipe, and
+`experiments/shapes_adversarial.py` a small run of it.
 """
 
 from collections.abc import Sequence
@@ -283,7 +284,8 @@ class CrossViT(Editable):
         grids = [(s[0] // p, s[1] // p) for s, p in zip(self.sizes, patch_sizes, strict=True)]
         stored = {"param_dtype": param_dtype, "rngs": rngs}
         common = {"dtype": dtype, **stored}
-        self.image_shape, self.dtype, self.crop = (None, None, channels), dtype, crop
+        self.image_shape, self.image_size = (None, None, channels), size
+        self.dtype, self.crop = dtype, crop
         embed = _conv_stem if multi_conv else PatchEmbed
         self.stem = nnx.List(
             [embed(channels, width, patch, **common) for width, patch in zip(features, patch_sizes, strict=True)]

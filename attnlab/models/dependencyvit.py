@@ -18,17 +18,19 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.attention.dense.dependencyvit import COST, SOURCE, Dependent, ReversedAttention
+from attnlab.contract import record
 from attnlab.models import staged
+from attnlab.models.block import Block
 from attnlab.models.staged import Models, Stage, StagedBackbone
 from attnlab.nn.chain import call
 from attnlab.nn.conv import PatchEmbed
 from attnlab.nn.heads import redraw_kernels
 from attnlab.nn.linear import trunc_normal
-from attnlab.nn.mlp import MLP, DropPath, LayerScale
+from attnlab.nn.mlp import MLP, LayerScale
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import PositionTable
 from attnlab.nn.token_selection import select_top
-from attnlab.points import Edits, Layer, Pass, visit
+from attnlab.points import Edits, Pass, visit
 from attnlab.registry import Example, Kind, register
 
 
@@ -60,7 +62,7 @@ def _example() -> Example:
     small=_example,
     **SOURCE,
 )
-class DependencyBlock(Layer):
+class DependencyBlock(Block):
     """Tokens `(B, N, C)` and messages `(B, N)` to the same, of fewer tokens where it prunes.
 
     Args:
@@ -68,6 +70,9 @@ class DependencyBlock(Layer):
       num_heads: heads H.
       mlp_ratio: hidden channels of the feed-forward over C, rounded down.
       layer_scale: γ at the start; None for none.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether queries and keys are normed.
+      kernel: of `ReversedAttention`.
       prune: (ρ, t), which pruning of the model this block has; None for none.
       norm_eps: of all norms.
       dropout: rate inside the feed-forward and on what the attention returns.
@@ -75,7 +80,6 @@ class DependencyBlock(Layer):
       dtype: of the computation; that of the tokens when None.
       param_dtype: of the parameters.
       rngs: streams `params`, and `dropout` if there is any.
-      **attention: further arguments of `ReversedAttention`.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class DependencyBlock(Layer):
         num_heads: int,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-6,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        kernel: str | None = None,
         prune: tuple[float, int] | None = None,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
@@ -92,30 +99,18 @@ class DependencyBlock(Layer):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
-        **attention: Any,
     ):
         stored = {"param_dtype": param_dtype, "rngs": rngs}
+        inner = {"num_heads": num_heads, "norm_eps": norm_eps, "projection_dropout": dropout}
+        inner |= {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "kernel": kernel}
+        mixer = ReversedAttention(features, **inner, dtype=dtype, **stored)
+        mlp = MLP(features, int(features * mlp_ratio), dropout=dropout, dtype=dtype, **stored)
+        norms = [LayerNorm(features, eps=norm_eps, **stored) for _ in range(2)]
+        scales: dict[str, Any] = {}
+        if layer_scale is not None:
+            scales = {name: LayerScale(features, init=layer_scale, **stored) for name in ("scale1", "scale2")}
+        super().__init__(mixer, mlp, *norms, **scales, drop_path=drop_path, rngs=rngs)
         self.prune = None if prune is None else tuple(prune)
-        self.norm1, self.norm2 = (LayerNorm(features, eps=norm_eps, **stored) for _ in range(2))
-        self.mixer = ReversedAttention(
-            features,
-            num_heads=num_heads,
-            norm_eps=norm_eps,
-            projection_dropout=dropout,
-            dtype=dtype,
-            **attention,
-            **stored,
-        )
-        self.mlp = MLP(features, int(features * mlp_ratio), dropout=dropout, dtype=dtype, **stored)
-        self.scale1, self.scale2 = (
-            nnx.data(None) if layer_scale is None else LayerScale(features, init=layer_scale, **stored)
-            for _ in range(2)
-        )
-        self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
-
-    @property
-    def points(self) -> frozenset[str]:
-        return self.mixer.points | {"stream", "normed", "mixed", "middle", "mlp"}
 
     def __call__(
         self,
@@ -125,21 +120,29 @@ class DependencyBlock(Layer):
         edits: Edits | None = None,
         deterministic: bool = True,
     ) -> Dependent:
-        """Arguments as `ReversedAttention`; what is left stands by descending message where the block prunes."""
+        """Arguments as `ReversedAttention`; what is left stands by descending message where the block prunes.
+
+        It records, as `"kept"` `(B, k)`, the places of what is left among the tokens that came in.
+        """
+
+        def mixed(tokens: jax.Array) -> jax.Array:
+            nonlocal message
+            y, message = self.mixer(
+                visit(self, edits, "normed", tokens), message, edits=edits, deterministic=deterministic
+            )
+            return visit(self, edits, "mixed", y)
+
+        def fed(tokens: jax.Array) -> jax.Array:
+            return visit(self, edits, "mlp", call(self.mlp, tokens, deterministic))
+
         x = visit(self, edits, "stream", jnp.asarray(x))
-        normed = visit(self, edits, "normed", self.norm1(x))
-        mixed, message = self.mixer(normed, message, edits=edits, deterministic=deterministic)
-        x = x + self._branch(visit(self, edits, "mixed", mixed), self.scale1, deterministic)
+        x = self._branch(x, mixed, self.norm1, self.scale1, True, deterministic)
         if self.prune is not None:
             chosen = select_top(message, kept_tokens(x.shape[1], *self.prune), by_score=True)
+            record(self, "kept", lambda: chosen.kept)
             x, message = chosen.keep(x), chosen.keep(message[..., None])[..., 0]
         x = visit(self, edits, "middle", x)
-        fed = visit(self, edits, "mlp", call(self.mlp, self.norm2(x), deterministic))
-        return Dependent(x + self._branch(fed, self.scale2, deterministic), message)
-
-    def _branch(self, y: jax.Array, scale: LayerScale | None, deterministic: bool) -> jax.Array:
-        y = y if scale is None else scale(y)
-        return y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
+        return Dependent(self._branch(x, fed, self.norm2, self.scale2, True, deterministic), message)
 
 
 @register(

@@ -22,10 +22,9 @@ from attnlab.models.block import Block
 from attnlab.models.staged import Choice, Mixers, Models, Place, Stage, StagedBackbone
 from attnlab.nn.activations import Activation, relu
 from attnlab.nn.chain import Chain, call
-from attnlab.nn.conv import ConvNorm, divisible
+from attnlab.nn.conv import ConvNorm, MaxPool, divisible
 from attnlab.nn.mlp import DropPath
 from attnlab.nn.norms import BatchNorm
-from attnlab.nn.resampling import max_pool
 from attnlab.points import Edits
 from attnlab.registry import Cost, Kind, Source, register
 
@@ -47,14 +46,6 @@ class Activated(nnx.Module):
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """`(…, C)` to the same shape."""
         return self.activation(x if self.norm is None else call(self.norm, x, deterministic))
-
-
-class MaxPool(nnx.Module):
-    """Maxima of 3 x 3 tokens, at stride 2."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`(B, H, W, C)` to `(B, ⌈H/2⌉, ⌈W/2⌉, C)`."""
-        return max_pool(x, 3, stride=2, padding=1)
 
 
 class Bottleneck(TokenMixer):

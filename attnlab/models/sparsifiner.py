@@ -17,19 +17,20 @@ from jax.typing import ArrayLike
 
 from attnlab.attention.sparse.sparsifiner import COST, SOURCE, SparseAttention, SparsifinerAttention, with_zeros
 from attnlab.models import staged
+from attnlab.models.block import Block
 from attnlab.models.staged import Models, Prefix, Stage, StagedBackbone
 from attnlab.nn.chain import call
 from attnlab.nn.conv import PatchEmbed
 from attnlab.nn.heads import redraw_kernels
 from attnlab.nn.linear import trunc_normal
-from attnlab.nn.mlp import MLP, DropPath
+from attnlab.nn.mlp import MLP
 from attnlab.nn.norms import LayerNorm
 from attnlab.nn.positions import PositionTable
-from attnlab.points import Edits, Layer, Pass, visit
+from attnlab.points import Edits, Pass, visit
 from attnlab.registry import Kind, register
 
 
-class SparsifinerBlock(Layer):
+class SparsifinerBlock(Block):
     """A pre-norm block of `SparsifinerAttention`, which hands on which patches are left.
 
     Args:
@@ -45,6 +46,8 @@ class SparsifinerBlock(Layer):
       rngs: streams `params`, and `dropout` if there is any.
       **attention: further arguments of `SparsifinerAttention`.
     """
+
+    hands_options_on = True
 
     def __init__(
         self,
@@ -63,14 +66,14 @@ class SparsifinerBlock(Layer):
     ):
         stored = {"param_dtype": param_dtype, "rngs": rngs}
         sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "projection_dropout": dropout}
-        self.norm1, self.norm2 = (LayerNorm(features, eps=norm_eps, **stored) for _ in range(2))
-        self.mixer = SparsifinerAttention(features, **sizes, dtype=dtype, **attention, **stored)
-        self.mlp = MLP(features, int(features * mlp_ratio), dropout=dropout, dtype=dtype, **stored)
-        self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path > 0 else nnx.data(None)
-
-    @property
-    def points(self) -> frozenset[str]:
-        return self.mixer.points | {"stream", "normed", "mixed", "middle", "mlp"}
+        super().__init__(
+            SparsifinerAttention(features, **sizes, dtype=dtype, **attention, **stored),
+            MLP(features, int(features * mlp_ratio), dropout=dropout, dtype=dtype, **stored),
+            LayerNorm(features, eps=norm_eps, **stored),
+            LayerNorm(features, eps=norm_eps, **stored),
+            drop_path=drop_path,
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -81,18 +84,15 @@ class SparsifinerBlock(Layer):
         deterministic: bool = True,
     ) -> SparseAttention:
         """Tokens `(B, N, C)` to those behind the block, with what the attention made on the way."""
-        x = visit(self, edits, "stream", jnp.asarray(x))
-        normed = visit(self, edits, "normed", self.norm1(x))
-        made = self.mixer(normed, alive, edits=edits, deterministic=deterministic)
-        x = x + self._kept(visit(self, edits, "mixed", made.tokens), deterministic)
-        x = visit(self, edits, "middle", x)
-        x = x + self._kept(visit(self, edits, "mlp", call(self.mlp, self.norm2(x), deterministic)), deterministic)
+
+        def mix(tokens: jax.Array) -> tuple[jax.Array, SparseAttention]:
+            made = self.mixer(tokens, alive, edits=edits, deterministic=deterministic)
+            return made.tokens, made
+
+        x, made = self._through(jnp.asarray(x), mix, edits, deterministic)
         if made.alive is not None and not self.mixer.reconstruct:
             x = with_zeros(x, made.alive)
         return made._replace(tokens=x)
-
-    def _kept(self, y: jax.Array, deterministic: bool) -> jax.Array:
-        return y if self.drop_path is None else self.drop_path(y, deterministic=deterministic)
 
 
 class SparsePass(NamedTuple):

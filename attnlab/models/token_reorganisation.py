@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.attention.dense.softmax_attention import SoftmaxAttention
-from attnlab.contract import Given, UnsupportedArgument, View
+from attnlab.contract import Given, UnsupportedArgument, View, record
 from attnlab.models.block import Block
 from attnlab.nn.chain import call
 from attnlab.nn.dense_mixer import DenseMixer
@@ -181,6 +181,8 @@ class TokenReorganisationParts(Block):
     ) -> Kept:
         """Tokens `(B, 1 + N, C)`, the class token in front, to those that are left.
 
+        It records, as `"kept"`, the places of what is left among the tokens that came in, -1 for the fused one.
+
         Args:
           x: tokens.
           edits: interventions on this layer of this call.
@@ -213,9 +215,15 @@ class TokenReorganisationParts(Block):
         x = visit(self, edits, "stream", x)
         x = self._branch(x, mixed, self.norm1, self.scale1, True, deterministic)
         x, index = keep_tokens(x, scores, left, fuse=self.fuse_token)
+        record(self, "kept", lambda: self._stood(index))
         x = visit(self, edits, "middle", x)
         x = x if self.mlp is None else self._branch(x, fed, self.norm2, self.scale2, True, deterministic)
         return Kept(x, index)
+
+    def _stood(self, index: jax.Array) -> jax.Array:
+        """Where all tokens that are left stood, from where patch tokens stood among those."""
+        class_token, fused = jnp.zeros_like(index[:, :1]), jnp.full_like(index[:, :1], -1)
+        return jnp.concatenate([class_token, index + 1, *([fused] if self.fuse_token else [])], 1)
 
 
 def _attend(mixer: DenseMixer, x: jax.Array, edits: Edits | None, deterministic: bool) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.grids import lengths, pad_to_multiple
 from attnlab.nn.linear import Conv, Linear
 from attnlab.nn.norms import BatchNorm, LayerNorm
+from attnlab.nn.resampling import max_pool
 from pallas_kernels.dtypes import at_least_float32
 
 Norm = Callable[..., nnx.Module]
@@ -221,6 +222,14 @@ class ConvStem(Chain):
     def __call__(self, x: ArrayLike, *, deterministic: bool = True) -> jax.Array:
         """`(B, H, W, channels)` to `(B, H', W', C)`."""
         return super().__call__(pad_to_multiple(x, self.multiple)[0], deterministic=deterministic)
+
+
+class MaxPool(nnx.Module):
+    """Maxima of 3 x 3 tokens, at stride 2."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(B, H, W, C)` to `(B, ⌈H/2⌉, ⌈W/2⌉, C)`."""
+        return max_pool(x, 3, stride=2, padding=1)
 
 
 class PatchEmbed(ConvNorm):

@@ -9,6 +9,7 @@ the model is trained on the images under it (fast adversarial training: Wong et 
 
 Images are turned by 90°, and then by 180°, each with probability 1/2. The authors trained CrossViT-18† so, by Adam at
 8e-5 with weight decay 1e-4, for 6 epochs; code: williamberrios/BrainScore-Transformers.
+`attnlab.training.AdversarialTask` trains so.
 """
 
 from collections.abc import Callable

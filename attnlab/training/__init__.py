@@ -10,10 +10,18 @@ from attnlab.training.loop import NonFiniteError, TrainResult, load_model, train
 from attnlab.training.metrics import read_metrics
 from attnlab.training.optimizer import OPTIMIZERS, OptimizerConfig
 from attnlab.training.sharding import MeshConfig, mesh_from
-from attnlab.training.task import ClassificationTask, LanguageTask, RegressionTask, RestorationTask, Task
+from attnlab.training.task import (
+    AdversarialTask,
+    ClassificationTask,
+    LanguageTask,
+    RegressionTask,
+    RestorationTask,
+    Task,
+)
 
 __all__ = [
     "OPTIMIZERS",
+    "AdversarialTask",
     "CheckpointError",
     "CheckpointMismatch",
     "ClassificationTask",

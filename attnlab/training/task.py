@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from attnlab.objectives.fast_adversarial import fast_adversarial, random_quarter_turns, random_start
 from attnlab.objectives.focal_region import focal_region_loss
 
 Sums = dict[str, jax.Array]
@@ -98,6 +99,62 @@ class ClassificationTask:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         weight = sums["weight"] or 1.0
         return {"loss": sums["loss"] / weight, "accuracy": sums["correct"] / weight}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialTask(ClassificationTask):
+    """Classes of images in [0, 1], turned by quarters and perturbed against the model: `objectives.fast_adversarial`.
+
+    Reports `loss` and `accuracy` of what is trained on; in evaluation of the images as they are, and `robust_accuracy`
+    under a perturbation that starts from zero.
+
+    Attributes:
+      epsilon: greatest change of a channel, in [0, 1].
+      step: of the perturbation, along the signs of the gradient.
+      turns: whether training images, which must be square then, are turned by 90° and by 180°, each with probability
+        1/2.
+    """
+
+    epsilon: float = 2 / 255
+    step: float = 2.5 / 255
+    turns: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("epsilon", "step"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, 0 excluded, not {getattr(self, name)}")
+
+    def sums(self, model: nnx.Module, batch: Mapping[str, jax.Array], *, deterministic: bool) -> Sums:
+        images = jnp.asarray(batch["image"])
+        start = jnp.zeros_like(images)
+        if not deterministic:
+            turn, noise = jax.random.split(_key_of(images))
+            images = random_quarter_turns(turn, images) if self.turns else images
+            start = random_start(noise, images.shape, epsilon=self.epsilon)
+        # Copies, so that counters and statistics are those of one pass; constants, since nothing flows through them.
+        graph, state = nnx.split(model)
+        state = jax.lax.stop_gradient(state)
+
+        def sums(images: jax.Array) -> Sums:
+            copy = nnx.merge(graph, state, copy=True)
+            return ClassificationTask.sums(self, copy, {**batch, "image": images}, deterministic=deterministic)
+
+        bounds = {"epsilon": self.epsilon, "step": self.step}
+        perturbed = fast_adversarial(lambda images: sums(images)["loss"], images, start, **bounds)
+        if deterministic:
+            return super().sums(model, batch, deterministic=True) | {"robust": sums(perturbed)["correct"]}
+        return super().sums(model, {**batch, "image": perturbed}, deterministic=False)
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        robust = {"robust_accuracy": sums["robust"] / (sums["weight"] or 1.0)} if "robust" in sums else {}
+        return super().metrics(sums) | robust
+
+
+def _key_of(images: jax.Array) -> jax.Array:
+    """A key that follows from a batch, so that a run that goes on after a stop makes the same numbers."""
+    bits = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32)
+    return jax.random.key(bits.sum(dtype=jnp.uint32))
 
 
 @dataclasses.dataclass(frozen=True)

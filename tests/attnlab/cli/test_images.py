@@ -5,12 +5,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from attnlab.cli import attend
+from attnlab.cli import attend, attend_figure
 from attnlab.cli.main import main
+from attnlab.compiling import compiled_for_once
 from attnlab.data.folder import read_image
+from attnlab.figures import LIGHT
 from attnlab.interop import export
+from attnlab.measure import watch
 from attnlab.models import zoo
+from attnlab.models.crossvit import CrossViT
 from attnlab.models.davit import DaViT
+from attnlab.models.dependencyvit import DependencyViT
+from attnlab.models.evit import EViT
 from attnlab.models.zoo import create
 
 SMALL = {"features": (8, 16), "num_heads": (2, 2), "depths": (1, 1), "window": 4, "image_size": 32}
@@ -78,6 +84,59 @@ def test_attend_draws_windows(files, capsys):
     for name in ("grey.png", "grey-dark.png"):
         with Image.open(files / "maps" / name) as drawn:
             assert min(drawn.size) > 100
+
+
+def seen_by(model, size, *queries):
+    """What a model records of an image, and the maps for each query."""
+    image = np.random.default_rng(0).normal(size=(1, *size, 3)).astype(np.float32)
+    graph, state = nnx.split(model)
+
+    def run(state, image):
+        seen = watch(nnx.merge(graph, state), image)[1]
+        return [attend.maps_of(seen, size, query) for query in queries], seen.recorded("kept"), seen["attention"]
+
+    return compiled_for_once(run)(state, image)
+
+
+FORM = {"num_heads": 1, "mlp_ratio": 1.0, "image_size": 32, "patch_size": 8, "num_classes": None, "rngs": nnx.Rngs(0)}
+LEAVING = {
+    "evit": (lambda: EViT(8, depth=3, keep_rate=0.5, layers=(0, 1), **FORM), [17, 10, 7]),
+    "dependencyvit": (lambda: DependencyViT(8, depth=3, prune_layers=(1, 2), prune_ratio=0.25, **FORM), [16, 12, 8]),
+}
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_tokens_that_were_left_out_are_blank(name):
+    """Of two layers that leave tokens out the second counts among those that the first left."""
+    build, left = LEAVING[name]
+    (maps, at_corner), kept, weights = seen_by(build(), (32, 32), None, (0.0, 0.0))
+    prefix = int(name == "evit")
+    first, second = (np.asarray(kept[layer][0]) for layer in (0, 1))
+    places = [np.arange(16 + prefix), first, np.where(second < 0, -1, first[second])]
+    assert [len(here) for here in places] == left
+    for layer, here in enumerate(places):
+        patches = here >= prefix  # neither the class token nor one that is fused
+        wanted = np.full(16, np.nan, np.float32)
+        rows = np.asarray(weights[layer])[0].mean(0)
+        wanted[here[patches] - prefix] = (rows[0] if prefix else rows.mean(0))[patches]
+        np.testing.assert_allclose(maps[layer].ravel(), wanted, rtol=1e-5)
+        assert np.isfinite(at_corner[layer]).any() == (prefix in here)
+
+
+def test_streams_are_named_and_each_has_its_grid():
+    form = {"features": (8, 8), "num_heads": (1, 1), "depths": ((1, 1, 0),), "mlp_ratios": (1.0, 1.0)}
+    model = CrossViT(**form, image_size=32, image_scales=(1.0, 0.75), patch_sizes=(8, 4), rngs=nnx.Rngs(0))
+    ((maps,), _, _) = seen_by(model, (32, 32), None)
+    assert {layer: drawn.shape for layer, drawn in maps.items()} == {0: (4, 4), 1: (6, 6)}
+    assert attend.titles_of(model) == ["layer 0, stream 0", "layer 1, stream 1"]
+
+
+def test_blank_tokens_are_drawn_as_ground():
+    values = np.array([[1.0, np.nan], [0.0, 0.5]])
+    figure = attend_figure.draw(np.zeros((4, 4, 3)), {"layer 0": values}, None, LIGHT)
+    drawn = figure.axes[1].images[1].get_array()
+    assert drawn[0, 1].tolist() == [1.0, 1.0, 1.0, 1.0]
+    np.testing.assert_allclose(drawn[..., 3], [[0.85, 1.0], [0.25, 0.55]])
 
 
 def test_maps_of_weights():

@@ -1,4 +1,4 @@
-"""Dynamic Perceiver: its trunk's sizes, exits one after the other, thresholds and cost, and its loss."""
+"""Dynamic Perceiver: its trunks' sizes, exits one after the other, thresholds and cost, and its loss."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attnlab.interop.dyn_perceiver import OFFICIAL
+from attnlab.interop.official import ConfigError, choose
 from attnlab.models.dyn_perceiver import DYN_PERCEIVERS, DynamicPerceiver
 from attnlab.models.early_exit import (
     classify,
@@ -17,6 +19,7 @@ from attnlab.models.early_exit import (
     expected_cost,
 )
 from attnlab.models.regnet import REGNETS, regnet_stages
+from attnlab.models.resnet import RESNETS, ResNet
 from attnlab.models.staged import build_named
 from attnlab.objectives.exits import exit_loss
 
@@ -24,7 +27,11 @@ TRUNKS = {
     "regnet_y_400mf": 4_344_144,
     "regnet_y_800mf": 6_432_512,
     "regnet_y_1_6gf": 11_202_430,
-}  # as torchvision counts them
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet50_0375": 4_089_472,
+}  # as torchvision and the authors' code count them
 TINY = {"trunk_options": {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "group_width": 4, "stem_features": 8}}
 TINY |= {
     "with_dwc": False,
@@ -40,10 +47,44 @@ def parameters(make):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "regnet_y_400mf" else pytest.mark.slow) for n in TRUNKS]
+    "name", [pytest.param(n, marks=() if n in ("regnet_y_400mf", "resnet18") else pytest.mark.slow) for n in TRUNKS]
 )
-def test_trunks_have_the_sizes_of_torchvision(name):
-    assert parameters(lambda: build_named(REGNETS, name, rngs=nnx.Rngs(0))) == TRUNKS[name]
+def test_trunks_have_the_sizes_of_others(name):
+    assert parameters(lambda: build_named({**REGNETS, **RESNETS}, name, rngs=nnx.Rngs(0))) == TRUNKS[name]
+
+
+@pytest.mark.slow
+def test_sizes_on_a_resnet_are_those_of_the_authors():
+    made = parameters(lambda: build_named(DYN_PERCEIVERS, "resnet50_0375_perceiver_t64", rngs=nnx.Rngs(0)))
+    assert made == 30_913_328
+
+
+def on_basic_blocks():
+    trunk = {"kind": "basic", "depths": (1, 1, 1, 1), "hidden_features": (8,) * 4, "stem_features": 8}
+    return DynamicPerceiver(ResNet, **TINY | {"trunk_options": trunk}, rngs=nnx.Rngs(0))
+
+
+def test_official_names_on_a_resnet_of_basic_blocks():
+    official = choose(OFFICIAL, "DynPerceiver", {"cnn_arch": "resnet18"}, ())
+
+    def loaded(arrays):
+        model = on_basic_blocks()
+        official.load(model, arrays)
+        return official.dump(model)
+
+    names = jax.eval_shape(lambda: official.dump(on_basic_blocks()))
+    assert jax.eval_shape(loaded, names) == names
+    assert {"cnn_stem.1.running_var", "cnn_body_stage2.0.downsample.0.weight", "classifier_cnn.bias"} <= names.keys()
+    assert "cnn_body_stage1.0.downsample.0.weight" not in names  # there the shortcut is the map itself
+    assert official.options({"cnn_arch": "resnet34"})["depth_factors"] == (1, 1, 1, 3)
+
+
+def test_trunks_that_are_not_known_are_refused():
+    for arch in ("resnet51", "mobilenet_v3"):
+        with pytest.raises(ConfigError, match=f"cnn_arch must be one of .* got '{arch}'"):
+            choose(OFFICIAL, "DynPerceiver", {"cnn_arch": arch}, ()).options({"cnn_arch": arch})
+    with pytest.raises(ValueError, match="kind must be basic or bottleneck, got 'wide'"):
+        ResNet("wide", rngs=nnx.Rngs(0))
 
 
 def test_widths_follow_the_rule():
