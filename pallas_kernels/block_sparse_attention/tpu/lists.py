@@ -2,7 +2,8 @@
 
 A grid point is a tile that is visited, and no other: its row, column and flags lie in scalar memory before the kernel
 starts, so that the blocks of the next tile are copied while this one is worked on, and what two tiles in turn have in
-common is not copied again. Partial tiles of a mask of indices share their masks where they are equal.
+common is not copied again. Partial tiles of a mask of indices share their masks where they are equal. Of a tile that
+needs a mask only the sub-tiles that hold a pair are computed: which ones is its pattern, and few patterns occur.
 """
 
 import functools
