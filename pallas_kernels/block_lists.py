@@ -142,23 +142,16 @@ def lower(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: in
     verdict = np.full(row.size, UNKNOWN, np.int8)
     while True:
         open_ = np.nonzero(verdict != FULL)[0]
-        for at in range(0, open_.size, _CHUNK):
-            some = open_[at : at + _CHUNK]
-            q = _block_intervals(row[some].astype(np.int64), block_q * step, num_queries)
-            k = _block_intervals(column[some].astype(np.int64), block_k * step, num_keys)
-            verdict[some] = mask.judge(q, k)
-            if step == 1:
-                verdict[some] = (
-                    _looked(mask, verdict[some], q, k)
-                    if mask.static
-                    else np.where(verdict[some] == UNKNOWN, PARTIAL, verdict[some])
-                )
+        q, k = (num_queries, block_q * step), (num_keys, block_k * step)
+        verdict[open_] = _judged(mask, row[open_], column[open_], q, k, step == 1)
         seen = verdict != EMPTY
         row, column, verdict = row[seen], column[seen], verdict[seen]
         if step == 1:
             break
         step //= _FACTOR
-        row, column, verdict = _children(row, column, verdict, -(-q_blocks // step), -(-k_blocks // step))
+        children, there = _children(row, column, (_FACTOR, _FACTOR), -(-q_blocks // step), -(-k_blocks // step))
+        row, column = (x[there] for x in children)
+        verdict = np.repeat(verdict, _FACTOR**2)[there]
     order = np.argsort(row.astype(np.int64) * k_blocks + column, kind="stable")
     return _lists(q_blocks, k_blocks, np.bincount(row, minlength=q_blocks), column[order], verdict[order] == FULL)
 
@@ -166,6 +159,41 @@ def lower(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: in
 def lower_heads(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int) -> tuple[BlockLists, ...]:
     """The lists of each head that has rules of its own, or the one of all; arguments as `lower`."""
     return tuple(lower(mask.head(h), num_queries, num_keys, block_q, block_k) for h in range(mask.heads))
+
+
+def live_parts(
+    mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int, part_q: int, part_k: int
+) -> np.ndarray:
+    """Which parts of the blocks of `lower(mask, num_queries, num_keys, block_q, block_k)` hold an allowed pair.
+
+    Exact as those are. The parts of a full block are not judged, so that the cost follows the border of the mask.
+
+    Args:
+      mask: as for `lower`, as are lengths and block sizes.
+      num_queries: N.
+      num_keys: M.
+      block_q: queries of a block.
+      block_k: keys of a block.
+      part_q: queries of a part; a divisor of `block_q`.
+      part_k: keys of a part; a divisor of `block_k`.
+
+    Returns:
+      (blocks, block_q // part_q, block_k // part_k) bool.
+
+    Raises:
+      ValueError: if a part does not divide its block.
+    """
+    for name, block, part in (("part_q", block_q, part_q), ("part_k", block_k, part_k)):
+        if part < 1 or block % part:
+            raise ValueError(f"{name} must divide the block of {block}, got {part}")
+    lists = lower(mask, num_queries, num_keys, block_q, block_k)
+    shape = block_q // part_q, block_k // part_k
+    rows = np.repeat(np.arange(lists.num_q_blocks, dtype=np.int32), lists.counts)
+    ends = -(-num_queries // part_q), -(-num_keys // part_k)
+    (row, column), live = _children(rows, lists.key_blocks, shape, *ends)
+    some = np.flatnonzero(live & np.repeat(~lists.is_full, shape[0] * shape[1]))
+    live[some] = _judged(mask, row[some], column[some], (num_queries, part_q), (num_keys, part_k), True) != EMPTY
+    return live.reshape(-1, *shape)
 
 
 def pictured(mask: Mask, num_queries: int, num_keys: int, columns: int) -> str:
@@ -193,13 +221,29 @@ def plotted(mask: Mask, num_queries: int, num_keys: int, ax: "Axes | None") -> "
 
 
 def _children(
-    row: np.ndarray, column: np.ndarray, verdict: np.ndarray, q_blocks: int, k_blocks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The blocks of the level below that make these, each with the verdict of its parent."""
-    down, right = (x.ravel() for x in np.indices((_FACTOR, _FACTOR), np.int32))
-    row, column = ((x[:, None] * _FACTOR + inner).ravel() for x, inner in ((row, down), (column, right)))
-    there = (row < q_blocks) & (column < k_blocks)
-    return row[there], column[there], np.repeat(verdict, _FACTOR**2)[there]
+    row: np.ndarray, column: np.ndarray, factors: tuple[int, int], q_blocks: int, k_blocks: int
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Row and column of the smaller blocks that make these, and whether they are among those that exist."""
+    inner = (x.ravel() for x in np.indices(factors, np.int32))
+    row, column = ((x[:, None] * n + at).ravel() for x, n, at in zip((row, column), factors, inner, strict=True))
+    return (row, column), (row < q_blocks) & (column < k_blocks)
+
+
+def _judged(
+    mask: Mask, row: np.ndarray, column: np.ndarray, q: tuple[int, int], k: tuple[int, int], settle: bool
+) -> np.ndarray:
+    """The verdict on blocks, q and k being length and block size; without UNKNOWN if it is to be settled."""
+    verdict = np.zeros(row.size, np.int8)
+    for at in range(0, row.size, _CHUNK):
+        some = slice(at, at + _CHUNK)
+        of_q = _block_intervals(row[some].astype(np.int64), q[1], q[0])
+        of_k = _block_intervals(column[some].astype(np.int64), k[1], k[0])
+        verdict[some] = mask.judge(of_q, of_k)
+        if settle and mask.static:
+            verdict[some] = _looked(mask, verdict[some], of_q, of_k)
+        elif settle:
+            verdict[some] = np.where(verdict[some] == UNKNOWN, PARTIAL, verdict[some])
+    return verdict
 
 
 def _looked(mask: Mask, verdict: np.ndarray, q: Interval, k: Interval) -> np.ndarray:

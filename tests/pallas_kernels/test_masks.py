@@ -177,6 +177,19 @@ def test_a_mask_of_ones_own_needs_only_its_rule(monkeypatch):
     check_lists(Odd() & Causal(), 37, 41, 8, 4)
 
 
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(9, 2) | Prefix(3), Causal() & Strided(5), ~Full()], ids=str)
+def test_live_parts_of_blocks_equal_dense(mask):
+    n, m, block, part = 45, 52, (16, 24), (4, 8)
+    dense = np.zeros((48, 72), bool)
+    dense[:n, :m] = mask.dense(n, m)
+    blocks = dense.reshape(3, 4, 4, 3, 3, 8).any((2, 5)).swapaxes(1, 2)
+    lists = lower(mask, n, m, *block)
+    rows = np.repeat(np.arange(3), lists.counts)
+    assert (block_lists.live_parts(mask, n, m, *block, *part) == blocks[rows, lists.key_blocks]).all()
+    with pytest.raises(ValueError, match="part_k must divide the block of 24, got 7"):
+        block_lists.live_parts(mask, n, m, *block, 4, 7)
+
+
 def test_long_masks_are_looked_at_only_where_needed(monkeypatch):
     seen = []
     call = masks.And.__call__

@@ -173,6 +173,7 @@ def _planned(config: _Config, wanted: frozenset[str], q, k, arrays, lists_):
     args = Arguments(shapes[0], shapes[1], shapes[1], x, blocks, config.rules)
     layout, tiles = tiles_of(args, config.block_q, config.block_k)
     masks = lists.masks_of(config.rules.mask, layout) if is_static(args) else None
+    patterns, number = lists.patterns(config.rules.mask, layout, tiles)
     full = [by_name[e.name].shape[1] for e in config.extras if e.kind == "full" and e.name in wanted]
     plan = Plan(
         layout=layout,
@@ -182,10 +183,11 @@ def _planned(config: _Config, wanted: frozenset[str], q, k, arrays, lists_):
         names=config.names,
         masks=None if masks is None else masks[0],
         evaluates=not is_static(args),
+        patterns=patterns,
         differentiated=wanted,
         full_heads=max([1, *(size // layout.lanes_h for size in full)]),
     )
-    return plan, lists.walks(layout, tiles, None if masks is None else masks[1]), by_name
+    return plan, lists.walks(layout, tiles, None if masks is None else masks[1], number), by_name
 
 
 # ---- the calls

@@ -10,10 +10,10 @@ import numpy as np
 
 from pallas_kernels import block_masks, masks
 from pallas_kernels.array_masks import Place
-from pallas_kernels.block_lists import lower_heads
+from pallas_kernels.block_lists import lower
 from pallas_kernels.block_sparse_attention.arguments import Arguments, Rules
 from pallas_kernels.block_sparse_attention.tiles import Layout, is_static, layout_of
-from pallas_kernels.block_sparse_attention.tpu.lists import masks_of
+from pallas_kernels.block_sparse_attention.tpu.lists import Pattern, lanes_of, masks_of, patterns_of
 from pallas_kernels.tpu.chips import LANES, MIB, Chip
 from pallas_kernels.tpu.plans import up
 
@@ -84,6 +84,7 @@ class Plan:
       names: what they are.
       masks: of partial tiles, (P, block_k, block_q) int8, or None where there are none or kernels evaluate the rule.
       evaluates: whether they do.
+      patterns: of the tiles that need a mask, what is computed of them; see `lists.Patterns`.
       differentiated: names of extras whose gradient is asked for.
       full_heads: heads of a lane that have gradients of their own per pair.
     """
@@ -95,6 +96,7 @@ class Plan:
     names: Names
     masks: np.ndarray | None
     evaluates: bool
+    patterns: tuple[Pattern, ...]
     differentiated: frozenset[str] = frozenset()
     full_heads: int = 1
 
@@ -154,13 +156,41 @@ def _sizes(mask: masks.Mask, n: int, m: int, largest: int, lanes: int, static: b
     for block_q, block_k in itertools.product(*options):
         if -(-n // block_q) * -(-m // block_k) > 1 << 22:
             continue
-        counts = [one.counts for one in lower_heads(mask, n, m, block_q, block_k)]
+        heads = tuple(mask.head(h) for h in range(mask.heads))
+        counts = [lower(head, n, m, block_q, block_k).counts for head in heads]
         tiles = sum(int(c.sum()) for c in counts)
         listed = tiles if static else lanes * len(counts) * counts[0].size * max(1, max(int(c.max()) for c in counts))
-        cost = tiles * (STEP_COST + block_q * block_k)
-        if listed <= MOST_TILES and (best is None or cost < best[0]):
+        if listed > MOST_TILES:
+            continue
+        cost = tiles * STEP_COST + patterns_of(heads, n, m, block_q, block_k).computed
+        if best is None or cost < best[0]:
             best = cost, (block_q, block_k)
     return None if best is None else best[1]
+
+
+class Counted(NamedTuple):
+    """Pairs of queries and keys of a head, of all its lists that differ.
+
+    Attributes:
+      visited: of the tiles that are visited.
+      computed: of the sub-tiles of them that are computed, in each of the kernels.
+    """
+
+    visited: int
+    computed: int
+
+
+def counted(args: Arguments, chip: Chip) -> Counted:
+    """What the kernels do, with tiles that are known when tracing.
+
+    Raises:
+      ValueError: if they are made at run time, or the kernels cannot take `args` on `chip`.
+    """
+    if not is_static(args) or (chosen := sizes(args, chip)) is None:
+        raise ValueError("tiles must be known when tracing, and few enough for scalar memory")
+    layout = layout_of(args, *chosen)
+    found = patterns_of(lanes_of(args.rules.mask, layout), args.q.shape[1], args.k.shape[1], *chosen)
+    return Counted(found.number.size * chosen[0] * chosen[1], found.computed)
 
 
 def _not_computed(mask: masks.Mask) -> str | None:

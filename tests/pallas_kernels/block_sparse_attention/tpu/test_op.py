@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
-from pallas_kernels.block_masks import Block
+from pallas_kernels import block_lists, dispatch
+from pallas_kernels.block_masks import Block, Staircase
 from pallas_kernels.block_sparse_attention import Blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention, normal_form
 from pallas_kernels.block_sparse_attention.cases import SMALL
 from pallas_kernels.block_sparse_attention.tiles import tiles_of
 from pallas_kernels.block_sparse_attention.tpu import lists
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
-from pallas_kernels.masks import Causal, PerHead, Prefix, SlidingWindow
+from pallas_kernels.masks import Causal, Full, PerHead, Prefix, SlidingWindow, Strided
 from pallas_kernels.tpu.chips import CHIPS
 from tests.pallas_kernels.quick import joined, quick
 from tests.pallas_kernels.tpu_interpreter import interpreted
@@ -25,6 +25,8 @@ TAKEN = [
 ]
 RUNS = [(case, "float32") for case in TAKEN]
 RUNS += [(case, "bfloat16") for case in TAKEN if case.name in ("window", "staircase", "segments", "chosen")]
+# In tiles of 256, with sub-tiles of 128.
+IN_PIECES = [case for case in TAKEN if case.name in ("window", "staircase", "per_head", "segments", "score_mod")]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,82 @@ def test_relative_rms_error(case, dtype, errors):
     assert max(found.outputs) <= BOUND[dtype], found.outputs
     assert set(found.gradients) == {"q", "k", "v", *case.extra}
     assert max(found.gradients.values()) <= 2 * BOUND[dtype], found.gradients
+
+
+@pytest.fixture
+def tiles_of_256(monkeypatch):
+    monkeypatch.setattr(tpu_plan, "SIZES", (256,))
+    tpu_plan._sizes.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_PIECES, ids=lambda case: case.name)
+def test_relative_rms_error_in_pieces(case, errors, tiles_of_256):
+    with interpreted():
+        found = errors(case, jnp.float32, implementation="tpu")
+    assert max(found.outputs) <= BOUND["float32"], found.outputs
+    assert max(found.gradients.values()) <= 2 * BOUND["float32"], found.gradients
+
+
+def test_sub_tiles_that_hold_no_pair_are_not_computed(tiles_of_256):
+    # What is computed mixes NaN into the rows of the products, masked or not: here the second half of the keys of the
+    # first batch element, and the first half of the queries of the other one.
+    x = jnp.ones((2, 256, 1, 8))
+    k, q = x.at[0, 128:].set(jnp.nan), x.at[1, :128].set(jnp.nan)
+    with interpreted():
+        y, pull = jax.vjp(lambda *a: block_sparse_attention(*a, mask=Causal(), implementation="tpu"), q, k, k)
+        dq, dk, dv = pull(x)
+    for rows, cut in ((y[0], slice(128)), (dq[0], slice(128)), (dk[1], slice(128, None)), (dv[1], slice(128, None))):
+        assert jnp.isfinite(rows[cut]).all()
+        assert jnp.isnan(rows).any()
+
+
+COUNTED = {
+    "causal": (Causal(), 2048),
+    "window": (SlidingWindow(409, 0), 2048),
+    "band": (SlidingWindow(200, 200), 2048),
+    "staircase": (Causal() & Staircase(64, 384), 2048),
+    "strided": (Causal() & Strided(3), 1100),
+    "per_head": (PerHead((Causal(), ~Full(), Block(256))), 1024),
+}
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_pairs_that_are_computed_are_those_of_live_sub_tiles(name, kind, monkeypatch):
+    monkeypatch.setattr(tpu_plan, "SIZES", (128, 256, 512))
+    tpu_plan._sizes.cache_clear()
+    (mask, n), chip = COUNTED[name], CHIPS[kind]
+    q = jax.ShapeDtypeStruct((1, n, mask.heads, 128), jnp.bfloat16)
+    args = jax.eval_shape(lambda q: normal_form(q, q, q, mask=mask), q)
+    sizes = tpu_plan.sizes(args, chip)
+    dense = np.zeros((mask.heads, *(-(-n // size) * size for size in sizes)), bool)
+    for h in range(mask.heads):
+        dense[h, :n, :n] = mask.head(h).dense(n)
+
+    def pairs_in(block_q, block_k):
+        blocks = dense.reshape(mask.heads, dense.shape[1] // block_q, block_q, dense.shape[2] // block_k, block_k)
+        return int(blocks.any((2, 4)).sum()) * block_q * block_k
+
+    counted = tpu_plan.counted(args, chip)
+    assert counted == (pairs_in(*sizes), pairs_in(lists.PART, lists.PART))
+    assert counted.computed < counted.visited or name == "strided" or max(sizes) == lists.PART
+
+
+def test_kinds_of_tiles_beyond_those_with_code_are_computed_whole():
+    rules, n, whole = [Causal(offset) for offset in (0, -128, -256, 128, 256)], 1024, lists.Piece(0, 0, 512, 512)
+    found = lists.patterns_of(tuple(rules), n, n, 512, 512)
+    assert len(found.kinds) == lists.MOST_PATTERNS
+    assert found.kinds[-1] == (whole,)
+    live = np.concatenate([block_lists.live_parts(rule, n, n, 512, 512, 128, 128) for rule in rules])
+    total = 0
+    for number, needed in zip(found.number, live, strict=True):
+        computed = np.zeros((4, 4), int)
+        for i, j, queries, keys in (whole,) if number == lists.WHOLE else found.kinds[number - lists.MASKED]:
+            computed[i // 128 : (i + queries) // 128, j // 128 : (j + keys) // 128] += 1
+        assert (computed == needed).all() or (computed == 1).all()
+        total += 128 * 128 * computed.sum()
+    assert found.computed == total
 
 
 def visited(run) -> list[tuple[int, ...]]:
@@ -96,7 +174,8 @@ def test_partial_masks_are_shared_and_nothing_is_copied_twice():
         assert full == pairs.all()
         assert full or (pairs == masks[at].T).all()
     assert len(masks) == len({one.tobytes() for one in masks}) == 3
-    by_row, by_column = lists.walks(layout, tiles, number)
+    _, work = lists.patterns(mask, layout, tiles)
+    by_row, by_column = lists.walks(layout, tiles, number, work)
     for walk, place in ((by_row, tiles.row), (by_column, None)):
         flags = np.asarray(walk.flags)
         lane = flags >> lists.LANE
