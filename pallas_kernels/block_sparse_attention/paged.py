@@ -75,8 +75,7 @@ def paged_attention(
     mask, values = array_masks.split(ArrayMask(_before, (until,)), sizes.keys)
     rules = Rules(mask, d**-0.5 if scale is None else checks.number("scale", scale), softcap)
     extras = checks.with_values(Extras(), values, sizes)
-    keys, stored_values = (jnp.moveaxis(x.reshape(1, pages * size, g, -1), 1, 2)[:, :, None] for x in
-                           (key_pages, value_pages))  # fmt: skip
+    keys, stored_values = (x.reshape(1, pages * size, g, -1) for x in (key_pages, value_pages))
     y, lse = _run(rules, q, keys, stored_values, page_table, extras, blocks, size, splits)
     return (y, lse) if return_lse else y
 
@@ -86,14 +85,14 @@ def _before(i: Any, j: Any, until: Any) -> Any:
 
 
 def _run(rules: Rules, q, keys, values, page_table, extras: Extras, blocks: Blocks | None, size: int, splits):
-    """y and lse, of keys and values (1, G, 1, pages · size, ·)."""
-    (b, n, h, _), g, width = q.shape, keys.shape[1], page_table.shape[1]
+    """y and lse, of keys and values (1, pages · size, G, ·)."""
+    (b, n, h, _), g, width = q.shape, keys.shape[2], page_table.shape[1]
     shape = jax.ShapeDtypeStruct((b, width * size, g, keys.shape[-1]), q.dtype)
     args = Arguments(q, shape, shape, extras, blocks, rules)
     layout, tiles = tiles_of(args, n, size)
     together = max(c for c in xla.TOGETHER if c <= max(1, min(width, 512 // size)))
     splits = xla.splits_of(layout, tiles.row.size // together) if splits is None else splits
-    plan = xla._Plan(layout, rules, together, args.precision, args.accumulator, splits)
+    plan = xla._Plan(layout, rules, together, args.precision, args.accumulator, splits, as_stored=True)
     lane = jnp.asarray(tiles.row) // layout.q_blocks // layout.lanes_h
     steps = xla._steps(plan, tiles, page_table[lane, tiles.column])
     x = xla._Tensors(

@@ -52,7 +52,10 @@ MOST_BLOCKS = 1 << 20  # of a lowering that is only weighed
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static in a sweep; `together` tiles of a row are one step, and `splits` runs of steps go side by side."""
+    """What is static in a sweep; `together` tiles of a row are one step, and `splits` runs of steps go side by side.
+
+    `as_stored` says that keys and values are read where they are, tokens before heads, instead of being turned first.
+    """
 
     layout: Layout
     rules: Rules
@@ -60,6 +63,7 @@ class _Plan:
     precision: lax.Precision
     dtype: Any
     splits: int = 1
+    as_stored: bool = False
 
 
 class _Steps(NamedTuple):
@@ -76,7 +80,10 @@ class _Steps(NamedTuple):
 
 
 class _Tensors(NamedTuple):
-    """q (B, G, R, N', D), k (B, G, 1, M', D), v (B, G, 1, M', E), N' and M' whole blocks, and the extras."""
+    """q (B, G, R, N', D), k (B, G, 1, M', D), v (B, G, 1, M', E), N' and M' whole blocks, and the extras.
+
+    As they are stored, k is (B|1, M', G, D) and v (B|1, M', G, E); the 1 is that of pages, which elements share.
+    """
 
     q: jax.Array
     k: jax.Array
@@ -275,6 +282,35 @@ def _add(
     return total
 
 
+def _stored(plan: _Plan, x: jax.Array, at: _Place, c: int):
+    """Start and size of the keys of tile `c` in (B|1, M', G, D)."""
+    batch, groups, _ = plan.layout.inner
+    start = 0 if x.shape[0] == 1 else at.b, at.stored[c] * plan.layout.block_k, at.g, 0
+    size = [min(batch, x.shape[0]), plan.layout.block_k, groups, x.shape[3]]
+    return [jnp.asarray(place, jnp.int32) for place in start], size
+
+
+def _fetch_keys(plan: _Plan, x: jax.Array, at: _Place) -> jax.Array:
+    """The keys or values of a step, (B, G, 1, m, D); of a cache no more than these are turned."""
+    if not plan.as_stored:
+        return _fetch(plan, x, at, keys=3)
+    parts = [lax.dynamic_slice(x, *_stored(plan, x, at, c)) for c in range(plan.together)]
+    rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+    return jnp.swapaxes(rows, 1, 2)[:, :, None]
+
+
+def _add_keys(plan: _Plan, total: jax.Array, part: jax.Array, at: _Place) -> jax.Array:
+    """The transpose of `_fetch_keys`, in place."""
+    if not plan.as_stored:
+        return _add(plan, total, part, at, keys=3)
+    rows = jnp.swapaxes(part[:, :, 0], 1, 2)
+    for c in range(plan.together):
+        start, size = _stored(plan, total, at, c)
+        own = lax.slice_in_dim(rows, c * size[1], (c + 1) * size[1], axis=1)
+        total = lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, size) + own.astype(total.dtype), start)
+    return total
+
+
 def _axes(x: jax.Array, table: bool) -> dict[str, int | None]:
     return {"rows": 3 if x.shape[3] > 1 else None, "keys": None if table or x.shape[4] == 1 else 4}
 
@@ -368,7 +404,7 @@ def _swept(plan: _Plan, x: _Tensors, steps: _Steps, first: jax.Array, count: jax
         counted, full, begins = counted & there, full & there, (begins & there) | (t == 0)
         some = scores.map_extras(lambda a, table: _fetch(plan, a, at, **_axes(a, table)), x.extras)
         index = _indices(plan, at)
-        q, k, v = _fetch(plan, x.q, at, rows=3), _fetch(plan, x.k, at, keys=3), _fetch(plan, x.v, at, keys=3)
+        q, k, v = _fetch(plan, x.q, at, rows=3), _fetch_keys(plan, x.k, at), _fetch_keys(plan, x.v, at)
         s = scores.modified(plan.rules, _products(plan, q, k), some, index)
         seen = _allowed(plan, some, at, index, counted, full)
         s = jnp.where(seen, s, least)
@@ -423,7 +459,7 @@ def _sweep_backward(plan: _Plan, residuals, cotangents):
         at, counted, full, _ = _place(plan, steps, t)
         some = [_fetch(plan, a, at, **_axes(a, table)) for a, table in zip(leaves, tables, strict=True)]
         index = _indices(plan, at)
-        q, k, v = _fetch(plan, x.q, at, rows=3), _fetch(plan, x.k, at, keys=3), _fetch(plan, x.v, at, keys=3)
+        q, k, v = _fetch(plan, x.q, at, rows=3), _fetch_keys(plan, x.k, at), _fetch_keys(plan, x.v, at)
         dy_i, lse_i, shared_i = (_fetch(plan, a, at, rows=3) for a in (dy, lse, shared))
 
         def modified(products, chosen):
@@ -441,8 +477,8 @@ def _sweep_backward(plan: _Plan, residuals, cotangents):
         ds = p * (_products(plan, dy_i, v) - shared_i[..., None])
         ds, more = pull(ds)
         dq = _add(plan, dq, _rows(plan, ds, k), at, rows=3)
-        dk = _add(plan, dk, _columns(plan, ds, q), at, keys=3)
-        dv = _add(plan, dv, _columns(plan, p, dy_i), at, keys=3)
+        dk = _add_keys(plan, dk, _columns(plan, ds, q), at)
+        dv = _add_keys(plan, dv, _columns(plan, p, dy_i), at)
         dextras = [
             _add(plan, total, part, at, **_axes(total, tables[place]))
             for total, part, place in zip(dextras, more, places, strict=True)

@@ -1,5 +1,7 @@
 """Attention to a cache in pages is attention to its keys in order."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,19 @@ def test_pages_behind_the_length_are_not_read(arrays):
     assert unused.any()
     y = paged_attention(q, jnp.where(unused, jnp.nan, k), jnp.where(unused, jnp.nan, v), table, LENGTHS)
     assert np.isfinite(y).all()
+
+
+def test_what_a_step_holds_does_not_grow_with_the_pool():
+    def bytes_of(pages):
+        arrays = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((B, 1, H, 64), *[(pages, 64, G, 64)] * 2)]
+        lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+        call = functools.partial(paged_attention, splits=1)
+        compiled = jax.jit(call).lower(*arrays, jax.ShapeDtypeStruct((B, 16), jnp.int32), lengths).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = bytes_of(64), bytes_of(1024)
+    pool = 1024 * 64 * G * 64 * 4
+    assert 0 < small == large < pool / 4
 
 
 def test_refusals(arrays):
