@@ -64,6 +64,7 @@ def on_basic_blocks():
     return DynamicPerceiver(ResNet, **TINY | {"trunk_options": trunk}, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_official_names_on_a_resnet_of_basic_blocks():
     official = choose(OFFICIAL, "DynPerceiver", {"cnn_arch": "resnet18"}, ())
 
