@@ -1,6 +1,7 @@
 """Properties of every registered backbone, at miniature sizes."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,17 +16,26 @@ from tests.conformance.programs import Programs
 from tests.conformance.subjects import close, finite, named, parameters
 
 
-def one_of_each_paper() -> list[Any]:
-    """All backbones; of several of one paper those after the first are among the slow tests."""
-    slugs: set[str] = set()
-    params = []
+# Of many convolutions of 7x7, which take half a minute to compile.
+DEAR = frozenset({"l2vit.backbone"})
+
+
+def one_of_each_paper() -> tuple[str, ...]:
+    """Of the backbones of each paper the first by name; none that is dear."""
+    first: dict[str, str] = {}
     for variant in attnlab.variants(kind=Kind.BACKBONE):
-        params.append(pytest.param(variant.name, marks=pytest.mark.slow if variant.slug in slugs else ()))
-        slugs.add(variant.slug)
-    return params
+        first.setdefault(variant.slug, variant.name)
+    return tuple(name for name in first.values() if name not in DEAR)
 
 
-every_backbone = pytest.mark.parametrize("subject", one_of_each_paper())
+def backbones(often: Collection[str]) -> pytest.MarkDecorator:
+    """Parametrises a test over all backbones; those that are not to run `often` are slow."""
+    names = attnlab.names(kind=Kind.BACKBONE)
+    params = [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("subject", params)
+
+
+every_backbone = backbones(one_of_each_paper())
 
 
 def build(name: str, **options: Any) -> nnx.Module:
@@ -63,7 +73,7 @@ def test_examples_are_independent(subject):
     close(other[:1], its.plain.y[1:], 1e-4)
 
 
-@every_backbone
+@backbones({"deit", "gpt2", "davit.backbone"})
 def test_dtypes(subject):
     its = programs(subject)
     assert its.plain.y.dtype == jnp.float32

@@ -11,7 +11,7 @@ from flax import nnx
 
 from attnlab import UnsupportedArgument
 from tests.conformance.programs import MixerPrograms, programs, rounded
-from tests.conformance.subjects import BATCH, Subject, close, decodes, those
+from tests.conformance.subjects import BATCH, OFTEN, Subject, close, decodes, those
 
 RUN = 4  # tokens of one prefill, and steps of one scan: a third of the sequence
 
@@ -117,7 +117,7 @@ def test_prefill_refuses_what_means_something_else(subject: Subject):
             mixer.step(x[:, 0], state, positions=np.zeros(BATCH, np.float32))
 
 
-@every_decoder
+@those(decodes, often=lambda subject: subject.name in OFTEN)
 def test_bfloat16_decoding(subject: Subject):
     its = decoder(subject)
     y = its.run(its.prefill, its.prefill, its.steps, x=rounded((its.x,))[0], state=its.start(jnp.bfloat16))

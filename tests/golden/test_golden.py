@@ -12,6 +12,8 @@ from attnlab.interop.official import choose
 from tests.golden.cases import DATA, SHARED, adapters, faults, find_cases, group, read
 
 COMMITTED_BYTES = 24e6
+# Made here with the authors' code, of what the whole collection has no case of.
+OWN = {("dyn_perceiver", "resnet_basic"), ("dyn_perceiver", "resnet_bottleneck")}
 finished = itertools.count(1)
 
 
@@ -88,4 +90,6 @@ def test_committed_cases_stay_small():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the whole collection of golden cases is not beside this checkout")
 def test_committed_cases_are_those_of_the_whole_collection():
     for path in DATA.glob("*/*.npz"):
+        if (path.parent.name, path.stem) in OWN:
+            continue
         assert path.read_bytes() == (SHARED / path.parent.name / path.name).read_bytes(), path

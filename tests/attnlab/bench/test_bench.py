@@ -133,6 +133,7 @@ def test_a_peer_process_that_dies_is_reported():
         peers.measure(Problem("linear_attention", SMALL), {}, 0.0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
     options = ["--shapes", "1x33x2x16", "--lengths", "16", "32", "--seconds", "0", "--no-peers", "--decays", "head"]
     assert main(["bench", "linear_attention", *options, "--out-dir", str(tmp_path)]) == 0

@@ -91,6 +91,7 @@ def test_a_mixer_that_cannot_be_trained_does_not_sink_the_others(tmp_path, capsy
     assert "not trained:" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_several_seeds_at_equal_size_go_on_from_one_seed(directory, tmp_path, capsys):
     at = DIGITS.index("--mixers")
     settings = [*DIGITS[:at], *DIGITS[at + 4 : DIGITS.index("--lengths")], "--lengths", "16"]
