@@ -15,7 +15,6 @@ from attnlab import Kind
 from tests.conformance.programs import Programs
 from tests.conformance.subjects import close, finite, named, parameters
 
-
 # Of many convolutions of 7x7, which take half a minute to compile.
 DEAR = frozenset({"l2vit.backbone"})
 
