@@ -1,7 +1,6 @@
 """Properties of every registered backbone, at miniature sizes."""
 
 import functools
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,26 +14,12 @@ from attnlab import Kind
 from tests.conformance.programs import Programs
 from tests.conformance.subjects import close, finite, named, parameters
 
-# Of many convolutions of 7x7, which take half a minute to compile.
-DEAR = frozenset({"l2vit.backbone"})
-
-
-def one_of_each_paper() -> tuple[str, ...]:
-    """Of the backbones of each paper the first by name; none that is dear."""
-    first: dict[str, str] = {}
-    for variant in attnlab.variants(kind=Kind.BACKBONE):
-        first.setdefault(variant.slug, variant.name)
-    return tuple(name for name in first.values() if name not in DEAR)
-
-
-def backbones(often: Collection[str]) -> pytest.MarkDecorator:
-    """Parametrises a test over all backbones; those that are not to run `often` are slow."""
-    names = attnlab.names(kind=Kind.BACKBONE)
-    params = [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("subject", params)
-
-
-every_backbone = backbones(one_of_each_paper())
+# Of images by tokens, by windows and by convolutions, and of a text; the golden cases run the others' calls and gradients.
+OFTEN = {"deit", "davit.backbone", "hornet.backbone", "gpt2"}
+every_backbone = pytest.mark.parametrize(
+    "subject",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in attnlab.names(kind=Kind.BACKBONE)],
+)
 
 
 def build(name: str, **options: Any) -> nnx.Module:
@@ -72,7 +57,7 @@ def test_examples_are_independent(subject):
     close(other[:1], its.plain.y[1:], 1e-4)
 
 
-@backbones({"deit", "gpt2", "davit.backbone"})
+@every_backbone
 def test_dtypes(subject):
     its = programs(subject)
     assert its.plain.y.dtype == jnp.float32
