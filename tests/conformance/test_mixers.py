@@ -20,6 +20,7 @@ from tests.conformance.subjects import (
     GRIDS,
     HEADS,
     ODD_GRIDS,
+    OFTEN,
     Subject,
     at_home,
     close,
@@ -27,6 +28,7 @@ from tests.conformance.subjects import (
     finite,
     mixers,
     named,
+    often_run,
     parameters,
     those,
 )
@@ -97,7 +99,7 @@ def test_bfloat16_is_near_float32(subject: Subject):
     close(its.half.y, want.y, 3e-2)
 
 
-@those()
+@those(often=lambda subject: often_run(subject) and subject.name in OFTEN)
 def test_jit_equals_eager(subject: Subject):
     its = programs(subject)
     close(its.plain.y, its.module(*its.arguments))
