@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.integers import segments
@@ -170,7 +170,7 @@ def init_state(
     value_size: int,
     *,
     normalize: bool = False,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> State:
     """The empty state: zeros (B, H, D, E), or a `NormalizedState` of zeros.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.delta_rule_attention.api import delta_rule_attention
 from pallas_kernels.dtypes import at_least_float32
@@ -83,7 +84,7 @@ class Case:
         top, kind = {"uniform": 1.0, "wide": 2.0}[self.beta], rng.random(shape)
         return np.where(kind < 0.05, 0.0, np.where(kind < 0.1, top, top * rng.random(shape)))
 
-    def arguments(self, dtype: jnp.dtype = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
+    def arguments(self, dtype: DTypeLike = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
         """Arguments on the device: q, k, v in `dtype`; the others in float32 or wider."""
         arrays, options = self.arrays()
         wide = at_least_float32(dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.linear_attention.api import linear_attention, linear_attention_step
@@ -79,7 +80,7 @@ class Case:
             options["segment_ids"] = rng.integers(0, self.segments + 1, (b, n)), rng.integers(0, self.segments, (b, m))
         return arrays, options
 
-    def arguments(self, dtype: jnp.dtype = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
+    def arguments(self, dtype: DTypeLike = jnp.float32) -> tuple[dict[str, object], dict[str, object]]:
         """Arguments on the device: q, k, v in `dtype`; log_decay and initial_state in float32 or wider."""
         arrays, options = self.arrays()
         wide = at_least_float32(dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.dtypes import at_least_float32
 from pallas_kernels.neighborhood_attention.api import neighborhood_attention
@@ -63,7 +64,7 @@ class Case:
             options["key_mask"] = mask
         return options
 
-    def arrays(self, dtype: jnp.dtype = jnp.float32) -> dict[str, jnp.ndarray]:
+    def arrays(self, dtype: DTypeLike = jnp.float32) -> dict[str, jnp.ndarray]:
         """Array arguments in `dtype`, the bias in float32 or wider; the same numbers every time."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         b, h, g, d = self.batch, self.heads, self.kv_heads or self.heads, self.key_size

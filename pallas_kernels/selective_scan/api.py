@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import dispatch, recurrence
 from pallas_kernels.integers import segments
@@ -183,7 +183,7 @@ def selective_scan_step(
     return finish(y[:, None], args.x, args.skip, args.gate, args.x.dtype)[:, 0], state
 
 
-def init_state(batch: int, channels: int, state_size: int, *, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def init_state(batch: int, channels: int, state_size: int, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The empty state: zeros (B, C, S).
 
     Args:
