@@ -264,51 +264,53 @@ def _window(plan: _Plan, x: jax.Array, at: _Place, c: int | None, *, rows: int |
 
 
 def _fetch(plan: _Plan, x: jax.Array, at: _Place, *, rows: int | None = None, keys: int | None = None) -> jax.Array:
-    parts = [
-        lax.dynamic_slice(x, *_window(plan, x, at, c, rows=rows, keys=keys))
-        for c in range(1 if keys is None else plan.together)
-    ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, keys)
+    count = 1 if keys is None else plan.together
+    return _read(x, [_window(plan, x, at, c, rows=rows, keys=keys) for c in range(count)], keys)
 
 
 def _add(
     plan: _Plan, total: jax.Array, part: jax.Array, at: _Place, *, rows: int | None = None, keys: int | None = None
 ) -> jax.Array:
     """The transpose of `_fetch`, in place."""
-    for c in range(1 if keys is None else plan.together):
-        start, size = _window(plan, total, at, c, rows=rows, keys=keys)
-        own = part if keys is None else lax.slice_in_dim(part, c * size[keys], (c + 1) * size[keys], axis=keys)
+    count = 1 if keys is None else plan.together
+    return _added(total, part, [_window(plan, total, at, c, rows=rows, keys=keys) for c in range(count)], keys)
+
+
+def _read(x: jax.Array, windows: list[Any], axis: int | None) -> jax.Array:
+    """What the windows show, joined along an axis."""
+    parts = [lax.dynamic_slice(x, *window) for window in windows]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _added(total: jax.Array, part: jax.Array, windows: list[Any], axis: int | None) -> jax.Array:
+    """The transpose of `_read`, in place."""
+    for c, (start, size) in enumerate(windows):
+        own = part if axis is None else lax.slice_in_dim(part, c * size[axis], (c + 1) * size[axis], axis=axis)
         total = lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, size) + own.astype(total.dtype), start)
     return total
 
 
-def _stored(plan: _Plan, x: jax.Array, at: _Place, c: int):
-    """Start and size of the keys of tile `c` in (B|1, M', G, D)."""
+def _stored(plan: _Plan, x: jax.Array, at: _Place) -> list[Any]:
+    """Start and size of the keys of each tile of a step in (B|1, M', G, D)."""
     batch, groups, _ = plan.layout.inner
-    start = 0 if x.shape[0] == 1 else at.b, at.stored[c] * plan.layout.block_k, at.g, 0
     size = [min(batch, x.shape[0]), plan.layout.block_k, groups, x.shape[3]]
-    return [jnp.asarray(place, jnp.int32) for place in start], size
+    b = 0 if x.shape[0] == 1 else at.b
+    starts = ((b, at.stored[c] * plan.layout.block_k, at.g, 0) for c in range(plan.together))
+    return [([jnp.asarray(place, jnp.int32) for place in start], size) for start in starts]
 
 
 def _fetch_keys(plan: _Plan, x: jax.Array, at: _Place) -> jax.Array:
     """The keys or values of a step, (B, G, 1, m, D); of a cache no more than these are turned."""
     if not plan.as_stored:
         return _fetch(plan, x, at, keys=3)
-    parts = [lax.dynamic_slice(x, *_stored(plan, x, at, c)) for c in range(plan.together)]
-    rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-    return jnp.swapaxes(rows, 1, 2)[:, :, None]
+    return jnp.swapaxes(_read(x, _stored(plan, x, at), 1), 1, 2)[:, :, None]
 
 
 def _add_keys(plan: _Plan, total: jax.Array, part: jax.Array, at: _Place) -> jax.Array:
     """The transpose of `_fetch_keys`, in place."""
     if not plan.as_stored:
         return _add(plan, total, part, at, keys=3)
-    rows = jnp.swapaxes(part[:, :, 0], 1, 2)
-    for c in range(plan.together):
-        start, size = _stored(plan, total, at, c)
-        own = lax.slice_in_dim(rows, c * size[1], (c + 1) * size[1], axis=1)
-        total = lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, size) + own.astype(total.dtype), start)
-    return total
+    return _added(total, jnp.swapaxes(part[:, :, 0], 1, 2), _stored(plan, total, at), 1)
 
 
 def _axes(x: jax.Array, table: bool) -> dict[str, int | None]:

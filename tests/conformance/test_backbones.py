@@ -14,7 +14,7 @@ from attnlab import Kind
 from tests.conformance.programs import Programs
 from tests.conformance.subjects import close, finite, named, parameters
 
-# Of images by tokens, by windows and by convolutions, and of a text; golden cases run the others' calls and gradients.
+# Of images by tokens, by windows and by convolutions, and of a text. Half of the others have golden cases of the whole.
 OFTEN = {"deit", "davit.backbone", "hornet.backbone", "gpt2"}
 every_backbone = pytest.mark.parametrize(
     "subject",

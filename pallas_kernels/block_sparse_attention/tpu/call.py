@@ -19,7 +19,7 @@ from pallas_kernels.block_sparse_attention.tpu.lists import LANE, MASKED, WHOLE,
 from pallas_kernels.block_sparse_attention.tpu.plan import Extra, Plan
 from pallas_kernels.tpu.calls import WIDE
 
-Block = tuple[int | str | None, ...]
+BlockShape = tuple[int | str | None, ...]
 """Of an array: "i" is an axis of the queries of a tile, "j" of its keys, None one that the kernel does not see."""
 
 
@@ -30,7 +30,7 @@ class Call:
         self.plan, self.kind, self.walk, self.numbers = plan, kind, walk, numbers
         self.arrays: list[Any] = []
         self.specs: list[Any] = []
-        self.blocks: dict[str, Block] = {}
+        self.blocks: dict[str, BlockShape] = {}
         self.outputs: dict[str, tuple[jax.ShapeDtypeStruct, Any]] = {}
 
     @property
@@ -63,7 +63,7 @@ class Call:
         g, r = divided(h, layout.repeats)
         return SimpleNamespace(b=b, h=h, g=g, r=r, i=row[t], j=column[t])
 
-    def spec(self, block: Block, index: Callable[[SimpleNamespace], tuple[Any, ...]]) -> Any:
+    def spec(self, block: BlockShape, index: Callable[[SimpleNamespace], tuple[Any, ...]]) -> Any:
         """Of an operand whose block follows from where a grid point is."""
 
         def map_(*args: Any) -> tuple[Any, ...]:
@@ -74,13 +74,15 @@ class Call:
 
         return pl.BlockSpec(_sized(self.plan, block), map_)
 
-    def read(self, name: str, array: jax.Array, block: Block, index: Any) -> None:
+    def read(self, name: str, array: jax.Array, block: BlockShape, index: Any) -> None:
         """Adds an input."""
         self.blocks[name] = block
         self.arrays.append(array)
         self.specs.append(self.spec(block, index))
 
-    def write(self, name: str, shape: tuple[int, ...], dtype: Any, block: Block, index: Any, fill: float = 0.0) -> None:
+    def write(
+        self, name: str, shape: tuple[int, ...], dtype: Any, block: BlockShape, index: Any, fill: float = 0.0
+    ) -> None:
         """Adds an output; blocks that no tile writes hold `fill`."""
         self.outputs[name] = (jax.ShapeDtypeStruct(shape, dtype), self.spec(block, index), fill)
 
@@ -88,7 +90,7 @@ class Call:
         """Adds (B, N, H, D) or (B, M, G, D), or an output of such a shape and dtype."""
         batch, length, heads, size = array.shape
         head = "h" if axis == "i" else "g"
-        cut: Block
+        cut: BlockShape
         if size % 128 == 0:
             shape, cut = (batch, length, heads * size), (None, axis, size)
             index = lambda at: (at.b, getattr(at, axis), getattr(at, head))  # noqa: E731
@@ -123,7 +125,7 @@ class Call:
         }[extra.kind]
         self.read(extra.name, array, (None, None, *block), lambda at: (*lead(at), *tail(at)))
 
-    def run(self, body: Callable[..., None], scratch: list[Block]) -> dict[str, jax.Array]:
+    def run(self, body: Callable[..., None], scratch: list[BlockShape]) -> dict[str, jax.Array]:
         """Runs `body(tile, outputs by name)`, with float32 scratch of these blocks."""
         if self.plan.masks is not None:
             self.read("mask", jnp.asarray(self.plan.masks), (None, "j", "i"), lambda at: (at.mask, 0, 0))
@@ -164,7 +166,7 @@ class Call:
         return dict(zip(outputs, results, strict=True))
 
 
-def _sized(plan: Plan, block: Block) -> tuple[Any, ...]:
+def _sized(plan: Plan, block: BlockShape) -> tuple[Any, ...]:
     """The shape of a block."""
     sizes = {"i": plan.layout.block_q, "j": plan.layout.block_k}
     return tuple(sizes[size] if isinstance(size, str) else size for size in block)
@@ -193,8 +195,8 @@ class Tile:
     refs: dict[str, Any]
     scratch: Sequence[Any]
     where: SimpleNamespace
-    blocks: dict[str, Block]
-    sums: list[Block]
+    blocks: dict[str, BlockShape]
+    sums: list[BlockShape]
     first: tuple[Any, Any]
 
     def cut(self, piece: Piece) -> "Tile":
@@ -202,7 +204,7 @@ class Tile:
         layout = self.plan.layout
         slices = {"i": pl.ds(piece.i, piece.queries), "j": pl.ds(piece.j, piece.keys)}
 
-        def of(ref: Any, block: Block) -> Any:
+        def of(ref: Any, block: BlockShape) -> Any:
             return ref.at[tuple(slices.get(size, slice(None)) for size in block if size is not None)]
 
         layout = dataclasses.replace(layout, block_q=piece.queries, block_k=piece.keys)

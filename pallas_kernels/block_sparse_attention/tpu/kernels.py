@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import array_masks
 from pallas_kernels.block_sparse_attention import scores
 from pallas_kernels.block_sparse_attention.scores import Indices
-from pallas_kernels.block_sparse_attention.tpu.call import Block, Call, Tile, divided
+from pallas_kernels.block_sparse_attention.tpu.call import BlockShape, Call, Tile, divided
 from pallas_kernels.block_sparse_attention.tpu.lists import FIRST, LAST, Walk
 from pallas_kernels.block_sparse_attention.tpu.plan import Plan
 from pallas_kernels.tpu.calls import WIDE, product
@@ -167,7 +167,7 @@ def backward_rows(
     _inputs(call, q, k, v, extras, back)
     call.tokens("dq", q, "i", writes=True)
     batch, length, heads, size = q.shape
-    scratch: list[Block] = [("i", size)]
+    scratch: list[BlockShape] = [("i", size)]
     for extra in plan.wanted("row", "scalar"):
         index = lambda at: (at.b, at.h, 0, at.i)  # noqa: E731
         call.write(f"d_{extra.name}", (batch, heads, 1, length), WIDE, (None, None, 1, "i"), index)
@@ -222,7 +222,7 @@ def backward_columns(
     call.tokens("dk", k, "j", writes=True)
     call.tokens("dv", v, "j", writes=True)
     batch, length, groups, size = k.shape
-    scratch: list[Block] = [("j", size), ("j", v.shape[3])]
+    scratch: list[BlockShape] = [("j", size), ("j", v.shape[3])]
     repeats = plan.layout.repeats
     for extra in plan.wanted("column"):
         index = lambda at: (at.b, at.g, 0, at.j)  # noqa: E731
@@ -270,7 +270,7 @@ def backward_full(
     layout = plan.layout
     heads = layout.lanes_h * plan.full_heads
     per = layout.groups * layout.repeats // heads
-    scratch: list[Block] = []
+    scratch: list[BlockShape] = []
     for extra in plan.wanted("full"):
         index = lambda at: (at.b, divided(at.h, per)[0], at.i, at.j)  # noqa: E731
         shape = (q.shape[0], heads, q.shape[1], k.shape[1])

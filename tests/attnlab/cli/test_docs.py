@@ -12,7 +12,9 @@ from attnlab.cli.main import main
 from attnlab.cli.snippet import snippet
 
 # Of each kind and family the first by name.
-OF_EACH_KIND = list({(variant.kind, variant.family): variant for variant in reversed(attnlab.variants())}.values())
+ONE_OF_EACH_FAMILY = list(
+    {(variant.kind, variant.family): variant for variant in reversed(attnlab.variants())}.values()
+)
 every_variant = pytest.mark.parametrize("variant", attnlab.variants(), ids=lambda variant: variant.name)
 
 
@@ -38,7 +40,7 @@ def test_every_option_is_described(variant):
     assert not bare, f"{variant.target.__name__} does not say what {', '.join(bare)} is"
 
 
-@pytest.mark.parametrize("variant", OF_EACH_KIND, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", ONE_OF_EACH_FAMILY, ids=lambda variant: variant.name)
 def test_snippet_runs(variant):
     """Traced, which runs every line of it but computes nothing; `test_snippet_computes` computes, for all."""
 
