@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import attnlab
 from attnlab.suggest import suggestion
@@ -34,6 +36,14 @@ usage: attnlab COMMAND ... [--debug]
   attnlab --version        prints the version
   --debug                  shows the traceback of an error
 """
+
+DEVICES = Path("/dev")
+# What libtpu, which also compiles for TPUs, is told where there is none: told nothing, it complains at length.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
 
 MISTAKES = (ValueError, KeyError, TypeError, OSError, NotImplementedError, OverflowError)
 
@@ -82,8 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet() -> None:
-    """Keeps the notes of checkpointing for its developers off the terminal; warnings of Python itself stay."""
+    """Keeps notes that are for developers of checkpointing and of TPU's runtime off the terminal.
+
+    Warnings of Python itself stay.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if not any(path for pattern in ("accel*", "vfio/*") for path in DEVICES.glob(pattern)):
+        for name, value in WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def message(error: BaseException) -> str:

@@ -61,3 +61,18 @@ assert not heavy, heavy
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", ["accel0", "vfio/0", None])
+def test_libtpu_is_told_that_there_is_no_tpu_where_there_is_none(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "DEVICES", tmp_path)
+    for name in cli.WITHOUT_TPU:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
+    if device is not None:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    cli.quiet()
+    found = {name: os.environ[name] for name in cli.WITHOUT_TPU if name in os.environ}
+    expected = cli.WITHOUT_TPU if device is None else {}
+    assert found == expected | {"TPU_WORKER_HOSTNAMES": "mine"}
