@@ -29,7 +29,7 @@ test: $(READY) lint ## lint, and run the tests that need no accelerator; a mecha
 	$(PYTEST) -m 'not slow and not goldens and not parity'
 
 test-slow: $(READY) ## the tests that take minutes, and mixers in patterns and layouts that are not the paper's own
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(LIMIT)
 
 test-goldens: $(READY) ## the golden cases beside this checkout that `test` leaves out, which takes one of each class
 	$(PYTEST) -m goldens tests/golden

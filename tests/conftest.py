@@ -1,5 +1,7 @@
 """Settings that must stand before JAX is imported: tests run on the CPU, and compile fast rather than to fast code."""
 
+import functools
+import gc
 import os
 from importlib.metadata import version
 
@@ -18,16 +20,18 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}".strip()
 
 if version("jaxlib").startswith("0.10."):
-    # The older emitters of fusions halve the time to compile. libtpu reads XLA_FLAGS when it is loaded, and stops at
-    # flags that it does not know: XLA reads this one before, as it compiles something.
+    # The older emitters of fusions halve the time to compile, a module in one piece saves a tenth. libtpu reads
+    # XLA_FLAGS when it is loaded, and stops at flags that it does not know: XLA reads these before, as it compiles
+    # something.
     flags = os.environ["XLA_FLAGS"]
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     import jax.numpy as jnp
 
     jnp.zeros(()).block_until_ready()
     os.environ["XLA_FLAGS"] = flags
 
 # What is above must stand before anything imports JAX.
+import jax._src.interpreters.mlir  # noqa: E402
 import jax.core  # noqa: E402
 
 from tests.costs import (  # noqa: E402, F401
@@ -35,6 +39,12 @@ from tests.costs import (  # noqa: E402, F401
     pytest_runtest_logstart,
     pytest_runtest_makereport,
     pytest_terminal_summary,
+)
+from tests.limit import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_setup,
 )
 
 
@@ -45,3 +55,11 @@ def _no_sharding(tracer: jax.core.Tracer) -> None:
 # Flax asks for the sharding of whatever a variable is set to. A tracer has none, and JAX says so at length, after a
 # search through all that was traced so far: most of the time that it takes to build a large model under `eval_shape`.
 jax.core.Tracer.sharding = property(_no_sharding)
+
+# JAX makes a context with all dialects of MLIR for every program, half of the time that a small one takes: one will do,
+# until compiled programs are dropped. It is JAX's own business, and may be elsewhere in other versions.
+if hasattr(jax._src.interpreters.mlir, "make_ir_context"):
+    jax._src.interpreters.mlir.make_ir_context = functools.cache(jax._src.interpreters.mlir.make_ir_context)
+
+# Tracing makes many objects that live on, and few in cycles: looking for these less often saves some time.
+gc.set_threshold(100_000, 20, 50)

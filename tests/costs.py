@@ -52,6 +52,8 @@ def pytest_runtest_logfinish() -> None:
     if jax is None or not STATM.exists() or resident() < _limit:
         return
     jax.clear_caches()
+    if (made := getattr(jax._src.interpreters.mlir.make_ir_context, "cache_clear", None)) is not None:  # of conftest.py
+        made()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

@@ -397,6 +397,7 @@ class Kept(Intervention):
         return value.take_highest(scores, self.count), memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["softmax_attention", "tnl"])
 def test_tokens_are_left_out_of_later_blocks(mixer):
     """Equal to running the later block by hand on what is left; prefill with steps goes on from there."""

@@ -2,13 +2,15 @@
 
 A mixer is run whole where it is at home, in the paper's own pattern and layout, which are its constructor's defaults.
 Its other patterns and layouts are `slow`, and only what may differ there is run; of several mixers of one paper, those
-after the first are slow too. Where pattern and layout both are other than its own, it is traced, no more: what is done
-there is done by its base. `REPRESENTATIVES` stand for the bases: they run everywhere. `OFTEN` do so in sequences among
+after the first are slow too. What a base makes of its mixers, cross-attention and other layouts, is run for one of
+these, drawn by the mixer's name, and traced for the others; where pattern and layout both are other than its own, every
+mixer is traced, no more. `REPRESENTATIVES` stand for the bases: they run everywhere. `OFTEN` do so in sequences among
 the quick tests.
 """
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -156,10 +158,22 @@ def first_of_each_paper() -> frozenset[str]:
     return frozenset(first.values())
 
 
-def one_step_from_home(subject: Subject) -> bool:
-    """Whether its pattern or its layout is the mixer's own, or it stands for its base."""
-    home = subjects_of(subject.name)[0]
-    return subject.name in REPRESENTATIVES or subject.pattern is home.pattern or subject.layout is home.layout
+def run_whole(subject: Subject) -> bool:
+    """Whether it is run at all, or traced, no more.
+
+    At home; made causal, or the contrary, in its own layout; and, of what its base makes of it, one drawn by its name,
+    all where it stands for its base.
+    """
+    home, *others = subjects_of(subject.name)
+    if subject == home or subject.name in REPRESENTATIVES:
+        return True
+    near = [other for other in others if other.pattern is home.pattern or other.layout is home.layout]
+    if not issubclass(attnlab.get(subject.name).cls, DenseMixer | LinearMixer):
+        return subject in near
+    own = [other for other in near if other.layout is home.layout and not other.cross]
+    drawn = [other for other in near if other not in own]
+    drawn = drawn and [min(drawn, key=lambda other: zlib.crc32(str(other).encode()))]
+    return subject in own + drawn
 
 
 def often_run(subject: Subject) -> bool:
@@ -176,14 +190,14 @@ def those(
 ) -> pytest.MarkDecorator:
     """Parametrises a test over the subjects that are `wanted`; those that are not to run `often` are slow.
 
-    `everywhere` is for what costs a trace, no more: it runs where pattern and layout both are not the mixer's own too.
+    `everywhere` is for what costs a trace, no more: it is for those too that are not run whole.
     """
     return pytest.mark.parametrize(
         "subject",
         [
             pytest.param(subject, id=str(subject), marks=() if often(subject) else pytest.mark.slow)
             for subject in mixers()
-            if wanted(subject) and (everywhere or one_step_from_home(subject))
+            if (everywhere or run_whole(subject)) and wanted(subject)
         ],
     )
 

@@ -12,7 +12,7 @@ import attnlab
 from attnlab import Example, Kind
 from attnlab.nn.linear import Linear
 from attnlab.registry import BUILT_FROM_OPTIONS
-from tests.conformance.examples import CHECKS, Case, check_save_and_restore
+from tests.conformance.examples import CHECKS, Case, check_jit_equals_eager, check_save_and_restore
 
 X = np.random.default_rng(0).standard_normal((3, 4, 8)).astype(np.float32)
 
@@ -57,8 +57,18 @@ def case(name: str) -> tuple[Case, Kind]:
     return Case(example()), kind
 
 
-@every_example
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(
+    ("subject", "check"),
+    [
+        # Eager calls compile every operation by itself.
+        pytest.param(
+            subject, check, marks=pytest.mark.slow if check is check_jit_equals_eager and subject in REGISTERED else ()
+        )
+        for subject in sorted(TOYS | REGISTERED)
+        for check in CHECKS
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("check_"),
+)
 def test_holds(subject, check):
     check(*case(subject))
 

@@ -28,7 +28,6 @@ from tests.conformance.subjects import (
     finite,
     mixers,
     named,
-    often_run,
     parameters,
     those,
 )
@@ -99,7 +98,7 @@ def test_bfloat16_is_near_float32(subject: Subject):
     close(its.half.y, want.y, 3e-2)
 
 
-@those(often=lambda subject: often_run(subject) and subject.name in OFTEN)
+@those(at_home, often=lambda subject: subject.name in OFTEN)
 def test_jit_equals_eager(subject: Subject):
     its = programs(subject)
     close(its.plain.y, its.module(*its.arguments))

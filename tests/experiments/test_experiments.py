@@ -153,6 +153,7 @@ def test_options_reach_their_mixer_and_no_other():
     assert not any("query_norm" in name for name in sizes["lightning_attention_2"])
 
 
+@pytest.mark.slow
 def test_trained_model_is_what_is_loaded(tmp_path):
     config = digits_vit.CONFIG
     config = dataclasses.replace(

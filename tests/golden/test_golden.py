@@ -1,7 +1,6 @@
 """Every golden case through its adapter: the numbers of the authors' own code, outputs and gradients."""
 
 import importlib
-import itertools
 
 import jax
 import numpy as np
@@ -14,16 +13,6 @@ from tests.golden.cases import DATA, SHARED, adapters, faults, find_cases, group
 COMMITTED_BYTES = 24e6
 # Made here with the authors' code, of what the whole collection has no case of.
 OWN = {("dyn_perceiver", "resnet_basic"), ("dyn_perceiver", "resnet_bottleneck")}
-finished = itertools.count(1)
-
-
-@pytest.fixture
-def bounded_memory():
-    """Compiled programs pile up over the cases; dropping them after each would compile shared ones anew."""
-    yield
-    if next(finished) % 8 == 0:
-        jax.clear_caches()
-
 
 # Cases whose input gradient is not that of their own outputs, which are met: in one it does not sum to zero over the
 # channels in front of a LayerNorm, in both it differs from finite differences.
@@ -48,7 +37,7 @@ def adapter(path):
 
 
 @every_case
-def test_the_authors_numbers(path, bounded_memory):
+def test_the_authors_numbers(path):
     found = faults(path, adapter(path).run)
     if (path.parent.name, path.stem) in CONTRADICTED:
         assert [each.split()[0] for each in found] == ["grad_in/x"]
@@ -58,7 +47,7 @@ def test_the_authors_numbers(path, bounded_memory):
 
 @pytest.mark.goldens
 @every_case
-def test_dumped_arrays_are_those_loaded(path, bounded_memory):
+def test_dumped_arrays_are_those_loaded(path):
     """Under the same names, but for those that a description declares to follow from the configuration."""
     officials = adapter(path).OFFICIAL
     meta, arrays = read(path)

@@ -39,6 +39,7 @@ def test_maps_of_one_token_and_no_mixing_of_heads_leave_the_states():
     assert relative_rms(got, want) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_state_reads_what_is_ahead_through_its_neighbours():
     mixer = NeighborhoodScanAttention(8, num_heads=2, kernel_size=3, rngs=nnx.Rngs(0))
     x = np.random.default_rng(1).standard_normal((1, 7, 7, 8)).astype(np.float32)

@@ -84,6 +84,7 @@ def test_padding_is_attended_to_but_not_on_the_map():
     assert (weights.sum(-1) < 1).all()
 
 
+@pytest.mark.slow
 def test_soft_routing_lets_gradients_through_the_scores():
     def gradient(**options):
         mixer = BiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=2, **options, rngs=nnx.Rngs(0))

@@ -67,6 +67,7 @@ def test_each_geometry_alone_is_its_definition(branch):
     assert mixer.router is None
 
 
+@pytest.mark.slow
 def test_options():
     x, mask = draw(2, 6, 8), np.random.default_rng(1).random((2, 2, 6, 6)) < 0.7
     options = {"share_qkv": True, "hyper_agg": "tangent", "sphere_logit": "geodesic", "entropy_weight": 0.5}

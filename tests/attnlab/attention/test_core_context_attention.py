@@ -73,6 +73,7 @@ def declared(tokens: int) -> float:
     return tokens * (tokens / SIZES["group_size"] / 2 + SIZES["window"] + SIZES["group_size"])
 
 
+@pytest.mark.slow
 def test_visited_pairs_grow_as_declared():
     """O(N·(N/g + w + g)), in training and in a prefill behind a cache; a step looks at cores and recent tokens."""
     pairs = []

@@ -108,6 +108,7 @@ def test_refusals(heads):
 WINDOW = 64
 
 
+@pytest.mark.slow
 def test_visited_pairs_grow_as_declared():
     """O(N·w): in training, in a prefill behind a cache, and in a step, whatever there is in front of it."""
     attend, pairs = functools.partial(dynamic_mask_attention, window=WINDOW, causal=True), []

@@ -67,6 +67,7 @@ def test_rows_sum_to_what_blocks_without_tokens_leave(heads):
 MODEL = {"features": 8, "depth": 1, "num_heads": 2, "frequency": 3, "mlp_features": 8, "landmark_id": 6}
 
 
+@pytest.mark.slow
 def test_a_memory_of_all_blocks_is_the_whole_text():
     """While every block is retrieved they stand where they stood, and runs of any lengths give the whole's logits."""
     ids = np.random.default_rng(0).integers(0, 6, (2, 10))

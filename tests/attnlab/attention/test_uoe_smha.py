@@ -50,6 +50,7 @@ def test_capacity_keeps_the_likeliest_tokens():
     assert relative_rms(whole(X), whole.fc2(whole.activation(whole.fc1(X)), jnp.ones((2, 9, 4)))) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_language_model_of_both_decodes():
     options = {"features": 8, "depth": 2, "num_heads": 4, "mixer": "uoe_smha", "mlp": "uome", "mlp_features": 16}
     model = LanguageModel(7, **options, rngs=nnx.Rngs(0))

@@ -61,6 +61,7 @@ def test_cross_shaped_windows_refuse(options, message):
         CrossShapedWindowAttention(8, **({"num_heads": 2, "grid": (4, 4), "split": 2, "rngs": nnx.Rngs(0)} | options))
 
 
+@pytest.mark.slow
 def test_padded_stripes_take_images_of_any_size():
     mixer = CrossShapedWindowAttention(8, num_heads=2, split=4, padded=True, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8))

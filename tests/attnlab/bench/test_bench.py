@@ -115,6 +115,7 @@ def test_gates_survive_a_file(tmp_path):
     assert read.error({name: array * np.nan for name, array in made.expected.items()}) == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_the_other_process_answers_or_says_why_not(mode):
     problem = Problem("linear_attention", SMALL, "token", "float32", mode)
@@ -192,6 +193,7 @@ def test_bytes_of_the_tpu_kernel_are_printed_for_every_chip():
     assert report.tpu_bytes([Problem("delta_rule_attention", shape)]) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_or_is_stopped_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     def broken(arrays):
         raise RuntimeError("no such instruction")

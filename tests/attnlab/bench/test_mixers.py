@@ -55,6 +55,7 @@ def test_more_memory_than_there_is_is_a_reason(monkeypatch):
     assert "would take" in found.reason and found.memory > 1 and not found.failed
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
     """Of a mixer of images and one without a form for them; options reach the constructor they name."""
     options = ["--shape", "1x4x4x16", "--heads", "2", "--lengths", "4", "16", "--seconds", "0"]

@@ -49,6 +49,7 @@ def test_files_of_all_kinds_give_the_same_picture(files):
         assert np.abs(got.astype(int) - want).max() <= 1, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("named")
 def test_predict_names_classes_and_broken_files(files, capsys):
     model = create("davit_small_one", num_classes=3, rngs=nnx.Rngs(5))

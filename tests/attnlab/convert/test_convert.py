@@ -109,6 +109,7 @@ def test_a_model_that_imitates_perfectly_has_no_divergence():
     assert metrics["loss"] == pytest.approx(float(entropy[0]), rel=1e-5) and abs(metrics["divergence"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_command_converts_a_run(text_file, tmp_path, capsys):
     """Two steps of everything: the new run generates, a second call finds it finished, another one is refused."""
     run = tmp_path / "run"

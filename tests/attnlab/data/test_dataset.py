@@ -105,6 +105,7 @@ def test_threads_do_not_change_the_batches():
     same(take(numbers(loading=Loading(num_threads=3)).train(4, 1), 9), take(numbers().train(4, 1), 9))
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_change_the_batches_and_resume():
     dataset = numbers(loading=Loading(worker_count=2))
     expected = take(numbers().train(4, 1), 8)

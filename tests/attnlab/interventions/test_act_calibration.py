@@ -35,6 +35,7 @@ def test_mass_stays_where_there_is_nothing_to_move_it_to():
     np.testing.assert_allclose(move_mass(row, flags[::-1], True, kept=0.5)[0, 0, 0], [0.75, 0.25, 0.0])
 
 
+@pytest.mark.slow
 def test_padded_prompts_are_calibrated_as_if_alone_and_steps_not_at_all():
     model = LanguageModel(11, features=8, depth=1, num_heads=2, rngs=nnx.Rngs(0))
     model = attach(model, AttentionCalibration(beta=0.1, theta=0.05))

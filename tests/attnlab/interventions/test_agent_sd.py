@@ -106,6 +106,7 @@ def test_the_edit_is_attention_of_merged_tokens_through_merged_agents():
     assert not np.allclose(got, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_on_small_grids_are_left_alone_and_an_odd_batch_takes_no_key():
     model, key = vit(), jax.random.key(0)
     larger = attach(model, AgentSD((16, 16)))  # than the model's tokens: a layer of half its side

@@ -136,6 +136,7 @@ def mixer_of(features=4, **options):
     return with_core(mixer, core(**options))
 
 
+@pytest.mark.slow
 def test_tiles_that_are_visited_grow_as_declared():
     """Linearly in prefill, and not at all in a step: with spans that do not grow."""
     mixer, sizes = mixer_of(minimum_size=64), (512, 1024)

@@ -33,6 +33,7 @@ def prompts(order):
     return rng.integers(0, 11, (1, len(place)))[:, place], [DOCUMENTS[i] for i in order], place
 
 
+@pytest.mark.slow
 def test_the_order_of_documents_is_not_seen():
     """The paper's claim, on a model of two layers; in decoding too, and with padding in front."""
     model, plain, invariant = language_model(), [], []

@@ -43,6 +43,7 @@ def test_rectified_is_nearer_to_full_attention():
     assert (whole < share).mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_text_that_is_padding_is_not_there():
     q, k, v = draw(2, 40, 2, 4)
     options = {"block_q": 8, "block_k": 8, "top_k": 1, "share": 0.3}

@@ -82,6 +82,7 @@ def test_prefill_and_steps_equal_the_call(model):
     assert generate(edited, IDS[:, :7], max_new_tokens=2, temperature=0).tokens.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_generated_are_never_sinks(model):
     edited = attach(model, edit())
     _, state = edited.prefill(IDS, edited.init_state(2, LENGTH + 1))

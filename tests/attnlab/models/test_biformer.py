@@ -25,6 +25,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_stages_have_their_mixers_and_training_drops_branches():
     model = BiFormer(5, **SMALL, image_size=(64, 64), drop_path=0.5, rngs=nnx.Rngs(0))
     kinds = [type(block.mixer) for block in model.blocks[1:]]

@@ -37,6 +37,7 @@ def test_sizes_are_those_of_timm(name):
     assert round((none + len(CROSSVITS[name][1]["depths"]) * (one - none)) / 1e6, 2) == MILLIONS[name]
 
 
+@pytest.mark.slow
 def test_branches_see_the_image_at_their_scale_and_logits_are_the_mean():
     model = CrossViT(**SMALL, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (2, 24, 24, 3))

@@ -48,6 +48,7 @@ def test_decoding_equals_the_call(options):
     assert state.position.tolist() == [9, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"position": "learned", "max_length": 16}])
 def test_spans_are_unlocked_and_positions_are_given(options):
     """Tokens 2..4 see each other both ways and share a position, in the call and in prefill with steps after it."""
@@ -258,6 +259,7 @@ def test_generation_compiles_once_for_all_options_and_like_lengths():
         generate(build(position="learned", max_length=16), tokens(1, 9), max_new_tokens=8, temperature=0)
 
 
+@pytest.mark.slow
 def test_generation_under_strict_promotion_of_dtypes():
     model, options = build(HYBRID, depth=4), {"max_new_tokens": 3, "temperature": 0}
     want = generate(model, tokens(), **options).tokens

@@ -211,6 +211,7 @@ def test_pvt_takes_other_image_sizes_where_its_mixers_do():
         nnx.eval_shape(lambda m, x: m(x), agents, wide)
 
 
+@pytest.mark.slow
 def test_training_differs_from_evaluation():
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     exact = nnx.jit(lambda m: m(images))(small_pvt())

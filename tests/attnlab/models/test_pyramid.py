@@ -34,6 +34,7 @@ def test_sides_are_rounded_up_and_mixers_replaced():
         DaViT(**SMALL, kinds=("spatial", "temporal"), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_official_names_of_both_kinds_of_towers(named):
     """What is dumped under the names of Florence-2's towers, or of the others, is loaded from them."""

@@ -22,6 +22,7 @@ def test_sizes_are_those_of_the_paper(name):
     assert MILLIONS[name] <= count / 1e6 < MILLIONS[name] + 0.1
 
 
+@pytest.mark.slow
 def test_folded_norms_change_nothing_at_inference():
     sizes = {"features": (16, 24), "partial": (4, 6), "key_dim": (4, 4), "depths": (1, 1), "kinds": ("s", "s")}
     model = SHViT(**sizes, image_size=None, num_classes=3, rngs=nnx.Rngs(0))

@@ -60,6 +60,7 @@ def test_dead_patches_are_seen_by_the_class_token_alone_and_the_budget_falls():
     np.testing.assert_array_equal(own.connectivity[:, :, 1:4].sum(-1), 3)
 
 
+@pytest.mark.slow
 def test_the_phases_of_training():
     model = Sparsifiner(**SMALL, prune_layers=(0,), token_keep_rates=0.5, rngs=nnx.Rngs(0))
     images = draw(2, 24, 24, 3)

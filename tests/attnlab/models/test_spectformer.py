@@ -29,6 +29,7 @@ def test_named_models_have_the_papers_size(name):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == SIZES[name]
 
 
+@pytest.mark.slow
 def test_logits_of_tokens():
     sizes = {"features": (4, 8), "num_heads": (2, 2), "depths": (1, 1), "mlp_ratios": (1, 1), "stem_features": 2}
     model = HierarchicalSpectFormer(**sizes, spectral=1, image_size=16, num_classes=3, rngs=nnx.Rngs(0))

@@ -21,6 +21,7 @@ def test_names_are_in_order_and_lead_to_constructors():
     assert {"davit_tiny", "biformer_tiny", "shvit_s1", "ravlt_tiny"} <= named_models().keys()
 
 
+@pytest.mark.slow
 def test_weights_give_the_same_logits_and_features(tmp_path):
     images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
     model = create("shvit_s1", num_classes=5, rngs=nnx.Rngs(7), **SMALL)

@@ -55,6 +55,7 @@ def test_far_points_are_zero_and_corners_in_order():
         sample(x, np.zeros((2, 5, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, (2, 3)])
 def test_tokens_are_read_on_an_even_grid_at_first(stride):
     x = draw(0, 2, 5, 7, 4)

@@ -102,6 +102,7 @@ def test_blocks_never_hold_all_scores():
     assert largest(16) <= whole // 16
 
 
+@pytest.mark.slow
 def test_keys_that_a_rule_hides_from_a_run_of_queries_are_left_out():
     q, k, v = draw(13, (1, 64, 2, 4), (1, 64, 1, 4), (1, 64, 1, 4))
 

@@ -305,6 +305,7 @@ def test_tensorboard(tmp_path):
     assert len(events) == 1 and b"eval/accuracy" in events[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_program_that_is_signalled_saves_exits_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "tests.attnlab.training.toy", str(tmp_path), "slow"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -120,6 +120,7 @@ def test_vmap_and_remat(qkv):
     close(jax.grad(loss)(q), jax.grad(lambda q: jnp.sum(block_sparse_attention(q, k, v) ** 2))(q), 4e-6)
 
 
+@pytest.mark.slow
 def test_inside_shard_map(qkv):
     q, k, v = qkv
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))

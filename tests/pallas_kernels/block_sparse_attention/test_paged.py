@@ -55,6 +55,7 @@ def test_equals_keys_in_order(arrays, per_head, splits):
         assert relative_rms(np.asarray(g), np.asarray(w)) <= 4e-6
 
 
+@pytest.mark.slow
 def test_splits_without_keys_count_nothing(arrays):
     q, k, v, table = arrays
     lengths = np.array([0, 1, 80])  # the first element has no keys, and most of its splits no step

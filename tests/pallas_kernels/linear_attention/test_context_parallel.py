@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, linear_attention
 from tests.pallas_kernels import eight_devices
-from tests.pallas_kernels.quick import quick
 from tests.pallas_kernels.tpu_compile import compile_for, mesh, needs_tpu_compiler
 
 X = jnp.ones((1, 8, 2, 4))
@@ -52,8 +51,9 @@ def test_refusals():
 
 
 # Every exchange of 64 shards: one state from 1, 1, 2, 4, 8, 16 and 32 shards before, and its decay.
+@pytest.mark.slow
 @needs_tpu_compiler
-@pytest.mark.parametrize("implementation", quick(["xla", "tpu"], ("tpu",)))
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_a_pod_exchanges_states_alone(implementation):
     pod = mesh("v5p:4x4x4", seq=64)
     cut = NamedSharding(pod, P(None, "seq"))

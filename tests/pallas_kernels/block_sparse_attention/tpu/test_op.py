@@ -64,6 +64,7 @@ def test_relative_rms_error_in_pieces(case, errors, tiles_of_256):
     assert max(found.gradients.values()) <= 2 * BOUND["float32"], found.gradients
 
 
+@pytest.mark.slow
 def test_sub_tiles_that_hold_no_pair_are_not_computed(tiles_of_256):
     # What is computed mixes NaN into the rows of the products, masked or not: here the second half of the keys of the
     # first batch element, and the first half of the queries of the other one.

@@ -25,7 +25,7 @@ CASES = (
     (Case("packed", 1, 135, 8, 3, groups=2, segments=4, initial_state=True, gate=True), "float32"),
     (Case("strong", 1, 100, 8, 16, step=50.0), "float32"),
 )
-QUICK = ("packed",)
+QUICK = ("groups_filled_up",)
 
 
 @pytest.mark.parametrize(("case", "dtype"), quick(CASES, QUICK, lambda values: values[0].name))
