@@ -184,6 +184,11 @@ def forward_mode() -> Iterator[None]:
         _forward_mode.reset(token)
 
 
+def in_forward_mode() -> bool:
+    """Whether this is inside `forward_mode`."""
+    return _forward_mode.get()
+
+
 def current_platform() -> str:
     """The platform of `target`, or where JAX puts an array that nothing else places: "cpu", "gpu" or "tpu"."""
     if (chosen := _target.get()) is not None:
@@ -246,7 +251,7 @@ def choose(op: str, args: Any, implementation: str | None = None, *, platform: s
         if refusal is not None:
             raise UnsupportedError(f"{op}: implementation={implementation!r} refuses: {refusal}")
         return table[implementation]
-    if _forward_mode.get() and "reference" in table:
+    if in_forward_mode() and "reference" in table:
         return choose(op, args, "reference", platform=platform)
     answers = explain(op, args, platform=platform)
     for answer in answers:

@@ -2,9 +2,12 @@
 
 It is computed as a sum of shifted products, one for each tap. XLA on a CPU turns a grouped convolution into a dense
 one, five to ten times slower; and products leave channels alone, so heads that are cut over devices stay where they
-are.
+are. On a CPU its backward pass is written by hand: the tokens' gradient is such a sum again, with the kernel turned
+round, and the kernel's a loop over its taps, which is up to three times as fast as what JAX makes of the sum, and
+compiles in a third of the time.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +19,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from attnlab.nn.linear import Axes, compute_in_input_dtype, uniform_init
+from pallas_kernels import dispatch
 from pallas_kernels.dtypes import at_least_float32
 
 
@@ -41,22 +45,63 @@ def depthwise_conv(
     if kernel.ndim not in (x.ndim - 1, x.ndim):
         raise ValueError(f"kernel must be (*K, *C) or (B, *K, *C) with {axes} axes K, got shape {kernel.shape}")
     kernel = kernel if kernel.ndim == x.ndim else kernel[None]
-    size, grid, channels = kernel.shape[1 : 1 + axes], x.shape[1 : 1 + axes], x.shape[1 + axes :]
+    size = kernel.shape[1 : 1 + axes]
     if any(side % 2 == 0 for side in size):
         raise ValueError(f"kernel must have odd sides to keep the grid's size, got {size}")
     wide = at_least_float32(x.dtype)
-    widths = [(side // 2, side // 2) for side in size]
-    padded = jnp.pad(x, [(0, 0), *widths, *[(0, 0)] * channel_axes]).astype(wide)
-    taps = kernel.astype(wide).reshape(kernel.shape[0], -1, *(1,) * axes, *channels)
-    y = jnp.zeros(x.shape, wide)
-    for tap, offset in enumerate(np.ndindex(*size)):
-        window = tuple(slice(o, o + length) for o, length in zip(offset, grid, strict=True))
-        y = y + taps[:, tap] * padded[(slice(None), *window)]
+    by_hand = dispatch.current_platform() == "cpu" and not dispatch.in_forward_mode()
+    y = (_correlate_by_hand if by_hand else _correlate)(x.astype(wide), kernel.astype(wide), axes)
     if bias is not None:
         bias = jnp.asarray(bias, wide)
         batch = bias.shape[: bias.ndim - channel_axes]
-        y = y + bias.reshape(*batch, *(1,) * axes, *channels)
+        y = y + bias.reshape(*batch, *(1,) * axes, *x.shape[1 + axes :])
     return y.astype(x.dtype)
+
+
+def _correlate(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    """`(B, *S, *C)` with `(B|1, *K, *C)`, of `axes` axes S; both of one dtype."""
+    size, grid, channels = kernel.shape[1 : 1 + axes], x.shape[1 : 1 + axes], x.shape[1 + axes :]
+    padded = _padded(x, size)
+    taps = kernel.reshape(kernel.shape[0], -1, *(1,) * axes, *channels)
+    y = jnp.zeros_like(x)
+    for tap, offset in enumerate(np.ndindex(*size)):
+        window = tuple(slice(o, o + length) for o, length in zip(offset, grid, strict=True))
+        y = y + taps[:, tap] * padded[(slice(None), *window)]
+    return y
+
+
+def _padded(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    return jnp.pad(x, [(0, 0), *((side // 2, side // 2) for side in size), *[(0, 0)] * (x.ndim - 1 - len(size))])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _correlate_by_hand(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    return _correlate(x, kernel, axes)
+
+
+def _keep(x: jax.Array, kernel: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _correlate_by_hand(x, kernel, axes), (x, kernel)
+
+
+def _pull_back(axes: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    over = tuple(range(1, 1 + axes))
+    padded = _padded(x, kernel.shape[1 : 1 + axes])
+    still = (0,) * (x.ndim - 1 - axes)
+
+    def tap(_: None, offset: jax.Array) -> tuple[None, jax.Array]:
+        window = jax.lax.dynamic_slice(padded, (0, *offset, *still), x.shape)
+        return None, jnp.sum(window * dy, over)
+
+    offsets = np.array(list(np.ndindex(*kernel.shape[1 : 1 + axes])), np.int32)
+    _, taps = jax.lax.scan(tap, None, offsets)  # (taps, B, *C): examples on several devices are summed once, below
+    dkernel = jnp.moveaxis(taps, 0, 1).reshape(x.shape[0], *kernel.shape[1:])
+    if kernel.shape[0] != x.shape[0]:
+        dkernel = dkernel.sum(0, keepdims=True)
+    return _correlate_by_hand(dy, jnp.flip(kernel, over), axes), dkernel
+
+
+_correlate_by_hand.defvjp(_keep, _pull_back)
 
 
 class DepthwiseConv(nnx.Module):

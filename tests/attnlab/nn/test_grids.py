@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab.nn import grids
 from attnlab.nn.depthwise import DepthwiseConv, depthwise_conv, on_tokens
+from pallas_kernels import dispatch
 
 
 def numbered(*grid, batch=2, channels=3):
@@ -109,6 +110,41 @@ def test_depthwise_convolution_is_a_sum_over_the_patch(size):
     np.testing.assert_allclose(own, expected + bias[:, None, None], atol=1e-5)
     shared = depthwise_conv(x.astype(np.float32), kernel[0], bias[0])
     np.testing.assert_allclose(shared[0], own[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape", "channel_axes"),
+    [
+        ((2, 5, 3), (3, 3), 1),
+        ((2, 4, 5, 3), (3, 5, 3), 1),
+        ((3, 2, 3, 2, 2), (3, 3, 3, 2, 2), 2),
+        ((1, 1, 2), (7, 2), 1),
+    ],
+)
+def test_the_backward_pass_by_hand_is_the_derivative(shape, kernel_shape, channel_axes):
+    """Of every rank, for one kernel and for one of each example; of the second order, and as forward mode has it."""
+    rng = np.random.default_rng(0)
+    x, kernel, dx, dkernel = (rng.normal(size=s).astype(np.float32) for s in (shape, kernel_shape, shape, kernel_shape))
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(depthwise_conv(x, kernel, channel_axes=channel_axes)))
+
+    def along(x, kernel):
+        by_x, by_kernel = jax.grad(loss, (0, 1))(x, kernel)
+        return jnp.vdot(by_x, dx) + jnp.vdot(by_kernel, dkernel)
+
+    def everything(x, kernel):
+        return jax.grad(loss, (0, 1))(x, kernel), jax.grad(along, (0, 1))(x, kernel)
+
+    by_hand = jax.jit(everything)(x, kernel)
+    assert "custom_vjp" in str(jax.make_jaxpr(loss)(x, kernel))
+    with dispatch.forward_mode():
+        plain = jax.jit(lambda *a: everything(*a))(x, kernel)
+        assert "custom_vjp" not in str(jax.make_jaxpr(lambda *a: loss(*a))(x, kernel))
+        _, change = jax.jvp(lambda *a: loss(*a), (x, kernel), (dx, dkernel))
+    for got, want in zip(jax.tree.leaves(by_hand), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(change, jnp.vdot(by_hand[0][0], dx) + jnp.vdot(by_hand[0][1], dkernel), rtol=1e-4)
 
 
 def test_depthwise_module_equals_a_grouped_convolution_with_gradients():
