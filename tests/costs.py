@@ -15,8 +15,8 @@ import pytest
 STATM = pathlib.Path("/proc/self/statm")
 WORTH_A_TABLE = 20.0  # processor seconds of a whole run
 LINES = 15
-RESIDENT = 1.5 * 2**30  # bytes at which compiled programs are dropped
-STEP = 0.4 * 2**30  # bytes more than were left at the last time, before they are dropped again
+RESIDENT = 1.8 * 2**30  # bytes at which compiled programs are dropped
+STEP = 0.3 * 2**30  # bytes more than were left at the last time, before they are dropped again
 
 _last = 0.0
 _limit = RESIDENT
