@@ -87,14 +87,13 @@ def _pull_back(axes: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
     x, kernel = kept
     over = tuple(range(1, 1 + axes))
     padded = _padded(x, kernel.shape[1 : 1 + axes])
-    still = (0,) * (x.ndim - 1 - axes)
 
-    def tap(_: None, offset: jax.Array) -> tuple[None, jax.Array]:
-        window = jax.lax.dynamic_slice(padded, (0, *offset, *still), x.shape)
+    def tap(_: None, start: jax.Array) -> tuple[None, jax.Array]:
+        window = jax.lax.dynamic_slice(padded, tuple(start), x.shape)
         return None, jnp.sum(window * dy, over)
 
-    offsets = np.array(list(np.ndindex(*kernel.shape[1 : 1 + axes])), np.int32)
-    _, taps = jax.lax.scan(tap, None, offsets)  # (taps, B, *C): examples on several devices are summed once, below
+    starts = np.array(list(np.ndindex(1, *kernel.shape[1 : 1 + axes], *(1,) * (x.ndim - 1 - axes))), np.int32)
+    _, taps = jax.lax.scan(tap, None, starts)  # (taps, B, *C): examples on several devices are summed once, below
     dkernel = jnp.moveaxis(taps, 0, 1).reshape(x.shape[0], *kernel.shape[1:])
     if kernel.shape[0] != x.shape[0]:
         dkernel = dkernel.sum(0, keepdims=True)
