@@ -16,7 +16,13 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("attnlab", "pallas_kernels", "experiments", "tests")
 REGISTERED = ("tests/conformance", "tests/golden")  # folders whose tests run over the registry or the adapters
-EVERYTHING = frozenset({"pyproject.toml", "constraints.txt", "tests/conftest.py", "tests/costs.py"})
+EVERYTHING = frozenset(
+    {
+        "pyproject.toml",
+        "constraints.txt",
+        *(f"tests/{name}.py" for name in ("conftest", "costs", "ir_context", "limit")),
+    }
+)
 READERS = {".md": ("tests/test_readme.py", "tests/attnlab/cli"), ".ipynb": ("tests/colab",)}
 
 

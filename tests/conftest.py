@@ -1,6 +1,5 @@
 """Settings that must stand before JAX is imported: tests run on the CPU, and compile fast rather than to fast code."""
 
-import functools
 import gc
 import os
 from importlib.metadata import version
@@ -31,9 +30,9 @@ if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = flags
 
 # What is above must stand before anything imports JAX.
-import jax._src.interpreters.mlir  # noqa: E402
 import jax.core  # noqa: E402
 
+from tests import ir_context  # noqa: E402
 from tests.costs import (  # noqa: E402, F401
     pytest_runtest_logfinish,
     pytest_runtest_logstart,
@@ -56,10 +55,7 @@ def _no_sharding(tracer: jax.core.Tracer) -> None:
 # search through all that was traced so far: most of the time that it takes to build a large model under `eval_shape`.
 jax.core.Tracer.sharding = property(_no_sharding)
 
-# JAX makes a context with all dialects of MLIR for every program, half of the time that a small one takes: one will do,
-# until compiled programs are dropped. It is JAX's own business, and may be elsewhere in other versions.
-if hasattr(jax._src.interpreters.mlir, "make_ir_context"):
-    jax._src.interpreters.mlir.make_ir_context = functools.cache(jax._src.interpreters.mlir.make_ir_context)
+ir_context.share()
 
 # Tracing makes many objects that live on, and few in cycles: looking for these less often saves some time.
 gc.set_threshold(100_000, 20, 50)

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
+
+from tests import ir_context
 
 STATM = pathlib.Path("/proc/self/statm")
 WORTH_A_TABLE = 20.0  # processor seconds of a whole run
@@ -48,12 +51,10 @@ def pytest_runtest_makereport() -> Iterator[Any]:
 def pytest_runtest_logfinish() -> None:
     """Drops compiled programs when they fill this process's memory; dropped always, shared ones would cost anew."""
     global _limit
-    jax = sys.modules.get("jax")
-    if jax is None or not STATM.exists() or resident() < _limit:
+    if not STATM.exists() or resident() < _limit:
         return
     jax.clear_caches()
-    if (made := getattr(jax._src.interpreters.mlir.make_ir_context, "cache_clear", None)) is not None:  # of conftest.py
-        made()
+    ir_context.renew()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
